@@ -1,0 +1,90 @@
+"""Configuration: what overrides what, and what is refused."""
+
+import pytest
+
+from utils import config as configuration
+from utils.config import Config, construct, known, load_config
+from utils.device import pick_device
+from utils.errors import UserError
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A configs folder of the test's own."""
+    files = {
+        "datasets/d.yaml": "backbone: b\ndata: {source: x.Y}\ntrain: {epochs: 3}\n",
+        "backbones/b.yaml": "encoder: {model: ViT-B-32}\n",
+        "methods/m.yaml": (
+            "model: {adaptor: models.clip.Clip}\noptim: {lr: 1e-3, name: adamw}\n"
+            "on: {d: {optim: {weight_decay: 0.25}}}\npresets: {reference: {optim: {lr: 5e-4}}}\n"
+        ),
+        "methods/typo.yaml": "optim: {learning_rate: 1}\n",
+        "methods/broken.yaml": "optim: {lr: [\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / "configs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(configuration, "HOME", tmp_path)
+    return tmp_path
+
+
+def test_each_layer_overrides_the_one_before(home):
+    config = load_config("d", "m")
+    assert (config.train.epochs, config.train.batch_size) == (3, 2048)
+    assert (config.optim.lr, config.optim.name, config.optim.weight_decay) == (1e-3, "adamw", 0.25)
+    assert load_config("d", "m", preset="reference").optim.lr == 5e-4
+    assert load_config("d", "m", preset="reference", settings=["optim.lr=1e-2"]).optim.lr == 1e-2
+    assert (config.variant, load_config("d", "m", preset="reference", tag="try").variant) == ("m", "m+reference+try")
+
+
+def test_saved_configuration_reads_back_the_same(home):
+    config = load_config("d", "m", seed=3, settings=["encoder.batch_size=7"])
+    config.save(home / "config.yaml")
+    assert Config.load(home / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (dict(dataset="x"), "there is no dataset 'x'; there is d"),
+        (dict(dataset="d", backbone="x"), "there is no backbone 'x'; there is b"),
+        (dict(dataset="d", method="x"), "there is no method 'x'; there is broken, m, typo"),
+        (dict(dataset="d", method="m", preset="x"), "has no preset 'x'; it has default, reference"),
+        (dict(dataset="d", method="typo"), "optim has no key 'learning_rate'; it has name, lr"),
+        (dict(dataset="d", method="broken"), "is not valid YAML"),
+        (dict(dataset="d", method="m", settings=["epochs=3"]), "has no key 'epochs'; it has dataset"),
+        (dict(dataset="d", method="m", settings=["train.epochs"]), "--set wants key=value"),
+        (dict(dataset="d", method="m", settings=["train.epochs=many"]), "epochs must be int, not 'many'"),
+        (dict(dataset="d", method="m", settings=["train.epochs=true"]), "epochs must be int, not True"),
+        (dict(dataset="d", method="m", settings=["train=3"]), "train wants the keys batch_size"),
+        (dict(dataset="d", method="m", settings=["train.epochs=0"]), "epochs must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(home, call, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_config(**call)
+
+
+def test_options_of_a_class_are_checked():
+    with pytest.raises(UserError, match="here has no key 'depth'; it has family, width"):
+        construct("models.asymvlm.AsymVLM", {"depth": 3}, "here", dim=4)
+    with pytest.raises(UserError, match="family must be one of"):
+        construct("models.asymvlm.AsymVLM", {"family": "normal"}, "here", dim=4)
+    with pytest.raises(UserError, match="cannot be imported"):
+        construct("models.nothing.Nothing", {}, "here")
+
+
+def test_every_shipped_configuration_resolves():
+    for dataset in known("datasets"):
+        for method in known("methods"):
+            assert load_config(dataset, method).model["adaptor"]
+    for backbone in known("backbones"):
+        assert configuration.load_backbone(backbone).model
+
+
+def test_a_device_that_does_not_exist_is_named():
+    for name in ("cuda:99", "nonsense"):
+        with pytest.raises(UserError, match=f"device '{name}' does not exist here; there is cpu"):
+            pick_device(name)
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")

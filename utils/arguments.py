@@ -1,0 +1,30 @@
+"""Command-line flags that several scripts share, spelled once."""
+
+import argparse
+
+from utils.config import known, load_config
+
+
+def make_parser(description):
+    """Parser that shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_data_flags(parser, role):
+    """Add --dataset, --backbone and --device; `role` says what the data set is used for."""
+    parser.add_argument("--dataset", required=True, help=f"{role}; one of {', '.join(known('datasets'))}")
+    parser.add_argument("--backbone", help=f"one of {', '.join(known('backbones'))}; by default the data set's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def add_run_flags(parser):
+    """Add what names a training run beside its data set and backbone."""
+    parser.add_argument("--method", required=True, help=f"one of {', '.join(known('methods'))}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", default="default", help="default: what is right; reference: what was published")
+    parser.add_argument("--tag", default="", help="a name that keeps this run apart from others of the same method")
+
+
+def run_config(args, dataset, settings=()):
+    """Resolve the configuration of the run that the flags name, trained on `dataset`."""
+    return load_config(dataset, args.method, args.backbone, args.preset, args.tag, args.seed, settings)

@@ -1,0 +1,219 @@
+"""Configuration: the defaults, each commented, and what overrides them.
+
+Defaults below <- configs/datasets/X.yaml <- configs/backbones/Y.yaml <- configs/methods/Z.yaml, its section `on: X` and
+its preset <- `--set key=value`. An unknown key is an error that lists the known ones.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from utils.errors import UserError
+from utils.files import write_text
+
+HOME = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Data:
+    source: str = ""  # class that lists the pairs, module.Class
+    root: str = ""  # folder of the raw data
+    train_split: str = "train"
+    eval_split: str = "val"
+    options: dict = field(default_factory=dict)  # keyword arguments of the source
+
+
+@dataclass
+class Encoder:
+    model: str = ""  # open_clip architecture
+    pretrained: str | None = None  # open_clip tag or a weights file; none: random weights
+    architecture: str | None = None  # open_clip JSON to register first
+    batch_size: int = 256  # images encoded at once; captions four times as many
+
+
+@dataclass
+class Optim:
+    name: str = "sgd"  # sgd (Nesterov off) or adamw
+    lr: float = 1e-2  # at the first step; cosine to min_lr at the last
+    momentum: float = 0.9  # of sgd
+    weight_decay: float = 5e-4
+    decay_scalars: bool = False  # weight decay on one-element parameters too, as the published suites have it
+    min_lr: float = 1e-6
+
+
+@dataclass
+class Train:
+    batch_size: int = 2048  # pairs: a caption and its image
+    epochs: int = 200
+    save_every: float = 30.0  # seconds between states from which a killed run goes on
+
+
+@dataclass
+class Config:
+    dataset: str = ""  # what is trained on
+    backbone: str = ""  # the dataset's own unless given
+    method: str = ""
+    preset: str = "default"
+    tag: str = ""
+    seed: int = 0
+    score: str = "log_likelihood"  # which score ranks: log_likelihood or similarity
+    data: Data = field(default_factory=Data)
+    encoder: Encoder = field(default_factory=Encoder)
+    model: dict = field(default_factory=dict)  # adaptor: module.Class, and its keyword arguments
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+
+    @property
+    def variant(self):
+        """Name a run's folder: the method, followed by what differs from its default."""
+        return "+".join([self.method, *([self.preset] if self.preset != "default" else []), *filter(None, [self.tag])])
+
+    @property
+    def checkpoint(self):
+        return Path("checkpoints", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
+
+    def result(self, evaluated_on, task):
+        """Path of the result file of `task` on the data set `evaluated_on`."""
+        folder = Path("results", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
+        return folder / f"{evaluated_on}-{task}.json"
+
+    def save(self, path):
+        write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+    @classmethod
+    def load(cls, path):
+        """Read a run's resolved configuration, as `save` wrote it."""
+        return _build(cls, _read(path), str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-2 as the number and `on` as the word they are; YAML 1.1 reads neither so."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if not (tag.endswith(":bool") and first in "yYnNoO")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def known(kind):
+    """List the names of a kind: datasets, backbones or methods. The folder is the list."""
+    return sorted(path.stem for path in (HOME / "configs" / kind).glob("*.yaml"))
+
+
+def load_backbone(name):
+    """Resolve one backbone's Encoder."""
+    return _build(Encoder, _named("backbones", name).get("encoder", {}), f"configs/backbones/{name}.yaml: encoder")
+
+
+def load_config(dataset, method=None, backbone=None, preset="default", tag="", seed=0, settings=()):
+    """Resolve a Config; raises UserError for an unknown name, preset or key and for a value of the wrong type.
+
+    settings: strings `key=value` with dotted keys, applied last.
+    """
+    values = _named("datasets", dataset)
+    backbone = backbone or values.get("backbone")
+    _merge(values, _named("backbones", backbone))
+    if method:
+        own = _named("methods", method)
+        presets, on = own.pop("presets", {}), own.pop("on", {})
+        if preset not in ("default", *presets):
+            raise UserError(f"method '{method}' has no preset '{preset}'; it has {', '.join(['default', *presets])}.")
+        for layer in (own, on.get(dataset, {}), presets.get(preset, {})):
+            _merge(values, layer)
+    _merge(values, dict(dataset=dataset, backbone=backbone, method=method or "", preset=preset, tag=tag, seed=seed))
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set wants key=value, not '{setting}'; for example --set train.epochs=10.")
+        nested = yaml.load(value, _Loader)
+        for name in reversed(key.split(".")):
+            nested = {name: nested}
+        _merge(values, nested)
+    config = _build(Config, values, f"the configuration of {method or dataset}")
+    for name in ("batch_size", "epochs"):
+        if getattr(config.train, name) < 1:
+            raise UserError(f"train.{name} must be at least 1, not {getattr(config.train, name)}.")
+    return config
+
+
+def construct(path, options, where, **given):
+    """Import `module.Class` and call it with `given` and `options`; an option it does not take is a UserError."""
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{where} names the class '{path}', which cannot be imported ({error}).") from None
+    takes = [name for name in inspect.signature(cls).parameters if name not in given]
+    unknown = [name for name in options if name not in takes]
+    if unknown:
+        raise UserError(f"{where} has no key '{unknown[0]}'; it has {', '.join(takes) or 'none'}.")
+    try:
+        return cls(**given, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}.") from None
+
+
+def make_adaptor(config, dim):
+    """Construct the adaptor that `config` names, for embeddings of size `dim`."""
+    options = {name: value for name, value in config.model.items() if name != "adaptor"}
+    return construct(config.model.get("adaptor", ""), options, f"configs/methods/{config.method}.yaml: model", dim=dim)
+
+
+def make_source(config):
+    """Construct the source of pairs that `config` names."""
+    data = config.data
+    return construct(data.source, data.options, f"configs/datasets/{config.dataset}.yaml: data.options", root=data.root)
+
+
+def _named(kind, name):
+    path = HOME / "configs" / kind / f"{name}.yaml"
+    if name not in known(kind):
+        raise UserError(f"there is no {kind[:-1]} '{name}'; there is {', '.join(known(kind))}.")
+    return _read(path)
+
+
+def _read(path):
+    try:
+        return yaml.load(Path(path).read_text(), _Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _merge(values, layer):
+    for name, value in layer.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _merge(values[name], value)
+        else:
+            values[name] = value
+
+
+def _build(cls, values, where):
+    """Fill a dataclass from nested dicts, checking names and types."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    filled = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where} wants the keys {', '.join(fields)}, not {values!r}.")
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{where} has no key '{name}'; it has {', '.join(fields)}.")
+        kind = types[name]
+        if dataclasses.is_dataclass(kind):
+            filled[name] = _build(kind, value, f"{where}: {name}")
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise UserError(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, not {value!r}.")
+        filled[name] = value
+    return cls(**filled)
