@@ -1,0 +1,1 @@
+"""Methods that give frozen embeddings an uncertainty, one file each; configs/methods lists them."""

@@ -1,0 +1,99 @@
+"""The frozen vision-language model: the only importer of open_clip."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+import torch
+
+from utils.config import HOME
+from utils.errors import UserError
+
+logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
+import open_clip  # noqa: E402  (it logs at load time through the root logger)
+
+
+class Backbone:
+    """A frozen open_clip model, its image transform and its tokenizer.
+
+    config: an Encoder. Raises UserError for an architecture that open_clip does not know, weights that cannot be had,
+    or weights trained with another activation than the architecture's (QuickGELU).
+    """
+
+    def __init__(self, config, device="cpu"):
+        self.config, self.device = config, torch.device(device)
+        pretrained = config.pretrained
+        if config.architecture:
+            open_clip.add_model_config(HOME / config.architecture)
+        if config.model not in open_clip.list_models():
+            raise UserError(f"open_clip has no architecture '{config.model}'; `open_clip.list_models()` lists them.")
+        if pretrained and (HOME / pretrained).is_file():
+            pretrained = str(HOME / pretrained)
+        elif pretrained and not Path(pretrained).is_file():
+            tags = open_clip.list_pretrained_tags_by_model(config.model)
+            if pretrained not in tags:
+                raise UserError(
+                    f"'{pretrained}' is neither a file nor weights that open_clip has for {config.model}"
+                    f" ({', '.join(tags) or 'it has none'})."
+                )
+            # open_clip only warns, and only once the weights are down.
+            wanted = open_clip.pretrained.get_pretrained_cfg(config.model, pretrained).get("quick_gelu", False)
+            if wanted != open_clip.get_model_config(config.model).get("quick_gelu", False):
+                fitting = config.model + "-quickgelu" if wanted else config.model.removesuffix("-quickgelu")
+                raise UserError(f"the weights '{pretrained}' are not of {config.model} but of {fitting}: use that.")
+        torch.manual_seed(0)  # random weights, where asked for, are the same everywhere
+        try:
+            # The text tower as a module of its own is what can be cut to a batch's longest caption.
+            self.model, _, self.transform = open_clip.create_model_and_transforms(
+                config.model, pretrained=pretrained, device=self.device, force_custom_text=True
+            )
+        except Exception as error:  # open_clip raises whatever its downloader raised
+            raise UserError(
+                f"the weights '{pretrained}' of {config.model} could not be loaded"
+                f" ({' '.join(str(error).split())[:200]}): check the connection, or name a local file with"
+                " --set encoder.pretrained=FILE."
+            ) from None
+        self.model.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(config.model)
+        self.dim = self.encode_texts([""]).shape[1]
+
+    @torch.inference_mode()
+    def encode_images(self, pixels):
+        """Encode transformed images, (N, 3, H, W), to embeddings as the model gives them, (N, D), not normalized."""
+        return self.model.encode_image(pixels.to(self.device)).float()
+
+    @torch.inference_mode()
+    def encode_texts(self, texts):
+        """Encode N strings to embeddings as the model gives them, (N, D), not normalized."""
+        tokens = self.tokenizer(texts)
+        length = self._length(tokens)
+        with self.cut_to(length):
+            return self.model.encode_text(tokens[:, :length].to(self.device)).float()
+
+    def _length(self, tokens):
+        """How many tokens of (N, L) can matter: a causal tower that pools at the end token never sees what follows."""
+        if getattr(self.model.text, "pool_type", None) == "argmax" and self.model.text.attn_mask is not None:
+            return int(tokens.argmax(dim=1).max()) + 1
+        return tokens.shape[1]
+
+    @contextlib.contextmanager
+    def cut_to(self, length):
+        """Let the text tower take `length` tokens inside the block: open_clip slices the positions, not the mask."""
+        text = self.model.text
+        mask = getattr(text, "attn_mask", None)
+        if mask is not None:
+            text.attn_mask = mask[:length, :length]
+        try:
+            yield
+        finally:
+            if mask is not None:
+                text.attn_mask = mask
+
+    @property
+    def logit_scale(self):
+        return self.model.logit_scale.exp().item()
+
+    @property
+    def logit_bias(self):
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.item()

@@ -1,0 +1,249 @@
+"""The cache of embeddings: whole or absent, resumable, and what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL_WORLD
+
+import cache_embeddings
+from datasets import embeddings
+from datasets.coco import Coco
+from datasets.embeddings import Pairs
+from models.backbone import Backbone
+from utils.config import load_backbone
+from utils.errors import UserError
+
+SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
+VAL = ["--splits", "val"]
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return Backbone(load_backbone("shapes-tiny"))
+
+
+@pytest.fixture
+def own_world(world, small_world):
+    """The small world with a cache that the test may spoil."""
+    (world / "embeddings").unlink()
+    shutil.copytree(small_world / "embeddings", world / "embeddings")
+    (world / "data").unlink()
+    shutil.copytree(small_world / "data", world / "data")
+    return world
+
+
+def test_cache_holds_what_the_model_says(world, backbone):
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    assert pairs.image.shape == (100, 64) and pairs.text.shape == (500, 64) and pairs.image.dtype == np.float16
+    assert (pairs.image_of_text == np.repeat(np.arange(100), 5)).all()
+    captions, paths = pairs.items["text"], pairs.items["image"]
+    for row in (0, 7, 499):
+        text = backbone.encode_texts([captions[row]])[0]
+        torch.testing.assert_close(text, torch.tensor(pairs.text[row]).float(), rtol=2e-3, atol=2e-3)
+    with PIL.Image.open(paths[42]) as image:
+        encoded = backbone.encode_images(backbone.transform(image)[None])[0]
+    torch.testing.assert_close(encoded, torch.tensor(pairs.image[42]).float(), rtol=2e-3, atol=2e-3)
+    assert pairs.image.astype(np.float32).std() > 0 and not np.allclose(np.linalg.norm(pairs.image, axis=1), 1)
+    assert pairs.meta["logit_scale"] == pytest.approx(backbone.logit_scale)
+    assert pairs.matches.shape == (100, 500) and pairs.matches[pairs.image_of_text, np.arange(500)].all()
+    assert len(pairs.chains["text"]) == 6 * 100
+
+
+def test_cutting_captions_to_their_length_is_exact(backbone):
+    texts = ["a photo", "there is a small purple cross in the upper left corner in front of a striped backdrop", ""]
+    with torch.inference_mode():
+        whole = backbone.model.encode_text(backbone.tokenizer(texts))
+    for i, text in enumerate(texts):
+        torch.testing.assert_close(backbone.encode_texts([text])[0], whole[i], rtol=1e-5, atol=1e-6)
+
+
+def test_force_custom_text_is_the_ordinary_model():
+    """The text tower as a separate module computes what open_clip's plain CLIP does, also when cut."""
+    import open_clip
+
+    backbone = Backbone(load_backbone("ViT-B-32-random"))
+    torch.manual_seed(0)
+    plain = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
+    state = {key.removeprefix("text."): value for key, value in backbone.model.state_dict().items()}
+    plain.load_state_dict(state)
+    texts = ["a photo of a cat", "two dogs run over a green field in the rain"]
+    with torch.inference_mode():
+        expected = plain.eval().encode_text(backbone.tokenizer(texts))
+    torch.testing.assert_close(backbone.encode_texts(texts), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_killed_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, stop_after):
+    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    whole = content(folder)
+    shutil.rmtree(folder)
+    monkeypatch.setattr(embeddings, "FLUSH", 32)
+    small_batches = [*SHAPES, "encoder.batch_size=32", *VAL]
+    cache_embeddings.main(small_batches)
+    unbroken = content(folder)
+    shutil.rmtree(folder)
+
+    calls = []
+
+    def killed(self, *args):
+        calls.append(0)
+        if len(calls) > stop_after:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    for name in ("encode_images", "encode_texts"):
+        original = getattr(Backbone, name)
+        calls.clear()
+        with monkeypatch.context() as patch:
+            # The constructor measures the embedding size with one call of encode_texts.
+            patch.setattr(Backbone, name, killed)
+            with pytest.raises(SystemExit):
+                cache_embeddings.main(small_batches)
+        assert "the same command goes on" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"is unfinished: run .* again"):
+            Pairs("shapes", "shapes-tiny", "val")
+    done = json.loads((folder / "unfinished" / "progress.json").read_text())
+    assert done["image"] == 100  # the second run went beyond the first
+    cache_embeddings.main(small_batches)
+    assert content(folder) == unbroken
+    assert unbroken["image.npy"][:128] == whole["image.npy"][:128]
+
+
+def test_a_second_run_leaves_it_alone(world, capsys):
+    before = content(world / "embeddings/shapes/shapes-tiny/val")
+    cache_embeddings.main([*SHAPES, *VAL])
+    assert "already there (100 images, 500 captions)" in capsys.readouterr().out
+    assert content(world / "embeddings/shapes/shapes-tiny/val") == before
+
+
+def test_another_backbone_or_list_is_refused(world, refusal):
+    assert "made with another list of pairs" in refusal(
+        cache_embeddings.main, "--dataset", "shapes", "--splits", "val", "--set", "data.options.val_images=90"
+    )
+    random = ["encoder.pretrained=null"]
+    assert "made with another backbone" in refusal(cache_embeddings.main, *SHAPES, *random, *VAL)
+
+
+def test_damaged_cache_is_named(own_world):
+    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    (folder / "image.npy").write_bytes((folder / "image.npy").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"image\.npy cannot be read"):
+        Pairs("shapes", "shapes-tiny", "val")
+    with pytest.raises(UserError, match=r"is missing: run `python cache_embeddings\.py --dataset nowhere"):
+        Pairs("nowhere", "shapes-tiny", "val")
+
+
+def test_images_that_cannot_be_read_stop_or_are_left_out(own_world, refusal, capsys):
+    images = sorted(own_world.glob("data/shapes/*/val/*.jpg"))
+    images[3].write_bytes(b"not a picture")
+    images[50].write_bytes(images[50].read_bytes()[:300])
+    shutil.rmtree(own_world / "embeddings/shapes/shapes-tiny/val")
+    error = refusal(cache_embeddings.main, *SHAPES, *VAL)
+    assert str(images[3].name) in error and "--on-error skip" in error
+    cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
+    assert "98 images, 490 captions" in capsys.readouterr().out
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    lines = (pairs.folder / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["image_id"] for line in lines] == [3, 50]
+    kept = [row for row in range(100) if row not in (3, 50)]
+    assert np.load(pairs.folder / "image_id.npy").tolist() == kept
+    assert pairs.matches.shape == (98, 490) and pairs.matches[pairs.image_of_text, np.arange(490)].all()
+    # No row has shifted: each caption still finds its own image's file and encoding.
+    text_id = np.load(pairs.folder / "text_id.npy")
+    assert (np.array(kept)[pairs.image_of_text] == text_id // 5).all()
+    assert [path.rsplit("/", 1)[-1] for path in pairs.items["image"]] == [f"{row:06d}.jpg" for row in kept]
+
+
+def coco_folder(root, captions=("a dog \n", " two\ncats ", "a bird")):
+    """A COCO layout of two images, one of them absent, with ids that are not rows."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    PIL.Image.new("RGB", (60, 40), (200, 30, 30)).save(root / "val2017" / "000000000139.jpg")
+    listing = {
+        "images": [{"id": 285, "file_name": "000000000285.jpg"}, {"id": 139, "file_name": "000000000139.jpg"}],
+        "annotations": [
+            {"id": 900 - i, "image_id": (139, 139, 285)[i], "caption": caption} for i, caption in enumerate(captions)
+        ],
+    }
+    (root / "annotations" / "captions_val2017.json").write_text(json.dumps(listing))
+
+
+def test_coco_layout(tmp_path):
+    coco_folder(tmp_path)
+    source = Coco(tmp_path)
+    assert [image.id for image in source.images("val")] == [139, 285]
+    assert [(c.id, c.image_id, c.text) for c in source.captions("val")] == [
+        (899, 139, "two cats"), (900, 139, "a dog"), (898, 285, "a bird"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"captions_train2017\.json is missing: unpack annotations_trainval2017"):
+        source.images("train")
+    (tmp_path / "annotations" / "captions_val2017.json").write_text("{")
+    with pytest.raises(UserError, match="is not a COCO annotation file"):
+        Coco(tmp_path).images("val")
+
+
+def test_absent_images_stop_or_are_left_out(tmp_path, monkeypatch, refusal, capsys):
+    monkeypatch.chdir(tmp_path)
+    coco_folder(tmp_path / "coco")
+    command = ["--dataset", "coco", "--root", "coco", "--backbone", "shapes-tiny", "--splits", "val", "--quiet"]
+    error = refusal(cache_embeddings.main, *command)
+    assert "1 of the 2 images of 'val' are absent" in error and "000000000285.jpg" in error
+    assert not (tmp_path / "embeddings").exists()
+    cache_embeddings.main([*command, "--on-error", "skip"])
+    assert "1 images, 2 captions" in capsys.readouterr().out
+    (tmp_path / "coco" / "val2017" / "000000000139.jpg").unlink()
+    assert "nothing is left to cache" in refusal(cache_embeddings.main, *command, "--on-error", "skip", "--overwrite")
+
+
+def test_empty_captions_stop_or_are_left_out(tmp_path, monkeypatch, refusal, capsys):
+    monkeypatch.chdir(tmp_path)
+    coco_folder(tmp_path / "coco", captions=("a dog", " \n ", "a bird"))
+    PIL.Image.new("L", (50, 50)).save(tmp_path / "coco" / "val2017" / "000000000285.jpg")
+    command = ["--dataset", "coco", "--root", "coco", "--backbone", "shapes-tiny", "--splits", "val", "--quiet"]
+    assert "caption 899 of 'val' is empty" in refusal(cache_embeddings.main, *command)
+    cache_embeddings.main([*command, "--on-error", "skip"])
+    assert "2 images, 2 captions" in capsys.readouterr().out
+
+
+def test_real_coco_annotations(shared, tmp_path):
+    source = Coco(shared / "data" / "coco")
+    images, captions = source.images("val"), source.captions("val")
+    assert (len(images), len(captions)) == (5000, 25014)
+    assert sum(image.path.is_file() for image in images) == 1000
+    assert all(caption.text == " ".join(caption.text.split()) for caption in captions)
+    raw = json.loads((shared / "data/coco/annotations/captions_val2017.json").read_text())["annotations"]
+    said = {annotation["id"]: (annotation["image_id"], annotation["caption"].split()) for annotation in raw}
+    assert {caption.id: (caption.image_id, caption.text.split()) for caption in captions} == said
+    order = {image.id: row for row, image in enumerate(images)}
+    assert (np.diff([order[caption.image_id] for caption in captions]) >= 0).all()
+
+
+def test_backbones_that_cannot_be_had_are_named():
+    config = load_backbone("ViT-B-32-quickgelu")
+    config.model, config.pretrained = "ViT-B-32", "openai"
+    with pytest.raises(UserError, match="are not of ViT-B-32 but of ViT-B-32-quickgelu"):
+        Backbone(config)
+    config.pretrained = "nonsense"
+    with pytest.raises(UserError, match="'nonsense' is neither a file nor weights that open_clip has for ViT-B-32"):
+        Backbone(config)
+    config.model = "ViT-Z-99"
+    with pytest.raises(UserError, match="open_clip has no architecture 'ViT-Z-99'"):
+        Backbone(config)
+
+
+def test_built_in_backbone_answers_full_descriptions(world):
+    """The committed weights are those that the YAML's figure speaks of."""
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    image, text = (F.normalize(torch.tensor(np.array(x)).float(), dim=-1) for x in (pairs.image, pairs.text))
+    full = np.flatnonzero(np.asarray(pairs.matches.sum(axis=0)).ravel() == 1)
+    hits = (text[full] @ image.T).argmax(dim=1).numpy() == pairs.image_of_text[full]
+    assert hits.mean() > 0.75

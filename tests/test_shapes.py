@@ -1,0 +1,111 @@
+"""The drawn world: its splits, its words and its exact ambiguity, against what the words themselves say."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from datasets.shapes import ATTRIBUTES, NAMES, SCENES, UNNAMED, VALUES, Shapes, caption, draw
+from metrics.retrieval import ambiguity, bayes_optimal_image_to_text, bayes_optimal_text_to_image
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return Shapes(tmp_path_factory.mktemp("shapes"), train_images=400, val_images=150)
+
+
+def read(text):
+    """Read a caption back: what it says of each attribute, found by its words alone."""
+    said = {}
+    for name, values in ATTRIBUTES.items():
+        found = {
+            value
+            for value, wordings in values.items()
+            for wording in wordings
+            if f" {wording} " in f" {text} "
+        }  # fmt: skip
+        assert len(found) <= 1, (text, found)
+        said[name] = found.pop() if found else None
+    return said
+
+
+def test_captions_say_what_they_are_recorded_to_say(shapes):
+    for written, mention in zip(shapes.captions("val"), shapes.mentions("val"), strict=True):
+        said = read(written.text)
+        for i, name in enumerate(NAMES):
+            assert said[name] == (None if mention[i] == UNNAMED else VALUES[i][mention[i]]), written.text
+
+
+def test_matches_equal_a_loop_over_words(shapes):
+    scenes, matches = shapes.scenes("val"), shapes.matches("val").toarray()
+    for column, written in list(enumerate(shapes.captions("val")))[::17]:
+        said = read(written.text)
+        for row, scene in enumerate(scenes):
+            true = all(said[name] in (None, VALUES[i][scene[i]]) for i, name in enumerate(NAMES))
+            assert matches[row, column] == true
+    own = [written.image_id for written in shapes.captions("val")]
+    assert matches[own, np.arange(len(own))].all()
+
+
+def test_no_scene_is_in_both_splits():
+    for sizes in ((400, 150), (9000, 3000)):  # more images than scenes: scenes repeat, on their own side
+        shapes = Shapes("unused", train_images=sizes[0], val_images=sizes[1])
+        train, val = ({tuple(scene) for scene in shapes.scenes(split)} for split in ("train", "val"))
+        assert not train & val
+    assert SCENES == 5760 and len(train) + len(val) == SCENES
+
+
+def test_same_seed_same_world_and_sizes_do_not_move_it(shapes, tmp_path):
+    again = Shapes(tmp_path, train_images=50, val_images=20)
+    assert again.captions("val") == shapes.captions("val")[:100]
+    for image, first in zip(again.images("val"), shapes.images("val"), strict=False):
+        assert image.path.read_bytes() == first.path.read_bytes()
+    assert Shapes(tmp_path, seed=1, val_images=20).captions("val") != again.captions("val")
+
+
+def test_every_scene_can_be_seen():
+    rng = np.random.default_rng(0)
+    for scene in np.stack(np.unravel_index(rng.permutation(SCENES)[:60], [len(v) for v in VALUES]), axis=1):
+        same = [np.asarray(draw(scene, np.random.default_rng(3), 96), dtype=float) for _ in range(2)]
+        other = np.asarray(draw(scene, np.random.default_rng(4), 96), dtype=float)
+        assert (same[0] == same[1]).all() and np.abs(same[0] - other).mean() > 5
+
+
+def test_ambiguity_of_the_extremes(shapes):
+    mentions, bits = shapes.mentions("val"), ambiguity(shapes.matches("val"))
+    silent, full = (mentions == UNNAMED).all(axis=1), (mentions != UNNAMED).all(axis=1)
+    assert silent.any() and full.any()
+    assert np.allclose(bits[silent], np.log(150)) and np.allclose(bits[full], 0)
+
+
+def test_bayes_optimal_recall_is_what_an_oracle_gets():
+    """An oracle that knows every scene and caption, and guesses among what fits, hits as often as the bound says."""
+    shapes = Shapes("unused", val_images=150)
+    scenes, rng = shapes.scenes("val"), np.random.default_rng(0)
+    hits, bounds = {"text": [], "image": []}, {"text": [], "image": []}
+    for _ in range(60):
+        mention = np.stack([caption(scene, rng)[1] for scene in scenes for _ in range(5)])
+        owner = np.repeat(np.arange(len(scenes)), 5)
+        true = ((scenes[:, None] == mention[None]) | (mention[None] == UNNAMED)).all(axis=2)
+        bounds["text"].append(bayes_optimal_text_to_image(sparse.csr_array(true)).mean())
+        bounds["image"].append(bayes_optimal_image_to_text(sparse.csr_array(true), np.full(len(scenes), 5)).mean())
+        guess = (true * rng.random(true.shape)).argmax(axis=0)
+        hits["text"].append((guess == owner).mean())
+        specific = true / true.sum(axis=0) + 1e-6 * rng.random(true.shape)
+        hits["image"].append((owner[(true * specific).argmax(axis=1)] == np.arange(len(scenes))).mean())
+    for side in hits:
+        error = np.std(hits[side]) / np.sqrt(len(hits[side]))
+        assert abs(np.mean(hits[side]) - np.mean(bounds[side])) < 4 * error, side
+
+
+def test_chains_grow_one_attribute_at_a_time(shapes):
+    chains = shapes.chains("val", count=30)
+    assert len(chains) == 30
+    for chain in chains:
+        named = [sum(value is not None for value in read(prompt).values()) for prompt in chain]
+        assert named == list(range(len(NAMES) + 1))
+
+
+def test_unknown_split_is_named(shapes):
+    with pytest.raises(UserError, match="no split 'test'; it has train, val"):
+        shapes.images("test")
