@@ -1,0 +1,93 @@
+"""What a method is: the one interface, and the unified InfoNCE objective.
+
+N images, M captions, B matched pairs, D embedding size. Embeddings come as the frozen model gave them: not normalized.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Embedding(NamedTuple):
+    """What an adaptor makes of N frozen embeddings."""
+
+    mean: Tensor  # (N, D)
+    uncertainty: Tensor | None = None  # (N,) larger = less certain, for every method; None where there is none
+    spread: Tensor | None = None  # the method's own parameters: kappa (N,), log variance (N, D), ...
+
+    def rows(self, index) -> "Embedding":
+        """Select rows of every field."""
+        return Embedding(*(None if field is None else field[index] for field in self))
+
+
+class Adaptor(nn.Module):
+    """A small model on top of frozen embeddings; a method overrides what it does differently.
+
+    temperature: factor on the score inside the InfoNCE objective; `fixed` at 1, `exp` of a learned number, or `free`,
+    a learned factor of either sign as in the public AsymVLM code.
+    """
+
+    def __init__(self, temperature: str = "fixed"):
+        super().__init__()
+        if temperature not in ("fixed", "exp", "free"):
+            raise ValueError(f"temperature must be fixed, exp or free, not '{temperature}'")
+        self._temperature_kind = temperature
+        if temperature == "exp":
+            self.log_temperature = nn.Parameter(torch.zeros(()))
+        elif temperature == "free":
+            self.free_temperature = nn.Parameter(torch.ones(()))
+
+    @property
+    def temperature(self) -> Tensor | float:
+        if self._temperature_kind == "exp":
+            return self.log_temperature.exp()
+        return self.free_temperature if self._temperature_kind == "free" else 1.0
+
+    def adapt_image(self, image: Tensor) -> Embedding:
+        """Give images (N, D) what the method knows of them."""
+        return Embedding(F.normalize(image, dim=-1))
+
+    def adapt_text(self, text: Tensor) -> Embedding:
+        """Give captions (M, D) what the method knows of them."""
+        return Embedding(F.normalize(text, dim=-1))
+
+    def similarity(self, image: Embedding, text: Embedding) -> Tensor:
+        """Cosine of the means (N, M)."""
+        return F.normalize(image.mean, dim=-1) @ F.normalize(text.mean, dim=-1).T
+
+    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
+        """The method's own score (N, M)."""
+        return self.similarity(image, text)
+
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """Training loss () of B matched pairs (B, D), (B, D): the unified InfoNCE over `log_likelihood`."""
+        return info_nce(self.temperature * self.log_likelihood(self.adapt_image(image), self.adapt_text(text)))
+
+    def prepare(self, image: Tensor, text: Tensor, image_of_text: Tensor) -> None:
+        """Look once at all training embeddings, before training: (N, D), (M, D), (M,)."""
+
+
+@torch.inference_mode()
+def adapt_all(adapt, embeddings, device, block: int = 8192) -> Embedding:
+    """Apply `adaptor.adapt_image` or `.adapt_text` to an array (N, D) block by block, ending on `device`."""
+    blocks = [
+        adapt(torch.as_tensor(embeddings[start : start + block].copy()).to(device).float())
+        for start in range(0, len(embeddings), block)
+    ]
+    return Embedding(*(None if field[0] is None else torch.cat(field) for field in zip(*blocks, strict=True)))
+
+
+def info_nce(score: Tensor) -> Tensor:
+    """Symmetric InfoNCE () of scores (B, B) whose diagonal is matched; van den Oord et al. (2018), arXiv 1807.03748."""
+    target = torch.arange(len(score), device=score.device)
+    return (F.cross_entropy(score, target) + F.cross_entropy(score.T, target)) / 2
+
+
+def perceptron(dim_in: int, width: int, dim_out: int, hidden: int) -> nn.Sequential:
+    """Multilayer perceptron with `hidden` hidden layers of `width` units and ReLU."""
+    sizes = [dim_in] + [width] * hidden
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], dim_out))

@@ -1,0 +1,133 @@
+"""Training: the same weights after a kill, and what is refused."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from models.asymvlm import AsymVLM
+from utils.checkpoint import Run
+from utils.config import load_config
+
+SHORT = ["--quiet", "--device", "cpu", "--set", "train.epochs=4", "train.batch_size=256", "model.width=32"]
+COMMAND = ["--dataset", "shapes", "--method", "asymvlm-psd", *SHORT]
+
+
+def read_log(folder):
+    return list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+
+
+def weights(folder):
+    return torch.load(folder / "adaptor.pt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("kill_at", [8, 14, 23])
+def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, kill_at):
+    train.main([*COMMAND, "--tag", "whole"])
+    loss, calls = AsymVLM.loss, []
+
+    def killed(self, *args):
+        calls.append(0)
+        if len(calls) == kill_at:
+            raise KeyboardInterrupt
+        return loss(self, *args)
+
+    again = [*COMMAND, "train.save_every=0"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(AsymVLM, "loss", killed)
+        train.main(again)
+    folder = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0"
+    assert (folder / "state.pt").is_file() and not (folder / "adaptor.pt").exists()
+    train.main(again)
+    whole = folder.parent.parent / "asymvlm-psd+whole/seed0"
+    ours, theirs = weights(folder), weights(whole)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert sorted(path.name for path in folder.iterdir()) == ["adaptor.pt", "config.yaml", "log.csv"]
+    logs = [read_log(path) for path in (folder, whole)]
+    assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
+    assert [int(row["epoch"]) for row in logs[0]] == [1, 2, 3, 4]
+
+
+def test_seeds_differ_and_repeat(world):
+    for seed, tag in ((0, "a"), (0, "b"), (1, "a")):
+        train.main([*COMMAND, "--seed", str(seed), "--tag", tag])
+    base = world / "checkpoints/shapes/shapes-tiny"
+    a, b, other = (
+        weights(base / name) for name in ("asymvlm-psd+a/seed0", "asymvlm-psd+b/seed0", "asymvlm-psd+a/seed1")
+    )
+    assert all((a[name] == b[name]).all() for name in a)
+    assert not (a["eta.0.weight"] == other["eta.0.weight"]).all()
+
+
+def test_schedule_is_a_cosine_per_step_and_every_pair_is_seen(world, monkeypatch):
+    sizes, loss = [], AsymVLM.loss
+    monkeypatch.setattr(
+        AsymVLM, "loss", lambda self, image, text: (sizes.append(len(text)), loss(self, image, text))[1]
+    )
+    train.main([*COMMAND, "optim.lr=0.5", "optim.min_lr=0.1"])
+    assert sizes == [256, 256, 256, 256, 256, 220] * 4  # 1,500 captions: nothing dropped
+    log = read_log(Path("checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0"))
+    expected = [0.1 + 0.4 * (1 + np.cos(np.pi * 6 * epoch / 24)) / 2 for epoch in (1, 2, 3, 4)]
+    assert [float(row["lr"]) for row in log] == pytest.approx(expected)
+
+
+def test_weight_decay_spares_scalars():
+    adaptor = AsymVLM(dim=4, width=4)
+    config = load_config("coco", "asymvlm-psd").optim
+    groups = {
+        id(p): group["weight_decay"]
+        for group in train.make_optimizer(adaptor, config).param_groups
+        for p in group["params"]
+    }
+    assert groups[id(adaptor.log_temperature)] == 0 and groups[id(adaptor.eta[0].bias)] == 5e-4
+    assert len(groups) == len(list(adaptor.parameters()))
+    config = load_config("coco", "asymvlm-psd", preset="reference").optim
+    groups = {
+        id(p): group["weight_decay"]
+        for group in train.make_optimizer(adaptor, config).param_groups
+        for p in group["params"]
+    }
+    assert set(groups.values()) == {5e-4} and len(groups) == len(list(adaptor.parameters()))
+
+
+def test_a_run_with_another_configuration_is_refused(world, refusal, capsys):
+    train.main(COMMAND)
+    error = refusal(train.main, *COMMAND, "optim.lr=0.5", "train.epochs=5")
+    assert "another optim.lr, train.epochs" in error and "--tag NAME" in error and "--overwrite" in error
+    train.main(COMMAND)
+    assert "already trained" in capsys.readouterr().out
+    train.main([*COMMAND, "train.epochs=5", "--tag", "five"])
+    train.main([*COMMAND, "train.epochs=5", "--overwrite"])
+    assert "trained, loss" in capsys.readouterr().out
+
+
+def test_a_diverging_run_says_so(world, refusal):
+    error = refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30")
+    assert "is nan in epoch" in error and "optim.lr" in error
+    assert not list(world.glob("checkpoints/**/adaptor.pt"))
+
+
+def test_missing_cache_and_unknown_names_are_one_sentence(world, refusal):
+    assert "run `python cache_embeddings.py --dataset coco" in refusal(
+        train.main, "--dataset", "coco", "--method", "clip"
+    )
+    assert "there is no method 'x'; there is asymvlm-psd" in refusal(train.main, "--dataset", "shapes", "--method", "x")
+    assert "device 'cuda:77' does not exist" in refusal(train.main, *COMMAND[:4], "--device", "cuda:77")
+    assert "optim.name must be sgd or adamw" in refusal(train.main, *COMMAND, "optim.name=lion")
+    assert "has no key 'depth'" in refusal(train.main, *COMMAND, "model.depth=3")
+    assert not list(world.glob("checkpoints/**/adaptor.pt"))
+
+
+def test_checkpoint_that_is_damaged_is_named(world, refusal):
+    train.main(COMMAND)
+    path = Run(load_config("shapes", "asymvlm-psd")).folder / "adaptor.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    import eval as evaluation
+    import uncertainty
+
+    for script, rest in ((evaluation, []), (uncertainty, ["a photo"])):
+        error = refusal(script.main, *COMMAND[:4], *rest)
+        assert "adaptor.pt is damaged or truncated: delete" in error
