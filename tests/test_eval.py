@@ -1,0 +1,176 @@
+"""Evaluation: every figure of a result file recomputed slowly, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_WORLD
+from scipy import stats
+
+import cache_embeddings
+import eval as evaluation
+import train
+import uncertainty
+from datasets.embeddings import Pairs
+from utils.checkpoint import Run
+from utils.config import load_config
+
+RUN = ["--dataset", "shapes", "--method", "asymvlm-vmf"]
+RESULT = "results/shapes/shapes-tiny/{}/seed0/shapes-retrieval"
+
+
+@pytest.fixture
+def trained(world):
+    train.main([*RUN, "--quiet", "--device", "cpu", "--set", "train.epochs=6", "train.batch_size=128"])
+    return world
+
+
+def slow(scores, own, k):
+    """Share of queries with an own item among the k best of each row, by a loop."""
+    return [bool(set(np.argsort(-row, kind="stable")[:k]) & set(items)) for row, items in zip(scores, own, strict=True)]
+
+
+@pytest.mark.parametrize("levels", [10, 7])
+def test_every_figure_by_a_slow_script(trained, levels):
+    evaluation.main([*RUN, "--uncer_levels", str(levels), "--device", "cpu"])
+    found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    arrays = np.load(trained / (RESULT.format("asymvlm-vmf") + ".npz"))
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    adaptor, _, _ = Run(load_config("shapes", "asymvlm-vmf")).load("cpu")
+    with torch.inference_mode():
+        image = adaptor.adapt_image(torch.tensor(np.array(pairs.image)).float())
+        text = adaptor.adapt_text(torch.tensor(np.array(pairs.text)).float())
+        scores = adaptor.log_likelihood(image, text).double().numpy()
+    doubt = text.uncertainty.double().numpy()
+    count = pairs.matches.toarray().sum(axis=0)
+    owner = pairs.image_of_text
+    own_texts = [np.flatnonzero(owner == i) for i in range(len(pairs.image))]
+    sides = {
+        "text_to_image": (scores.T, [[i] for i in owner], doubt),
+        "image_to_text": (scores, own_texts, doubt[scores.argmax(axis=1)]),
+    }
+    for side, (rows, own, side_doubt) in sides.items():
+        hits = {k: np.array(slow(rows, own, k), dtype=float) for k in (1, 5, 10)}
+        part = found[side]
+        for k in hits:
+            # Captions with the same words tie exactly in image->text, where a random order is worth a fraction.
+            assert part["recall"][str(k)] == pytest.approx(
+                hits[k].mean(), abs=1e-9 if side == "text_to_image" else 0.03
+            )
+        groups = np.array_split(np.argsort(side_doubt, kind="stable"), levels)
+        assert [level["count"] for level in part["levels"]] == [len(group) for group in groups]
+        recalls = np.array([level["recall"]["1"] for level in part["levels"]])
+        assert recalls == pytest.approx(
+            [hits[1][group].mean() for group in groups], abs=1e-9 if side == "text_to_image" else 0.15
+        )
+        assert part["s"] == pytest.approx(stats.spearmanr(range(levels), recalls).statistic)
+        assert part["r2"] == pytest.approx(stats.linregress(range(levels), recalls).rvalue ** 2)
+        assert part["minus_s_r2"] == pytest.approx(-part["s"] * part["r2"])
+        for level, group in zip(part["levels"], groups, strict=True):
+            assert level["uncertainty"] == pytest.approx([side_doubt[group].min(), side_doubt[group].max()])
+    part = found["text_to_image"]
+    assert part["bayes_recall"] == pytest.approx(np.mean(1 / count))
+    assert part["spearman_ambiguity"] == pytest.approx(stats.spearmanr(doubt, np.log(count)).statistic)
+    for level, group in zip(part["levels"], np.array_split(np.argsort(doubt, kind="stable"), levels), strict=True):
+        assert level["bayes_recall"] == pytest.approx(np.mean(1 / count[group]))
+    best = [np.mean(1 / count[group]) for group in np.array_split(np.argsort(np.log(count), kind="stable"), levels)]
+    assert found["bayes_optimal"]["levels"] == pytest.approx(best)
+    assert arrays["text_uncertainty"] == pytest.approx(doubt)
+    assert (arrays["text_to_image_top"] == scores.argmax(axis=0)).all()
+    assert found["config"]["optim"]["name"] == "adamw" and found["variant"] == "asymvlm-vmf"
+    certain = found["examples"]["most_certain"]
+    assert certain[0]["uncertainty"] == pytest.approx(doubt.min())
+    assert len({example["caption"] for example in certain}) == len(certain) == 10
+
+
+def test_clip_has_recall_and_no_uncertainty(world, capsys):
+    run = ["--dataset", "shapes", "--method", "clip"]
+    train.main([*run, "--quiet"])
+    assert "nothing to train" in capsys.readouterr().out
+    evaluation.main(run)
+    found = json.loads((world / (RESULT.format("clip") + ".json")).read_text())
+    assert "levels" not in found["text_to_image"] and "examples" not in found
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    image, text = (np.array(x, dtype=np.float64) for x in (pairs.image, pairs.text))
+    cosine = (text / np.linalg.norm(text, axis=1, keepdims=True)) @ (
+        image / np.linalg.norm(image, axis=1, keepdims=True)
+    ).T
+    assert found["text_to_image"]["recall"]["1"] == pytest.approx(
+        (cosine.argmax(1) == pairs.image_of_text).mean(), abs=0.005
+    )
+
+
+def test_what_does_not_fit_is_refused(trained, refusal, small_world):
+    for levels in ("1", "0", "-2", "101"):
+        assert "--uncer_levels must lie between 2 and the 100 items" in refusal(
+            evaluation.main, *RUN, "--uncer_levels", levels
+        )
+    assert "there is no checkpoint in" in refusal(evaluation.main, *RUN, "--seed", "5")
+    assert "device 'cuda:9' does not exist" in refusal(evaluation.main, *RUN, "--device", "cuda:9")
+
+    (trained / "embeddings").unlink()
+    shutil.copytree(small_world / "embeddings", trained / "embeddings")
+    folder = trained / "embeddings/shapes/shapes-tiny/val"
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"encoder_fingerprint": "0" * 16}))
+    assert "was trained on another backbone than" in refusal(evaluation.main, *RUN)
+    np.save(folder / "image.npy", np.zeros((100, 32), np.float16))
+    np.save(folder / "text.npy", np.zeros((500, 32), np.float16))
+    (folder / "meta.json").write_text(json.dumps(meta | {"dim": 32}))
+    assert "embeddings of size 64, but" in refusal(evaluation.main, *RUN)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert "other sizes than its meta.json says" in refusal(evaluation.main, *RUN)
+    (folder / "meta.json").unlink()
+    assert "is missing: run" in refusal(evaluation.main, *RUN)
+    (folder / "unfinished").mkdir()
+    assert "is unfinished: run" in refusal(evaluation.main, *RUN)
+    assert not (trained / "results").exists()
+
+
+def test_transfer_lies_under_what_it_was_trained_on(trained, monkeypatch, capsys):
+    """Evaluate on another data set than was trained on; its cache here is another draw of the same world."""
+    from utils import config as configuration
+
+    home = trained / "home"
+    shutil.copytree(configuration.HOME / "configs", home / "configs")
+    text = (home / "configs/datasets/shapes.yaml").read_text().replace("seed: 0", "seed: 1")
+    (home / "configs/datasets/other.yaml").write_text(text)
+    for module in ("utils.config", "datasets.embeddings", "models.backbone"):
+        monkeypatch.setattr(f"{module}.HOME", home)
+    monkeypatch.setattr("models.backbone.open_clip.add_model_config", lambda path: None)  # known already, by its name
+    (trained / "embeddings").unlink()
+    for name in ("shapes", "other"):
+        cache_embeddings.main(["--dataset", name, "--quiet", "--splits", "val", "--set", *SMALL_WORLD])
+    evaluation.main(["--dataset", "other", "--train-dataset", "shapes", "--method", "asymvlm-vmf"])
+    found = json.loads((trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/other-retrieval.json").read_text())
+    assert (found["evaluated_on"], found["config"]["dataset"]) == ("other", "shapes")
+
+
+def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
+    prompts = ["a photo", "a photo of a large red circle in the center on a black background", "a photo of a circle"]
+    uncertainty.main([*RUN, *prompts])
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.rsplit("  ", 1)[0].strip() for line in lines] == prompts
+    uncertainty.main([*RUN, "--json", *prompts])
+    out = capsys.readouterr().out
+    rows = json.loads(out)
+    values = {row["item"]: row["uncertainty"] for row in rows}
+    assert values[prompts[0]] > values[prompts[1]] and all(row["kind"] == "text" for row in rows)
+    uncertainty.main([*RUN, "--json", "--sort", *prompts])
+    ranked = [row["uncertainty"] for row in json.loads(capsys.readouterr().out)]
+    assert ranked == sorted(values.values(), reverse=True)
+
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    evaluation.main([*RUN, "--quiet"])
+    doubt = np.load(RESULT.format("asymvlm-vmf") + ".npz")["text_uncertainty"]
+    capsys.readouterr()
+    uncertainty.main([*RUN, "--json", *pairs.items["text"][:5]])
+    assert [row["uncertainty"] for row in json.loads(capsys.readouterr().out)] == pytest.approx(doubt[:5], rel=1e-2)
+
+    assert "a prompt is empty" in refusal(uncertainty.main, *RUN, "a photo", "  ")
+    assert "asymvlm-vmf gives no uncertainty to images" in refusal(uncertainty.main, *RUN, pairs.items["image"][0])
+    assert "there is no image file nowhere.jpg" in refusal(uncertainty.main, *RUN, "nowhere.jpg")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    assert "broken.png cannot be read" in refusal(uncertainty.main, *RUN, str(tmp_path / "broken.png"))

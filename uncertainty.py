@@ -1,0 +1,90 @@
+"""Say how uncertain a trained method is of prompts or image files.
+
+    python uncertainty.py --dataset shapes --method asymvlm-psd "a photo" "a photo of a circle" picture.jpg
+
+prints them with their uncertainty, in the order given: larger = less certain.
+"""
+
+import json
+from pathlib import Path
+
+import PIL.Image
+import torch
+
+from datasets.embeddings import encoder_fingerprint
+from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.checkpoint import Run
+from utils.device import pick_device
+from utils.errors import UserError, exits_cleanly
+
+IMAGE_SUFFIXES = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+
+
+def parse(argv):
+    parser = make_parser(__doc__)
+    parser.add_argument("items", nargs="+", metavar="PROMPT_OR_IMAGE", help="prompts, and names of image files")
+    add_data_flags(parser, "trained on")
+    add_run_flags(parser)
+    parser.add_argument("--sort", action="store_true", help="least certain first")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of item, kind and uncertainty")
+    return parser.parse_args(argv)
+
+
+def pixels(name, transform):
+    """Load an image file as the backbone sees it, (3, H, W)."""
+    try:
+        with PIL.Image.open(name) as image:
+            return transform(image)
+    except FileNotFoundError:
+        raise UserError(f"there is no image file {name}.") from None
+    except Exception as error:  # Pillow raises a dozen kinds on a broken file
+        raise UserError(f"the image {name} cannot be read ({error}).") from None
+
+
+def measure(items, adaptor, backbone, method, device):
+    """Give each item's kind and uncertainty, in order."""
+    kinds = ["image" if Path(item).suffix.lower() in IMAGE_SUFFIXES else "text" for item in items]
+    chosen = {kind: [item for item, k in zip(items, kinds, strict=True) if k == kind] for kind in ("image", "text")}
+    found = {}
+    for kind, names in chosen.items():
+        if not names:
+            continue
+        if kind == "image":
+            encoded = backbone.encode_images(torch.stack([pixels(name, backbone.transform) for name in names]))
+        else:
+            encoded = backbone.encode_texts(names)
+        with torch.inference_mode():  # through float16, as the cache keeps what the adaptor was trained on
+            adapted = getattr(adaptor, f"adapt_{kind}")(encoded.half().float().to(device))
+        if adapted.uncertainty is None:
+            raise UserError(f"{method} gives no uncertainty to {kind}s ({names[0]}).")
+        found[kind] = iter(adapted.uncertainty.tolist())
+    return [
+        {"item": item, "kind": kind, "uncertainty": next(found[kind])} for item, kind in zip(items, kinds, strict=True)
+    ]
+
+
+@exits_cleanly
+def main(argv=None):
+    args = parse(argv)
+    if any(not item.strip() for item in args.items):
+        raise UserError("a prompt is empty: give at least one word.")
+    device = pick_device(args.device)
+    run = Run(run_config(args, args.dataset))
+    adaptor, config, identity = run.load(device)
+    if encoder_fingerprint(config.encoder) != identity["encoder_fingerprint"]:
+        raise UserError(f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on.")
+    from models.backbone import Backbone  # takes seconds to import: only once the rest is known to be right
+
+    rows = measure(args.items, adaptor, Backbone(config.encoder, device), config.method, device)
+    if args.sort:
+        rows.sort(key=lambda row: -row["uncertainty"])
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    width = max(len(row["item"]) for row in rows)
+    for row in rows:
+        print(f"{row['item']:{width}}  {row['uncertainty']:.4g}")
+
+
+if __name__ == "__main__":
+    main()
