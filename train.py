@@ -66,11 +66,10 @@ def main(argv=None):
     if run.done:
         print(f"{run.folder}: already trained")
         return
-    image, text, image_of_text = pairs.to(device)
-    adaptor.prepare(image, text, image_of_text)
+    adaptor.prepare(pairs)
     log = []
     if any(p.requires_grad for p in adaptor.parameters()):
-        log = fit(adaptor, image, text, image_of_text, run, args.quiet)
+        log = fit(adaptor, *pairs.to(device), run, args.quiet)
     write_log(run.folder / "log.csv", log)
     run.finish(adaptor)
     print(f"{run.folder}: " + (f"trained, loss {log[-1]['loss']:.4f}" if log else "nothing to train"))
@@ -104,6 +103,8 @@ def fit(adaptor, image, text, image_of_text, run, quiet):
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(rows)
+            if bar.n % 50 == 0:  # reading the loss waits for the device
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
         mean = total.item() / len(text)
         if not math.isfinite(mean):
@@ -111,7 +112,6 @@ def fit(adaptor, image, text, image_of_text, run, quiet):
         scalars = {name: p.item() for name, p in adaptor.named_parameters() if p.numel() == 1}
         seconds = round(time.perf_counter() - started, 3)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds} | scalars)
-        bar.set_postfix(loss=f"{mean:.4f}")
         if epoch + 1 < epochs and time.perf_counter() - saved > config.train.save_every:
             run.save_state(adaptor=adaptor.state_dict(), optimizer=optimizer.state_dict(),
                            schedule=schedule.state_dict(), log=log)  # fmt: skip

@@ -66,8 +66,8 @@ class Adaptor(nn.Module):
         """Training loss () of B matched pairs (B, D), (B, D): the unified InfoNCE over `log_likelihood`."""
         return info_nce(self.temperature * self.log_likelihood(self.adapt_image(image), self.adapt_text(text)))
 
-    def prepare(self, image: Tensor, text: Tensor, image_of_text: Tensor) -> None:
-        """Look once at all training embeddings, before training: (N, D), (M, D), (M,)."""
+    def prepare(self, pairs) -> None:
+        """Look once at all that is cached of the training split, an opened `Pairs`, before training."""
 
 
 @torch.inference_mode()

@@ -4,7 +4,6 @@ Ordinary CLIP training on the train split of `shapes`: its 8,000 image files, sh
 captions worded anew for each batch. It ends with the figure to expect: text->image R@1 on val with full descriptions.
 """
 
-import argparse
 import math
 
 import numpy as np
@@ -14,10 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from datasets.shapes import Shapes, caption, describe
+from datasets.shapes import caption, describe
 from models.backbone import Backbone
 from models.base import info_nce
-from utils.config import load_backbone
+from utils.arguments import make_parser
+from utils.config import load_config, make_source
 from utils.device import pick_device
 from utils.files import atomic
 from utils.seed import seed_everything
@@ -60,9 +60,8 @@ def save_half(model, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data/shapes", help="folder of the drawn images")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="auto")
@@ -71,10 +70,10 @@ def main(argv=None):
 
     seed_everything(0)
     device = pick_device(args.device)
-    config = load_backbone("shapes-tiny")
-    config.pretrained = None  # from scratch
-    backbone = Backbone(config, device)
-    model, source = backbone.model.train().requires_grad_(True), Shapes(args.root)
+    config = load_config("shapes", backbone="shapes-tiny")
+    config.encoder.pretrained = None  # from scratch
+    backbone, source = Backbone(config.encoder, device), make_source(config)
+    model = backbone.model.train().requires_grad_(True)
     train, scenes = pixels(source.images("train"), backbone), source.scenes("train")
     val, val_scenes = pixels(source.images("val"), backbone), source.scenes("val")
 
@@ -109,12 +108,11 @@ def main(argv=None):
             model.logit_scale.clamp_(0, math.log(100))
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            model.eval()
-            recall = full_description_recall(model, backbone.tokenizer, val, val_scenes, device)
-            bar.write(f"step {step + 1}: loss {loss.item():.3f}, scale {model.logit_scale.exp().item():.1f}, "
-                      f"full-description text->image R@1 on val {recall:.3f}", )  # fmt: skip
+            recall = full_description_recall(model.eval(), backbone.tokenizer, val, val_scenes, device)
+            bar.write(f"step {step + 1}: loss {loss.item():.3f}, R@1 of full descriptions on val {recall:.3f}")
             model.train()
-            save_half(model, args.out)
+    save_half(model, args.out)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""Speed and memory beside a textbook baseline, both in the same run: `python -m benchmarks.run [CASE ...]`.
+
+Times are medians of interleaved repeats. Memory is the growth of a fresh process's peak resident set over what it held
+before the call. Ratios hold across machines; seconds do not. RESULTS.md records what was seen.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import special
+
+from metrics import retrieval
+from models.distributions import power_spherical, von_mises_fisher
+from utils.config import load_backbone
+from utils.device import pick_device
+
+REPEATS = 5
+
+
+def batches(device):
+    """One epoch of 100,000 pairs in batches of 2,048: gather on the device, against a Dataset and DataLoader."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(20_000, 512, generator=generator).half().to(device)
+    text = torch.randn(100_000, 512, generator=generator).half().to(device)
+    row_of = torch.arange(100_000, device=device) // 5
+
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self):
+            self.image, self.text, self.row_of = image.cpu().float(), text.cpu().float(), row_of.tolist()
+
+        def __len__(self):
+            return len(self.text)
+
+        def __getitem__(self, index):
+            return self.image[self.row_of[index]], self.text[index]
+
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=2048, shuffle=True)
+
+    def ours():
+        for rows in torch.randperm(len(text)).to(device).split(2048):
+            image[row_of[rows]].float(), text[rows].float()
+
+    def textbook():
+        for x, y in loader:
+            x.to(device), y.to(device)
+
+    return ours, textbook
+
+
+def normalizers(device):
+    """Both log normalizers of 100,000 kappas at D = 512, with gradients: ours, against scipy's special functions."""
+    kappa = torch.rand(100_000, generator=torch.Generator().manual_seed(0)).mul(500).to(device).requires_grad_()
+
+    def ours():
+        total = von_mises_fisher.log_normalizer(kappa, 512) + power_spherical.log_normalizer(kappa, 512)
+        torch.autograd.grad(total.sum(), kappa)
+
+    def textbook():
+        k = kappa.detach().cpu().double().numpy()
+        order = np.log(special.ive(255, k)) + k  # minus infinity below kappa = 13
+        special.ive(256, k) / special.ive(255, k)
+        a = 255.5
+        a * np.log(k) - order, special.gammaln(2 * a + k) - special.gammaln(a + k)
+        special.digamma(2 * a + k) - special.digamma(a + k)
+
+    return ours, textbook
+
+
+def evaluation(device):
+    """R@1/5/10 both ways at COCO's size, 5,000 x 25,014, D = 512, clustered: counting in tiles, against one matrix."""
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(5000, 512, generator=generator), dim=-1)
+    row_of = torch.arange(25_014) % 5000
+    text = F.normalize(image[row_of] + 2 * torch.randn(25_014, 512, generator=generator) / 512**0.5, dim=-1)
+    image, text, owner = image.to(device), text.to(device), row_of.numpy()
+    caption = np.arange(len(text))
+
+    def ours():
+        t2i = retrieval.rank(lambda rows: text[rows] @ image.T, len(image), caption, owner)
+        i2t = retrieval.rank(lambda rows: image[rows] @ text.T, len(text), owner, caption)
+        return [retrieval.recall_at(ranking, k).mean() for ranking in (t2i, i2t) for k in (1, 5, 10)]
+
+    def textbook():
+        score = image @ text.T
+        own = row_of.to(device)
+        t2i = score.T.argsort(dim=1, descending=True)[:, :10] == own[:, None]
+        i2t = own[score.argsort(dim=1, descending=True)[:, :10]] == torch.arange(len(image), device=device)[:, None]
+        return [hits[:, :k].any(dim=1).float().mean().item() for hits in (t2i, i2t) for k in (1, 5, 10)]
+
+    np.testing.assert_allclose(ours(), textbook(), atol=1e-3)
+    return ours, textbook
+
+
+def captions(device):
+    """Encode 64 captions with ViT-B/32's text tower: cut to the longest caption, against the full 77 tokens."""
+    from models.backbone import Backbone
+
+    backbone = Backbone(load_backbone("ViT-B-32-random"), device)
+    texts = [f"two dogs run over a green field in the rain {number}" for number in range(64)]
+
+    def textbook():
+        with torch.inference_mode():
+            return backbone.model.encode_text(backbone.tokenizer(texts).to(device))
+
+    torch.testing.assert_close(backbone.encode_texts(texts), textbook(), rtol=1e-3, atol=1e-4)
+    return lambda: backbone.encode_texts(texts), textbook
+
+
+CASES = {case.__name__: case for case in (batches, normalizers, evaluation, captions)}
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def seconds(call, device):
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def peak_growth(name, which, device):
+    """Growth of peak memory in MB over one call, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.run", name, "--device", str(device), "--memory", which]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory", choices=["ours", "textbook"], help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    if args.memory:
+        call = CASES[args.cases[0]](device)[args.memory == "textbook"]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            print((torch.cuda.max_memory_allocated() - before) / 2**20)
+            return
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        call()
+        print(max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
+        return
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, medians of {REPEATS}")
+    for case in args.cases:
+        ours, textbook = CASES[case](device)
+        ours(), textbook()
+        times = [(seconds(ours, device), seconds(textbook, device)) for _ in range(REPEATS)]
+        fast, slow = (statistics.median(column) for column in zip(*times, strict=True))
+        memory = [peak_growth(case, which, device) for which in ("ours", "textbook")] if case == "evaluation" else None
+        print(f"\n{case}: {CASES[case].__doc__}")
+        print(f"  {1000 * fast:9.1f} ms, textbook {1000 * slow:9.1f} ms: {slow / fast:.1f} times as fast")
+        if memory:
+            ratio = memory[1] / max(memory[0], 1)
+            print(f"  {memory[0]:9.0f} MB, textbook {memory[1]:9.0f} MB: {ratio:.1f} times as small")
+
+
+if __name__ == "__main__":
+    main()
