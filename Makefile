@@ -18,11 +18,13 @@ demo: $(RESULTS)
 results/shapes/shapes-tiny/%/seed0/shapes-retrieval.json: checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt
 	$(PY) eval.py --dataset shapes --method $* --quiet
 
-checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt: $(CACHE)
-	$(PY) train.py --dataset shapes --method $*
+checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt: configs/methods/%.yaml $(CACHE)
+	$(PY) train.py --dataset shapes --method $* --overwrite
+	touch $@
 
-$(CACHE): .venv/demo
-	$(PY) cache_embeddings.py --dataset shapes
+$(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py | .venv/demo
+	$(PY) cache_embeddings.py --dataset shapes --overwrite
+	touch $@
 
 test: lint
 	$(PY) -m pytest

@@ -6,14 +6,12 @@
 writes embeddings/<dataset>/<backbone>/<split>/. A killed run goes on where it stopped; a finished split is left alone.
 """
 
-import shutil
-
-from datasets.embeddings import cache_folder, identity, write_cache
+from datasets.embeddings import cache_folder, identity, read_meta, write_cache
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device
-from utils.errors import UserError, exits_cleanly
-from utils.files import read_json
+from utils.errors import GOES_ON, UserError, exits_cleanly
+from utils.files import locked
 
 
 def parse(argv):
@@ -30,7 +28,7 @@ def parse(argv):
 
 
 def read_split(source, split, on_error):
-    """List a split and leave out, where told to, the images whose files are absent and captions without a word."""
+    """List a split and leave out, where told to, images whose files are absent and captions without a word."""
     images, captions, matches = source.images(split), source.captions(split), source.matches(split)
     absent = {image.id: image.path for image in images if not image.path.is_file()}
     empty = {caption.id for caption in captions if not caption.text.strip()}
@@ -42,22 +40,31 @@ def read_split(source, split, on_error):
         )
     if empty and on_error == "stop":
         raise UserError(f"caption {min(empty)} of '{split}' is empty: mend it, or leave it out with --on-error skip.")
+    keep_text = [caption.image_id not in absent and caption.id not in empty for caption in captions]
+    described = {caption.image_id for caption, keep in zip(captions, keep_text) if keep}
+    keep_image = [image.id in described for image in images]
     skipped = [{"image_id": id, "path": str(path), "reason": "absent"} for id, path in absent.items()]
     skipped += [{"text_id": id, "reason": "empty caption"} for id in sorted(empty)]
-    keep_image = [image.id not in absent for image in images]
-    keep_text = [caption.image_id not in absent and caption.id not in empty for caption in captions]
-    if matches is not None and skipped:
-        matches = matches[keep_image][:, keep_text]
+    # An image that nothing describes can be no query and no answer.
+    silent = [image for image in images if image.id not in described and image.id not in absent]
+    skipped += [{"image_id": image.id, "path": str(image.path), "reason": "no caption"} for image in silent]
     return {
-        "images": [image for image, keep in zip(images, keep_image, strict=True) if keep],
-        "captions": [caption for caption, keep in zip(captions, keep_text, strict=True) if keep],
-        "matches": matches,
+        "images": [image for image, keep in zip(images, keep_image) if keep],
+        "captions": [caption for caption, keep in zip(captions, keep_text) if keep],
+        "matches": None if matches is None else matches[keep_image][:, keep_text],
         "chains": source.chains(split),
         "skipped": skipped,
     }
 
 
-@exits_cleanly
+def describe(folder):
+    """Say in a line what a cache holds."""
+    meta = read_meta(folder)
+    skipped = f", {meta['skipped']:,} left out (skipped.jsonl)" if meta["skipped"] else ""
+    return f"{folder}: {meta['images']:,} images, {meta['captions']:,} captions, D = {meta['dim']}{skipped}"
+
+
+@exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
     args = parse(argv)
     config = load_config(args.dataset, backbone=args.backbone, settings=args.set)
@@ -70,24 +77,25 @@ def main(argv=None):
         content = read_split(source, split, args.on_error)
         if not content["captions"]:
             raise UserError(f"nothing is left to cache of '{split}': none of its images are in {config.data.root}.")
-        wanted = identity(config, split, content["images"], content["captions"])
-        if (folder / "meta.json").is_file() and not args.overwrite:
-            held = read_json(folder / "meta.json")
-            if held["fingerprint"] == wanted["fingerprint"]:
-                print(f"{folder}: already there ({held['images']:,} images, {held['captions']:,} captions)")
-                continue
-            changed = "backbone" if held["encoder_fingerprint"] != wanted["encoder_fingerprint"] else "list of pairs"
-            raise UserError(f"{folder} was made with another {changed} than asked for: replace it with --overwrite.")
-        if args.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        if backbone is None:
-            from models.backbone import Backbone  # takes seconds to import, and a second run needs none of it
+        wanted = identity(config, split, source, content["images"], content["captions"])
+        with locked(folder):
+            if (folder / "meta.json").is_file():
+                held = read_meta(folder)
+                if held["fingerprint"] == wanted["fingerprint"]:
+                    print(f"{describe(folder)} (already there)")
+                    continue
+                if not args.overwrite:
+                    same = held["encoder_fingerprint"] == wanted["encoder_fingerprint"]
+                    changed = "list of pairs" if same else "backbone"
+                    raise UserError(
+                        f"{folder} was made with another {changed} than asked for: replace it with --overwrite."
+                    )
+            if backbone is None:
+                from models.backbone import Backbone  # takes seconds to import, and a second run needs none of it
 
-            backbone = Backbone(config.encoder, device)
-        write_cache(folder, wanted, content, backbone, args.on_error, args.quiet)
-        held = read_json(folder / "meta.json")
-        skipped = f", {held['skipped']:,} left out (skipped.jsonl)" if held["skipped"] else ""
-        print(f"{folder}: {held['images']:,} images, {held['captions']:,} captions, D = {held['dim']}{skipped}")
+                backbone = Backbone(config.encoder, device)
+            write_cache(folder, wanted, content, backbone, args.on_error, args.quiet)
+        print(describe(folder))
 
 
 if __name__ == "__main__":

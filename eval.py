@@ -78,7 +78,9 @@ def evaluate(adaptor, score, pairs, device, count):
     text_limit = image_limit = None
     if matches is not None:
         text_limit = retrieval.bayes_optimal_text_to_image(matches)
-        image_limit = retrieval.bayes_optimal_image_to_text(matches, np.bincount(image_of_text))
+        image_limit = retrieval.bayes_optimal_image_to_text(
+            matches, np.bincount(image_of_text, minlength=len(pairs.image))
+        )
         arrays |= {"ambiguity": retrieval.ambiguity(matches), "text_limit": text_limit, "image_limit": image_limit}
     result = {
         "text_to_image": direction(t2i, text_doubt, "query caption", text_limit, count),
@@ -124,27 +126,30 @@ def examples(doubt, hits, pairs, limit):
     return shown
 
 
-@exits_cleanly
+@exits_cleanly()
 def main(argv=None):
     args = parse(argv)
-    trained_on = run_config(args, args.train_dataset or args.dataset)
-    data = load_config(args.dataset, backbone=trained_on.backbone).data
+    run = Run(run_config(args, args.train_dataset or args.dataset))
+    data = load_config(args.dataset, backbone=run.config.backbone).data
     device = pick_device(args.device)
-    pairs = Pairs(args.dataset, trained_on.backbone, data.eval_split)
-    adaptor, config, identity = Run(trained_on).load(device)
-    pairs.must_fit(identity, Run(trained_on).folder)
+    pairs = Pairs(args.dataset, run.config.backbone, data.eval_split)
+    adaptor, config, identity = run.load(device)
+    pairs.must_fit(identity, run.folder)
     smaller = min(len(pairs.image), len(pairs.text))
     if not 2 <= args.uncer_levels <= smaller:
-        raise UserError(
-            f"--uncer_levels must lie between 2 and the {smaller:,} items of the gallery, not {args.uncer_levels}."
-        )
-    result, arrays = evaluate(adaptor, config.score, pairs, device, args.uncer_levels)
-    path = config.result(args.dataset, "retrieval")
+        said = f"must lie between 2 and {smaller:,}, the size of the gallery"
+        raise UserError(f"--uncer_levels {said}, not {args.uncer_levels}.")
+    try:
+        result, arrays = evaluate(adaptor, config.score, pairs, device, args.uncer_levels)
+    except FloatingPointError as error:
+        raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
     about = {
         "task": "retrieval", "evaluated_on": args.dataset, "split": data.eval_split, "uncer_levels": args.uncer_levels,
         "images": len(pairs.image), "captions": len(pairs.text), "skipped": pairs.meta["skipped"],
-        "fingerprint": pairs.meta["fingerprint"], "variant": config.variant,
+        "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
+    path = config.result(args.dataset, "retrieval")
+    path.unlink(missing_ok=True)  # its arrays are about to be others
     save_arrays(path.with_suffix(".npz"), **arrays)
     write_json(path, about | {"config": dataclasses.asdict(config)} | result)
     if not args.quiet:

@@ -107,7 +107,7 @@ def samples_of(folder, block):
     return samples
 
 
-@exits_cleanly
+@exits_cleanly()
 def main(argv=None):
     args = parse(argv)
     folder = args.results / args.dataset

@@ -18,8 +18,8 @@ from utils.arguments import add_data_flags, add_run_flags, make_parser, run_conf
 from utils.checkpoint import Run
 from utils.config import make_adaptor
 from utils.device import pick_device
-from utils.errors import UserError, exits_cleanly
-from utils.files import write_text
+from utils.errors import GOES_ON, UserError, exits_cleanly
+from utils.files import locked, write_text
 from utils.seed import seed_everything
 
 
@@ -38,14 +38,20 @@ def make_optimizer(adaptor, config):
     scalars = [p for p in adaptor.parameters() if p.numel() == 1 and not config.decay_scalars]
     others = [p for p in adaptor.parameters() if p.numel() > 1 or config.decay_scalars]
     groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": scalars, "weight_decay": 0.0}]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    raise UserError(f"optim.name must be sgd or adamw, not '{config.name}'.")
+    makers = {
+        "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr),
+    }
+    if config.name not in makers:
+        raise UserError(f"optim.name must be sgd or adamw, not '{config.name}'.")
+    try:
+        return makers[config.name]()
+    except ValueError as error:
+        raise UserError(f"optim: {error}.") from None
 
 
 def write_log(path, rows):
+    """Write one line of figures per epoch as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["epoch"])
     writer.writeheader()
@@ -53,7 +59,7 @@ def write_log(path, rows):
     write_text(path, text.getvalue())
 
 
-@exits_cleanly
+@exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
     args = parse(argv)
     config = run_config(args, args.dataset, args.set)
@@ -61,49 +67,51 @@ def main(argv=None):
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split)
     seed_everything(config.seed)
     adaptor = make_adaptor(config, pairs.dim).to(device)
+    optimizer = make_optimizer(adaptor, config.optim)
     run = Run(config)
-    run.claim(pairs.identity, args.overwrite)
-    if run.done:
-        print(f"{run.folder}: already trained")
-        return
-    adaptor.prepare(pairs)
-    log = []
-    if any(p.requires_grad for p in adaptor.parameters()):
-        log = fit(adaptor, *pairs.to(device), run, args.quiet)
-    write_log(run.folder / "log.csv", log)
-    run.finish(adaptor)
+    with locked(run.folder):
+        run.claim(pairs.identity, args.overwrite)
+        if run.done:
+            print(f"{run.folder}: already trained")
+            return
+        adaptor.prepare(pairs)
+        log = []
+        if any(p.requires_grad for p in adaptor.parameters()):
+            log = fit(adaptor, optimizer, *pairs.to(device), run, args.quiet)
+        write_log(run.folder / "log.csv", log)
+        run.finish(adaptor)
     print(f"{run.folder}: " + (f"trained, loss {log[-1]['loss']:.4f}" if log else "nothing to train"))
 
 
-def fit(adaptor, image, text, image_of_text, run, quiet):
+def fit(adaptor, optimizer, image, text, image_of_text, run, quiet):
     """Run the training loop; returns one dict of figures per epoch."""
     config = run.config
-    batch, epochs = config.train.batch_size, config.train.epochs
+    batch, epochs = min(config.train.batch_size, len(text)), config.train.epochs
     steps = math.ceil(len(text) / batch)  # the last batch of an epoch is what is left
-    optimizer = make_optimizer(adaptor, config.optim)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     log = []
-    state = run.resume(image.device)
+    state = run.resume()
     if state:
         adaptor.load_state_dict(state["adaptor"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         log = state["log"]
     adaptor.train()
-    saved = started = time.perf_counter()
+    saved = time.perf_counter()
+    started = saved - (log[-1]["seconds"] if log else 0)
     bar = tqdm(total=steps * epochs, initial=steps * len(log), desc=config.variant, unit="step", disable=quiet or None)
     for epoch in range(len(log), epochs):
-        # The order of an epoch depends on nothing but seed and epoch, so that a resumed run sees the same batches.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        # What an epoch draws depends on nothing but seed and epoch, so that a resumed run draws the same.
+        torch.manual_seed((config.seed * 1_000_003 + epoch) % 2**32)
         total = torch.zeros((), device=image.device)
-        for rows in torch.randperm(len(text), generator=generator).to(image.device).split(batch):
+        for step, rows in enumerate(torch.randperm(len(text)).to(image.device).split(batch)):
             loss = adaptor.loss(image[image_of_text[rows]].float(), text[rows].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(rows)
-            if bar.n % 50 == 0:  # reading the loss waits for the device
+            if step % 50 == 0 and not bar.disable:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
         mean = total.item() / len(text)

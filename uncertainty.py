@@ -30,6 +30,12 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def is_image(item):
+    """Tell the name of an image file from a prompt that happens to end like one."""
+    path = Path(item)
+    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not any(map(str.isspace, item)))
+
+
 def pixels(name, transform):
     """Load an image file as the backbone sees it, (3, H, W)."""
     try:
@@ -43,7 +49,7 @@ def pixels(name, transform):
 
 def measure(items, adaptor, backbone, method, device):
     """Give each item's kind and uncertainty, in order."""
-    kinds = ["image" if Path(item).suffix.lower() in IMAGE_SUFFIXES else "text" for item in items]
+    kinds = ["image" if is_image(item) else "text" for item in items]
     chosen = {kind: [item for item, k in zip(items, kinds, strict=True) if k == kind] for kind in ("image", "text")}
     found = {}
     for kind, names in chosen.items():
@@ -56,14 +62,15 @@ def measure(items, adaptor, backbone, method, device):
         with torch.inference_mode():  # through float16, as the cache keeps what the adaptor was trained on
             adapted = getattr(adaptor, f"adapt_{kind}")(encoded.half().float().to(device))
         if adapted.uncertainty is None:
-            raise UserError(f"{method} gives no uncertainty to {kind}s ({names[0]}).")
+            what = "images" if kind == "image" else "captions"
+            raise UserError(f"{method} knows no uncertainty of {what}, such as '{names[0]}': try another method.")
         found[kind] = iter(adapted.uncertainty.tolist())
     return [
         {"item": item, "kind": kind, "uncertainty": next(found[kind])} for item, kind in zip(items, kinds, strict=True)
     ]
 
 
-@exits_cleanly
+@exits_cleanly()
 def main(argv=None):
     args = parse(argv)
     if any(not item.strip() for item in args.items):

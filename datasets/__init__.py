@@ -19,8 +19,11 @@ class Source:
     """Image-caption pairs as their publisher lays them out: what `cache_embeddings.py` reads.
 
     A source is constructed with the folder `root` and the `options` of its YAML, and lists what it has in a fixed
-    order; rows of the cache follow that order.
+    order; rows of the cache follow that order. `version` names what else pixels and truth depend on: a cache made with
+    another one is stale.
     """
+
+    version = ""
 
     def images(self, split: str) -> list[Image]:
         """List the images of `split`; raises UserError where the split or its files are missing."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,20 +27,25 @@ class Coco(Source):
             )
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-                return COCO(str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError) as error:
-            raise UserError(f"{path} is not a COCO annotation file ({error!r}): download it again.") from None
+                coco = COCO(str(path))
+            folder = self.root / f"{split}2017"
+            images = [Image(id, folder / coco.imgs[id]["file_name"]) for id in sorted(coco.imgs)]
+            # Thousands of captions carry trailing blanks and line breaks: white space is folded.
+            captions = [
+                Caption(annotation["id"], id, " ".join(annotation["caption"].split()))
+                for id in sorted(coco.imgs)
+                for annotation in sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"])
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"{path} is not a file of COCO captions ({error!r}): download it again.") from None
+        if not images or not captions or len(captions) != len(coco.dataset.get("annotations", ())):
+            raise UserError(f"{path} lists no images, or captions of images that it does not list: download it again.")
+        return images, captions
 
     def images(self, split):
-        coco = self._read(split)
-        folder = self.root / f"{split}2017"
-        return [Image(id, folder / coco.imgs[id]["file_name"]) for id in sorted(coco.imgs)]
+        """List the images of `split`, by id; raises UserError where the annotation file is missing or broken."""
+        return self._read(split)[0]
 
     def captions(self, split):
-        coco = self._read(split)
-        # Thousands of captions carry trailing blanks and line breaks: white space is folded.
-        return [
-            Caption(annotation["id"], id, " ".join(annotation["caption"].split()))
-            for id in sorted(coco.imgs)
-            for annotation in sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"])
-        ]
+        """List the captions of `split`, by image id and own id; raises what `images` raises."""
+        return self._read(split)[1]

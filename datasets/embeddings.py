@@ -12,12 +12,15 @@ One folder per split, `embeddings/<dataset>/<backbone>/<split>/`:
     meta.json                           what the cache is; written last, so that its presence means the rest is whole
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +36,19 @@ from utils.files import atomic, read_json, save_array, save_arrays, write_json, 
 
 FLUSH = 1024  # images, or four times as many captions, between two records of progress
 WORKING = "unfinished"  # folder inside the split's folder that holds what a killed run had done
+META, PROGRESS = "meta.json", "progress.json"
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_meta(folder):
+    """Read what a cache says of itself; raises UserError where meta.json is damaged."""
+    try:
+        meta = read_json(folder / META)
+        if meta["complete"] is True:
+            return meta
+    except UNREADABLE:
+        pass
+    raise UserError(f"{folder / META} is damaged: delete {folder} and cache the split again.")
 
 
 def cache_folder(dataset, backbone, split):
@@ -41,16 +57,18 @@ def cache_folder(dataset, backbone, split):
 
 def encoder_fingerprint(encoder):
     """Identify a backbone by architecture and weights, without loading it: 16 hex digits."""
-    digest = hashlib.sha256(encoder.model.encode())
-    for name in (encoder.architecture, encoder.pretrained):
-        path = HOME / (name or "")
-        digest.update(path.read_bytes() if path.is_file() else str(name).encode())
+    digest = hashlib.sha256(f"{encoder.model} {encoder.pretrained is None}".encode())
+    if encoder.architecture:
+        digest.update((HOME / encoder.architecture).read_bytes())
+    if encoder.pretrained:
+        file = encoder.weights_file
+        digest.update(file.read_bytes() if file else encoder.pretrained.encode())
     return digest.hexdigest()[:16]
 
 
-def listing_fingerprint(images, captions):
-    """Identify what a split lists: ids, file names and captions, not the folder they lie in."""
-    digest = hashlib.sha256()
+def listing_fingerprint(source, images, captions):
+    """Identify what a split lists: ids, file names, captions and the source's version, not the folder they lie in."""
+    digest = hashlib.sha256(f"{type(source).__name__} {source.version}\n".encode())
     for image in images:
         digest.update(f"{image.id}\t{image.path.name}\n".encode())
     for caption in captions:
@@ -66,25 +84,33 @@ class Pairs:
 
     def __init__(self, dataset, backbone, split):
         self.folder = cache_folder(dataset, backbone, split)
-        command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone}"
-        if not (self.folder / "meta.json").is_file():
+        self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone}"
+        if not (self.folder / META).is_file():
             state = "unfinished" if (self.folder / WORKING).is_dir() else "missing"
-            raise UserError(f"the cache {self.folder} is {state}: run `{command}`{' again' * (state != 'missing')}.")
-        self.meta = read_json(self.folder / "meta.json")
+            again = " again" * (state == "unfinished")
+            raise UserError(f"the cache {self.folder} is {state}: run `{self.command}`{again}.")
+        self.meta = read_meta(self.folder)
         self.image, self.text = self._array("image"), self._array("text")
         self.image_of_text = np.asarray(self._array("image_of_text"))
         shapes = (self.meta["images"], self.meta["dim"]), (self.meta["captions"], self.meta["dim"])
         if (self.image.shape, self.text.shape) != shapes or len(self.image_of_text) != len(self.text):
             raise UserError(
-                f"the cache {self.folder} holds other sizes than its meta.json says: run `{command} --overwrite`."
+                f"the cache {self.folder} holds other sizes than its {META} says: delete it and run `{self.command}`."
             )
 
-    def _array(self, name):
-        path = self.folder / f"{name}.npy"
+    def _read(self, name, read):
+        """Read one of the cache's files; one that meta.json lists must be there, another gives None."""
+        if name not in self.meta["files"]:
+            return None
         try:
-            return np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): cache the split again with --overwrite.") from None
+            return read(self.folder / name)
+        except UNREADABLE as error:
+            raise UserError(
+                f"{self.folder / name} cannot be read ({error}): delete {self.folder} and run `{self.command}`."
+            ) from None
+
+    def _array(self, name):
+        return self._read(f"{name}.npy", lambda path: np.load(path, mmap_mode="r"))
 
     @property
     def dim(self):
@@ -108,25 +134,25 @@ class Pairs:
     @cached_property
     def matches(self):
         """Which images each caption is true of, sparse (N, M), or None where the source does not know."""
-        path = self.folder / "matches.npz"
-        return sparse.load_npz(path).tocsc() if path.is_file() else None
+        return self._read("matches.npz", lambda path: sparse.load_npz(path).tocsc())
 
     @cached_property
     def chains(self):
         """Prompts from general to specific: dict of text (K, D), chain (K,), depth (K,), or None."""
-        path = self.folder / "chains.npz"
-        return dict(np.load(path)) if path.is_file() else None
+        return self._read("chains.npz", lambda path: dict(np.load(path)))
 
     @cached_property
     def items(self):
-        """Image paths and captions in row order: {"image": [...], "text": [...]}."""
-        items = {"image": [], "text": []}
-        with open(self.folder / "items.jsonl", encoding="utf-8") as lines:
-            for line in lines:
+        """Image paths and captions in row order: {"image": [...], "text": [...], "prompt": [...]}."""
+
+        def read(path):
+            items = {"image": [], "text": [], "prompt": []}
+            for line in path.read_text(encoding="utf-8").splitlines():
                 item = json.loads(line)
-                if item["kind"] in items:
-                    items[item["kind"]].append(item["value"])
-        return items
+                items[item["kind"]].append(item["value"])
+            return items
+
+        return self._read("items.jsonl", read)
 
     def to(self, device):
         """Put the pairs on `device`: float16 image (N, D) and text (M, D), int64 image_of_text (M,)."""
@@ -135,20 +161,16 @@ class Pairs:
 
 
 def write_cache(folder, identity, split, backbone, on_error="stop", quiet=False):
-    """Encode a split into `folder`, going on from where an earlier call was killed.
+    """Encode a split into `folder`, going on from where an earlier call was killed; the caller holds the folder's lock.
 
-    identity: dict that says what the cache is; its `fingerprint` must equal the one of work found unfinished.
+    identity: dict that says what the cache is; work found unfinished is gone on with if its `fingerprint` is equal.
     split: dict of images, captions, matches, chains and skipped. backbone: encodes. on_error: `stop` raises a UserError
     at an image that cannot be read; `skip` leaves it and its captions out.
     """
     images, captions = split["images"], split["captions"]
     work = folder / WORKING
-    progress_file = work / "progress.json"
-    progress = read_json(progress_file) if progress_file.is_file() else None
-    if progress is None or progress["fingerprint"] != identity["fingerprint"]:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        progress = {"fingerprint": identity["fingerprint"], "image": 0, "text": 0, "unreadable": {}}
+    (folder / META).unlink(missing_ok=True)
+    progress = _progress(work, identity["fingerprint"])
 
     def store(name, rows):
         """Open the array of what is encoded so far, and the bar that shows it."""
@@ -160,24 +182,25 @@ def write_cache(folder, identity, split, backbone, on_error="stop", quiet=False)
         array.flush()
         bar.update(done - progress[name])
         progress[name] = done
-        write_json(progress_file, progress)
+        write_json(work / PROGRESS, progress)
 
+    if on_error == "stop" and progress["unreadable"]:  # left by a run that skipped, and perhaps mended since
+        first = min(map(int, progress["unreadable"]))
+        progress |= {"image": first - first % backbone.config.batch_size, "unreadable": {}}
     image, bar = store("image", len(images))
     with bar:
         for start, encoded, unreadable in _encoded_images(images, progress["image"], backbone):
+            if unreadable and on_error == "stop":
+                row, reason = next(iter(unreadable.items()))
+                raise UserError(
+                    f"the image {images[int(row)].path} cannot be read ({reason}): mend or remove it, or leave such"
+                    " images and their captions out with --on-error skip."
+                )
             done = start + len(encoded)
             image[start:done] = encoded
             progress["unreadable"].update(unreadable)
-            if on_error == "stop" and progress["unreadable"]:
-                break
             if done // FLUSH > start // FLUSH or done == len(images):
                 record(image, bar, "image", done)
-    if on_error == "stop" and progress["unreadable"]:
-        row, reason = next(iter(progress["unreadable"].items()))
-        raise UserError(
-            f"the image {images[int(row)].path} cannot be read ({reason}): mend or remove it, or leave such images and"
-            " their captions out with --on-error skip."
-        )
     text, bar = store("text", len(captions))
     with bar:
         for start in range(progress["text"], len(captions), 4 * FLUSH):
@@ -186,6 +209,18 @@ def write_cache(folder, identity, split, backbone, on_error="stop", quiet=False)
             record(text, bar, "text", start + len(block))
     _finish(folder, identity, split, backbone, image, text, progress["unreadable"])
     shutil.rmtree(work)
+
+
+def _progress(work, fingerprint):
+    """Read how far a killed run with the same fingerprint came, and what it could not read; or begin anew."""
+    file = work / PROGRESS
+    with contextlib.suppress(*UNREADABLE):
+        progress = read_json(file)
+        if progress["fingerprint"] == fingerprint:
+            return progress
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return {"fingerprint": fingerprint, "image": 0, "text": 0, "unreadable": {}}
 
 
 class _Decoded(torch.utils.data.Dataset):
@@ -219,7 +254,7 @@ def _encoded_images(images, first, backbone):
         good = [i for i, item in enumerate(batch) if not isinstance(item, str)]
         encoded = np.zeros((len(batch), backbone.dim), dtype=np.float16)
         if good:
-            encoded[good] = backbone.encode_images(torch.stack([batch[i] for i in good])).half().cpu().numpy()
+            encoded[good] = _half(backbone.encode_images(torch.stack([batch[i] for i in good])))
         yield start, encoded, unreadable
 
 
@@ -229,7 +264,15 @@ def _encoded_texts(texts, backbone):
     encoded = np.empty((len(texts), backbone.dim), dtype=np.float16)
     for rows in np.array_split(order, max(1, len(order) // (4 * backbone.config.batch_size))):
         if len(rows):
-            encoded[rows] = backbone.encode_texts([texts[row] for row in rows]).half().cpu().numpy()
+            encoded[rows] = _half(backbone.encode_texts([texts[row] for row in rows]))
+    return encoded
+
+
+def _half(encoded):
+    """Turn embeddings into the float16 of the cache; raises UserError where that cannot hold them."""
+    encoded = encoded.half().cpu().numpy()
+    if not np.isfinite(encoded).all():
+        raise UserError("the backbone gives embeddings that are not finite in float16: are its weights whole?")
     return encoded
 
 
@@ -242,6 +285,8 @@ def _finish(folder, identity, split, backbone, image, text, unreadable):
     keep_text = keep_image[image_of_text]
     if not keep_text.any():
         raise UserError(f"nothing is left to cache in {folder}: no image of the split could be read.")
+    for name in ("matches.npz", "chains.npz"):  # a cache that is replaced may have had them where this one has none
+        (folder / name).unlink(missing_ok=True)
     save_array(folder / "image.npy", image[keep_image])
     save_array(folder / "text.npy", text[keep_text])
     save_array(folder / "image_of_text.npy", (np.cumsum(keep_image) - 1)[image_of_text][keep_text])
@@ -270,13 +315,14 @@ def _finish(folder, identity, split, backbone, image, text, unreadable):
         "skipped": len(skipped),
         "logit_scale": backbone.logit_scale,
         "logit_bias": backbone.logit_bias,
+        "files": sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".npz", ".jsonl")),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "pillow")},
         "complete": True,
     }
-    write_json(folder / "meta.json", identity | about)
+    write_json(folder / META, identity | about)
 
 
-def identity(config, split, images, captions):
+def identity(config, split, source, images, captions):
     """Say what a cache is before it is written: names, the backbone's and the listing's fingerprint, and one of all."""
     said = {
         "dataset": config.dataset,
@@ -284,7 +330,7 @@ def identity(config, split, images, captions):
         "backbone": config.backbone,
         "encoder": dataclasses.asdict(config.encoder),
         "encoder_fingerprint": encoder_fingerprint(config.encoder),
-        "listing_fingerprint": listing_fingerprint(images, captions),
+        "listing_fingerprint": listing_fingerprint(source, images, captions),
     }
     digest = hashlib.sha256(f"{said['encoder_fingerprint']} {said['listing_fingerprint']} {split}".encode())
     return said | {"fingerprint": digest.hexdigest()[:16]}

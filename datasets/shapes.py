@@ -5,7 +5,6 @@ names a random subset of the attributes, from none ("a photo") to all five. Whic
 of then follows from the grammar, and with it the caption's ambiguity and the best recall that any method can reach.
 """
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from datasets import Caption, Image, Source
 from utils.errors import UserError
+from utils.files import atomic
 
 # Each value with the ways captions spell it. Colors of objects and of backgrounds do not overlap, so that every object
 # can be seen and no word means two things.
@@ -75,7 +75,7 @@ CENTER = {
     "bottom left": (0.3, 0.7), "bottom right": (0.7, 0.7),
 }  # fmt: skip
 
-DRAWING = "v1"  # names the folder of drawn files: raise it when `draw` changes
+DRAWING = "v1"  # raise it when what a seed draws or says changes: old files and caches are then left aside
 
 
 class Shapes(Source):
@@ -88,7 +88,11 @@ class Shapes(Source):
     def __init__(self, root, seed=0, train_images=8000, val_images=1000, captions_per_image=5, image_size=96):
         self.seed, self.captions_per_image, self.image_size = seed, captions_per_image, image_size
         self.sizes = {"train": train_images, "val": val_images}
-        self.folder = Path(root) / f"{DRAWING}-seed{seed}-{image_size}px"
+        numbers = (train_images, val_images, captions_per_image, image_size)
+        if seed < 0 or any(not isinstance(number, int) or number < 1 for number in numbers):
+            raise ValueError("sizes must be whole numbers from 1 on, and the seed from 0 on")
+        self.version = f"{DRAWING}-seed{seed}-{image_size}px"
+        self.folder = Path(root) / self.version
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)
     def scenes(self, split):
@@ -101,19 +105,19 @@ class Shapes(Source):
         return np.stack(np.unravel_index(rows, CARDINALITY), axis=1)
 
     def images(self, split):
+        """List the images of `split`, drawing the files that are missing; raises UserError for an unknown split."""
         scenes, folder = self.scenes(split), self.folder / split
-        folder.mkdir(parents=True, exist_ok=True)
-        present = set(os.listdir(folder))
         images = [Image(row, folder / f"{row:06d}.jpg") for row in range(len(scenes))]
+        present = {path.name for path in folder.glob("*.jpg")}
         missing = [image for image in images if image.path.name not in present]
         for image in tqdm(missing, desc=f"draw {split}", unit="image", disable=None if len(missing) > 500 else True):
             rng = self._rng(split, image.id, 0)
-            partial = image.path.with_suffix(".part")
-            draw(scenes[image.id], rng, self.image_size).save(partial, format="JPEG", quality=92, subsampling=0)
-            os.replace(partial, image.path)
+            with atomic(image.path) as partial:
+                draw(scenes[image.id], rng, self.image_size).save(partial, format="JPEG", quality=92, subsampling=0)
         return images
 
     def captions(self, split):
+        """List the captions of `split`, `captions_per_image` of each image; raises UserError for an unknown split."""
         return [
             Caption(row, row // self.captions_per_image, text) for row, (text, _) in enumerate(self._written(split))
         ]

@@ -26,7 +26,8 @@ def rank(score, gallery, query_of_positive, item_of_positive):
     """Rank each query's positives in a gallery of G items, blockwise: at most TILE scores exist at a time.
 
     score: function from a slice of queries to their scores (q, G). query_of_positive, item_of_positive: (P,) rows,
-    with every query 0 .. Q-1 present. Counting needs no sorting, and serves every recall@k at once.
+    with every query 0 .. Q-1 present. Counting needs no sorting, and serves every recall@k at once. Raises
+    FloatingPointError where a score is not finite.
     """
     query, item = torch.tensor(query_of_positive), torch.tensor(item_of_positive)
     order = query.argsort(stable=True)
@@ -38,6 +39,8 @@ def rank(score, gallery, query_of_positive, item_of_positive):
         stop = min(start + step, queries)
         scores = score(slice(start, stop))
         top_score, top = scores.max(dim=1)
+        if not torch.isfinite(top_score).all():
+            raise FloatingPointError("a score is not finite")
         first, last = torch.searchsorted(query, torch.tensor([start, stop])).tolist()
         row, column = (query[first:last] - start).to(scores.device), item[first:last].to(scores.device)
         # The positives' scores are the tile's own: computed apart, rounding could set one above or below itself.
@@ -61,7 +64,7 @@ def recall_at(ranking, k):
         left = ranking.tied + ranking.own - filled
         drawn = np.where(left > 0, (ranking.tied - filled) / np.maximum(left, 1), 0)
         miss = np.where(filled < slots, miss * np.maximum(drawn, 0), miss)
-    return 1 - miss
+    return np.where(ranking.own > 0, 1 - miss, 0.0)
 
 
 def ambiguity(matches):

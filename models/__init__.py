@@ -1,1 +1,1 @@
-"""Methods that give frozen embeddings an uncertainty, one file each; configs/methods lists them."""
+"""Methods that give frozen embeddings an uncertainty, one file each, and the frozen backbone they build on."""

@@ -52,9 +52,6 @@ class AsymVLM(Adaptor):
         kernel = self.family.log_kernel(image.mean @ text.mean.T)
         return text.spread * kernel + self.log_normalizer(text.spread, self.dim)
 
-    def similarity(self, image: Embedding, text: Embedding) -> Tensor:
-        return image.mean @ text.mean.T
-
 
 def mean_of_bounds(kappa: Tensor, dim: int) -> Tensor:
     """Approximate log C_D(kappa) (M,) by the mean of an upper and a lower bound (arXiv 2103.15718), as the public code.

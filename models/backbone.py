@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-from pathlib import Path
 
 import torch
 
@@ -22,37 +21,28 @@ class Backbone:
 
     def __init__(self, config, device="cpu"):
         self.config, self.device = config, torch.device(device)
-        pretrained = config.pretrained
+        weights = config.weights_file
         if config.architecture:
             open_clip.add_model_config(HOME / config.architecture)
         if config.model not in open_clip.list_models():
             raise UserError(f"open_clip has no architecture '{config.model}'; `open_clip.list_models()` lists them.")
-        if pretrained and (HOME / pretrained).is_file():
-            pretrained = str(HOME / pretrained)
-        elif pretrained and not Path(pretrained).is_file():
-            tags = open_clip.list_pretrained_tags_by_model(config.model)
-            if pretrained not in tags:
-                raise UserError(
-                    f"'{pretrained}' is neither a file nor weights that open_clip has for {config.model}"
-                    f" ({', '.join(tags) or 'it has none'})."
-                )
-            # open_clip only warns, and only once the weights are down.
-            wanted = open_clip.pretrained.get_pretrained_cfg(config.model, pretrained).get("quick_gelu", False)
-            if wanted != open_clip.get_model_config(config.model).get("quick_gelu", False):
-                fitting = config.model + "-quickgelu" if wanted else config.model.removesuffix("-quickgelu")
-                raise UserError(f"the weights '{pretrained}' are not of {config.model} but of {fitting}: use that.")
+        if config.pretrained and not weights:
+            _must_be_known(config)
         torch.manual_seed(0)  # random weights, where asked for, are the same everywhere
         try:
             # The text tower as a module of its own is what can be cut to a batch's longest caption.
             self.model, _, self.transform = open_clip.create_model_and_transforms(
-                config.model, pretrained=pretrained, device=self.device, force_custom_text=True
+                config.model,
+                pretrained=str(weights) if weights else config.pretrained,
+                device=self.device,
+                force_custom_text=True,
             )
-        except Exception as error:  # open_clip raises whatever its downloader raised
-            raise UserError(
-                f"the weights '{pretrained}' of {config.model} could not be loaded"
-                f" ({' '.join(str(error).split())[:200]}): check the connection, or name a local file with"
-                " --set encoder.pretrained=FILE."
-            ) from None
+        except Exception as error:  # open_clip raises whatever its downloader or torch raised
+            way = "are they of this architecture?" if weights else "check the connection, or name a local file with"
+            way += "" if weights else " --set encoder.pretrained=FILE."
+            said = " ".join(str(error).split())[:200]
+            what = f"the weights '{config.pretrained}' of {config.model}"
+            raise UserError(f"{what} do not load ({said}): {way}") from None
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(config.model)
         self.dim = self.encode_texts([""]).shape[1]
@@ -91,9 +81,26 @@ class Backbone:
 
     @property
     def logit_scale(self):
+        """Factor on the cosine that the model was trained with."""
         return self.model.logit_scale.exp().item()
 
     @property
     def logit_bias(self):
+        """Number added to the scaled cosine, or None: sigmoid models have one."""
         bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else bias.item()
+
+
+def _must_be_known(config):
+    """Raise a UserError unless open_clip has these weights, trained with the activation of this architecture."""
+    tags = open_clip.list_pretrained_tags_by_model(config.model)
+    if config.pretrained not in tags:
+        raise UserError(
+            f"'{config.pretrained}' is neither a file nor weights that open_clip has for {config.model}"
+            f" ({', '.join(tags) or 'it has none'})."
+        )
+    # open_clip only warns, and only once the weights are down.
+    wanted = open_clip.pretrained.get_pretrained_cfg(config.model, config.pretrained).get("quick_gelu", False)
+    if wanted != open_clip.get_model_config(config.model).get("quick_gelu", False):
+        fitting = config.model + "-quickgelu" if wanted else config.model.removesuffix("-quickgelu")
+        raise UserError(f"the weights '{config.pretrained}' are not of {config.model} but of {fitting}: use that.")

@@ -87,7 +87,9 @@ def info_nce(score: Tensor) -> Tensor:
 
 
 def perceptron(dim_in: int, width: int, dim_out: int, hidden: int) -> nn.Sequential:
-    """Multilayer perceptron with `hidden` hidden layers of `width` units and ReLU."""
+    """Multilayer perceptron with `hidden` layers of `width` units and ReLU; raises ValueError for impossible sizes."""
+    if width < 1 or hidden < 0:
+        raise ValueError(f"a perceptron cannot have {hidden} hidden layers of width {width}")
     sizes = [dim_in] + [width] * hidden
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], dim_out))

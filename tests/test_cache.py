@@ -7,7 +7,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import SMALL_WORLD
 
 import cache_embeddings
@@ -17,6 +16,7 @@ from datasets.embeddings import Pairs
 from models.backbone import Backbone
 from utils.config import load_backbone
 from utils.errors import UserError
+from utils.files import locked
 
 SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
 VAL = ["--splits", "val"]
@@ -94,18 +94,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, 
 
     calls = []
 
-    def killed(self, *args):
-        calls.append(0)
-        if len(calls) > stop_after:
-            raise KeyboardInterrupt
-        return original(self, *args)
+    def counted(original, limit):
+        """Count the calls of a method, and act as a kill would at the one after `limit`."""
+
+        def call(self, *args):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(0)
+            return original(self, *args)
+
+        return call
 
     for name in ("encode_images", "encode_texts"):
-        original = getattr(Backbone, name)
         calls.clear()
         with monkeypatch.context() as patch:
             # The constructor measures the embedding size with one call of encode_texts.
-            patch.setattr(Backbone, name, killed)
+            patch.setattr(Backbone, name, counted(getattr(Backbone, name), stop_after))
             with pytest.raises(SystemExit):
                 cache_embeddings.main(small_batches)
         assert "the same command goes on" in capsys.readouterr().err
@@ -113,7 +117,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, 
             Pairs("shapes", "shapes-tiny", "val")
     done = json.loads((folder / "unfinished" / "progress.json").read_text())
     assert done["image"] == 100  # the second run went beyond the first
-    cache_embeddings.main(small_batches)
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "encode_images", counted(Backbone.encode_images, 0))  # no image is encoded again
+        cache_embeddings.main(small_batches)
     assert content(folder) == unbroken
     assert unbroken["image.npy"][:128] == whole["image.npy"][:128]
 
@@ -121,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, 
 def test_a_second_run_leaves_it_alone(world, capsys):
     before = content(world / "embeddings/shapes/shapes-tiny/val")
     cache_embeddings.main([*SHAPES, *VAL])
-    assert "already there (100 images, 500 captions)" in capsys.readouterr().out
+    assert "100 images, 500 captions, D = 64 (already there)" in capsys.readouterr().out
     assert content(world / "embeddings/shapes/shapes-tiny/val") == before
 
 
@@ -131,6 +138,55 @@ def test_another_backbone_or_list_is_refused(world, refusal):
     )
     random = ["encoder.pretrained=null"]
     assert "made with another backbone" in refusal(cache_embeddings.main, *SHAPES, *random, *VAL)
+
+
+def test_what_shapes_draws_is_part_of_what_a_cache_is(world, refusal):
+    smaller = [*SHAPES, "data.options.image_size=32", *VAL]
+    assert "made with another list of pairs" in refusal(cache_embeddings.main, *smaller)
+
+
+def test_replacing_a_cache_is_asked_for_and_goes_on_too(own_world, monkeypatch, capsys):
+    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    other = ["--dataset", "shapes", "--quiet", "--splits", "val", "--overwrite", "--set", "data.options.val_images=90"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(embeddings, "_encoded_texts", lambda *args: exec("raise KeyboardInterrupt"))
+        cache_embeddings.main(other)
+    assert not (folder / "meta.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "encode_images", None)  # all images are encoded already
+        cache_embeddings.main(other)
+    assert "90 images, 450 captions" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_share_a_folder(world, refusal):
+    with locked(world / "embeddings/shapes/shapes-tiny/val"):
+        assert "another process is writing" in refusal(cache_embeddings.main, *SHAPES, *VAL)
+
+
+def test_an_image_that_was_mended_is_read_again(own_world, monkeypatch, capsys):
+    image = sorted(own_world.glob("data/shapes/*96px/val/*.jpg"))[3]
+    good = image.read_bytes()
+    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    whole = content(folder)
+    shutil.rmtree(folder)
+    image.write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(embeddings, "_encoded_texts", lambda *args: exec("raise KeyboardInterrupt"))
+        cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
+    image.write_bytes(good)
+    cache_embeddings.main([*SHAPES, *VAL])
+    assert content(folder) == whole
+
+
+def test_weights_are_known_by_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder = load_backbone("shapes-tiny")
+    encoder.pretrained = "mine.safetensors"
+    prints = set()
+    for text in ("one", "two"):
+        (tmp_path / "mine.safetensors").write_text(text)
+        prints.add(embeddings.encoder_fingerprint(encoder))
+    assert len(prints) == 2
 
 
 def test_damaged_cache_is_named(own_world):
@@ -143,7 +199,7 @@ def test_damaged_cache_is_named(own_world):
 
 
 def test_images_that_cannot_be_read_stop_or_are_left_out(own_world, refusal, capsys):
-    images = sorted(own_world.glob("data/shapes/*/val/*.jpg"))
+    images = sorted(own_world.glob("data/shapes/*96px/val/*.jpg"))
     images[3].write_bytes(b"not a picture")
     images[50].write_bytes(images[50].read_bytes()[:300])
     shutil.rmtree(own_world / "embeddings/shapes/shapes-tiny/val")
@@ -187,7 +243,28 @@ def test_coco_layout(tmp_path):
     with pytest.raises(UserError, match=r"captions_train2017\.json is missing: unpack annotations_trainval2017"):
         source.images("train")
     (tmp_path / "annotations" / "captions_val2017.json").write_text("{")
-    with pytest.raises(UserError, match="is not a COCO annotation file"):
+    with pytest.raises(UserError, match="is not a file of COCO captions"):
+        Coco(tmp_path).images("val")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda listing: listing["annotations"][0].pop("caption"),
+        lambda listing: listing["annotations"][0].update(caption=None),
+        lambda listing: listing["images"][0].pop("file_name"),
+        lambda listing: listing.pop("images"),
+        lambda listing: listing.pop("annotations"),
+        lambda listing: listing["images"].pop(),
+    ],
+)
+def test_coco_files_of_another_kind_are_named(tmp_path, spoil):
+    coco_folder(tmp_path)
+    path = tmp_path / "annotations" / "captions_val2017.json"
+    listing = json.loads(path.read_text())
+    spoil(listing)
+    path.write_text(json.dumps(listing))
+    with pytest.raises(UserError, match=r"captions_val2017\.json (is not a file of COCO captions|lists no images)"):
         Coco(tmp_path).images("val")
 
 
@@ -238,12 +315,3 @@ def test_backbones_that_cannot_be_had_are_named():
     config.model = "ViT-Z-99"
     with pytest.raises(UserError, match="open_clip has no architecture 'ViT-Z-99'"):
         Backbone(config)
-
-
-def test_built_in_backbone_answers_full_descriptions(world):
-    """The committed weights are those that the YAML's figure speaks of."""
-    pairs = Pairs("shapes", "shapes-tiny", "val")
-    image, text = (F.normalize(torch.tensor(np.array(x)).float(), dim=-1) for x in (pairs.image, pairs.text))
-    full = np.flatnonzero(np.asarray(pairs.matches.sum(axis=0)).ravel() == 1)
-    hits = (text[full] @ image.T).argmax(dim=1).numpy() == pairs.image_of_text[full]
-    assert hits.mean() > 0.75

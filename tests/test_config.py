@@ -20,6 +20,9 @@ def home(tmp_path, monkeypatch):
         ),
         "methods/typo.yaml": "optim: {learning_rate: 1}\n",
         "methods/broken.yaml": "optim: {lr: [\n",
+        "methods/elsewhere.yaml": "on: {x: {optim: {lr: 1}}}\n",
+        "datasets/list.yaml": "[1, 2]\n",
+        "datasets/bare.yaml": "data: {source: x.Y}\n",
     }
     for name, text in files.items():
         path = tmp_path / "configs" / name
@@ -47,9 +50,9 @@ def test_saved_configuration_reads_back_the_same(home):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (dict(dataset="x"), "there is no dataset 'x'; there is d"),
+        (dict(dataset="x"), "there is no dataset 'x'; there is bare, d, list"),
         (dict(dataset="d", backbone="x"), "there is no backbone 'x'; there is b"),
-        (dict(dataset="d", method="x"), "there is no method 'x'; there is broken, m, typo"),
+        (dict(dataset="d", method="x"), "there is no method 'x'; there is broken, elsewhere, m, typo"),
         (dict(dataset="d", method="m", preset="x"), "has no preset 'x'; it has default, reference"),
         (dict(dataset="d", method="typo"), "optim has no key 'learning_rate'; it has name, lr"),
         (dict(dataset="d", method="broken"), "is not valid YAML"),
@@ -59,6 +62,17 @@ def test_saved_configuration_reads_back_the_same(home):
         (dict(dataset="d", method="m", settings=["train.epochs=true"]), "epochs must be int, not True"),
         (dict(dataset="d", method="m", settings=["train=3"]), "train wants the keys batch_size"),
         (dict(dataset="d", method="m", settings=["train.epochs=0"]), "epochs must be at least 1"),
+        (dict(dataset="d", method="m", settings=["train.epochs=["]), "the value is not valid YAML"),
+        (dict(dataset="d", method="m", settings=["method=other"]), "method names the run and is no key"),
+        (dict(dataset="d", method="m", settings=["backbone=b"]), "backbone names the run and is no key"),
+        (dict(dataset="d", method="m", settings=["score=rank"]), "score must be log_likelihood or similarity"),
+        (dict(dataset="d", method="m", tag="../up"), "--tag names a folder"),
+        (dict(dataset="d", method="m", tag="reference"), "would name the folder of the preset"),
+        (dict(dataset="d", method="m", seed=-1), "--seed must lie between 0 and"),
+        (dict(dataset="d", method="m", seed=2**32), "--seed must lie between 0 and"),
+        (dict(dataset="list", method="m"), "must hold keys and values"),
+        (dict(dataset="bare"), "names no backbone: give one with --backbone"),
+        (dict(dataset="d", method="elsewhere"), "on names 'x'; there is bare, d, list"),
     ],
 )
 def test_mistakes_are_named(home, call, sentence):
@@ -71,8 +85,11 @@ def test_options_of_a_class_are_checked():
         construct("models.asymvlm.AsymVLM", {"depth": 3}, "here", dim=4)
     with pytest.raises(UserError, match="family must be one of"):
         construct("models.asymvlm.AsymVLM", {"family": "normal"}, "here", dim=4)
-    with pytest.raises(UserError, match="cannot be imported"):
-        construct("models.nothing.Nothing", {}, "here")
+    with pytest.raises(UserError, match="cannot have 3 hidden layers of width -3"):
+        construct("models.asymvlm.AsymVLM", {"width": -3}, "here", dim=4)
+    for nothing in ("models.nothing.Nothing", "Nothing", 3, "os.path"):
+        with pytest.raises(UserError, match="cannot be imported"):
+            construct(nothing, {}, "here")
 
 
 def test_every_shipped_configuration_resolves():
@@ -84,7 +101,7 @@ def test_every_shipped_configuration_resolves():
 
 
 def test_a_device_that_does_not_exist_is_named():
-    for name in ("cuda:99", "nonsense"):
+    for name in ("cuda:99", "nonsense", "meta", "privateuseone"):
         with pytest.raises(UserError, match=f"device '{name}' does not exist here; there is cpu"):
             pick_device(name)
     assert pick_device("auto").type in ("cpu", "cuda", "mps")

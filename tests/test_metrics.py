@@ -55,6 +55,14 @@ def test_constant_score_has_the_recall_of_a_guess():
     assert everything == pytest.approx(np.ones(50))
 
 
+def test_a_score_that_is_not_finite_is_refused():
+    for wrong in (torch.nan, torch.inf):
+        scores = torch.zeros(3, 4)
+        scores[1, 2] = wrong
+        with pytest.raises(FloatingPointError, match="not finite"):
+            retrieval.rank(lambda rows, scores=scores: scores[rows], 4, np.arange(3), np.arange(3))
+
+
 def test_bayes_optimal_limits_by_loop():
     rng = np.random.default_rng(3)
     true = rng.random((8, 12)) < 0.4

@@ -106,6 +106,13 @@ def test_chains_grow_one_attribute_at_a_time(shapes):
         assert named == list(range(len(NAMES) + 1))
 
 
+@pytest.mark.parametrize("name", ["train_images", "val_images", "captions_per_image", "image_size"])
+def test_sizes_that_cannot_be_are_refused(name):
+    for value in (0, -5, 3.5):
+        with pytest.raises(ValueError, match="sizes must be whole numbers"):
+            Shapes("unused", **{name: value})
+
+
 def test_unknown_split_is_named(shapes):
     with pytest.raises(UserError, match="no split 'test'; it has train, val"):
         shapes.images("test")

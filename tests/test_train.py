@@ -1,6 +1,7 @@
 """Training: the same weights after a kill, and what is refused."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import train
 from models.asymvlm import AsymVLM
 from utils.checkpoint import Run
 from utils.config import load_config
+from utils.files import locked
 
 SHORT = ["--quiet", "--device", "cpu", "--set", "train.epochs=4", "train.batch_size=256", "model.width=32"]
 COMMAND = ["--dataset", "shapes", "--method", "asymvlm-psd", *SHORT]
@@ -102,6 +104,31 @@ def test_a_run_with_another_configuration_is_refused(world, refusal, capsys):
     train.main([*COMMAND, "train.epochs=5", "--tag", "five"])
     train.main([*COMMAND, "train.epochs=5", "--overwrite"])
     assert "trained, loss" in capsys.readouterr().out
+
+
+def test_embeddings_that_changed_are_noticed(world, small_world, refusal):
+    train.main(COMMAND)
+    (world / "embeddings").unlink()
+    shutil.copytree(small_world / "embeddings", world / "embeddings")
+    meta = world / "embeddings/shapes/shapes-tiny/train/meta.json"
+    meta.write_text(meta.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    assert "holds a run with another cache of embeddings" in refusal(train.main, *COMMAND)
+    train.main([*COMMAND, "--overwrite"])
+    (Run(load_config("shapes", "asymvlm-psd")).folder / "config.yaml").unlink()
+    assert "config.yaml is missing or damaged" in refusal(train.main, *COMMAND)
+
+
+def test_a_mistake_does_not_take_the_folder(world, refusal, capsys):
+    refusal(train.main, *COMMAND, "optim.name=lion")
+    refusal(train.main, *COMMAND, "optim.lr=-1")
+    refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30")
+    train.main(COMMAND)
+    assert "trained, loss" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_share_a_folder(world, refusal):
+    with locked(Run(load_config("shapes", "asymvlm-psd")).folder):
+        assert "another process is writing" in refusal(train.main, *COMMAND)
 
 
 def test_a_diverging_run_says_so(world, refusal):

@@ -1,8 +1,8 @@
 """A run's folder: config.yaml (resolved), state.pt while it trains, adaptor.pt and log.csv when it is done."""
 
 import dataclasses
+import hashlib
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -23,64 +23,78 @@ class Run:
 
     def __init__(self, config):
         self.config, self.folder = config, config.checkpoint
+        self.adaptor_file, self.state_file = self.folder / "adaptor.pt", self.folder / "state.pt"
 
     @property
     def done(self):
-        return (self.folder / "adaptor.pt").is_file()
+        """Whether the training is finished."""
+        return self.adaptor_file.is_file()
 
     def claim(self, identity, overwrite=False):
         """Take the folder, or raise a UserError if it holds a run with another configuration or other embeddings.
 
-        identity: dict of what the run was trained on, kept in state.pt and adaptor.pt.
+        identity: dict of what the run is trained on, kept beside the weights. overwrite: replace such a run.
         """
         self.identity = identity
-        held = self.folder / "config.yaml"
-        if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif held.is_file():
-            changed = _difference(dataclasses.asdict(Config.load(held)), dataclasses.asdict(self.config))
-            if changed:
-                raise UserError(
-                    f"{self.folder} holds a run with another {', '.join(changed)}: give this one a name of its own"
-                    " with --tag NAME, or replace it with --overwrite."
-                )
-            for name in ("adaptor.pt", "state.pt"):
-                if (self.folder / name).is_file() and _read(self.folder / name)["identity"] != identity:
-                    raise UserError(
-                        f"{self.folder} was trained on other embeddings than the cache holds now: give this run a name"
-                        " of its own with --tag NAME, or replace it with --overwrite."
-                    )
-        self.config.save(held)
+        changed = self._changed()
+        if changed and not overwrite:
+            raise UserError(
+                f"{self.folder} holds a run with another {', '.join(changed)}: give this one a name of its own with"
+                " --tag NAME, or replace it with --overwrite."
+            )
+        if changed:
+            self.adaptor_file.unlink(missing_ok=True)
+            self.state_file.unlink(missing_ok=True)
+        if self.done:
+            self.state_file.unlink(missing_ok=True)  # a kill may have left it
+        self.config.save(self.folder / "config.yaml")
 
-    def resume(self, map_location):
+    def _changed(self):
+        """Name what differs between the weights that the folder holds and the run that claims it."""
+        files = [file for file in (self.adaptor_file, self.state_file) if file.is_file()]
+        if not files:
+            return []
+        try:
+            held = dataclasses.asdict(Config.load(self.folder / "config.yaml"))
+        except UserError:
+            return ["configuration, for its config.yaml is missing or damaged"]
+        changed = _difference(held, dataclasses.asdict(self.config))
+        if any(_read(file)["identity"] != self.identity for file in files):
+            changed.append("cache of embeddings")
+        return changed
+
+    def resume(self):
         """Read what a killed run left, or None."""
-        path = self.folder / "state.pt"
-        return _read(path, map_location) if path.is_file() else None
+        return _read(self.state_file) if self.state_file.is_file() else None
 
     def save_state(self, **state):
-        _save(self.folder / "state.pt", state | {"identity": self.identity})
+        """Keep what a killed run goes on from."""
+        _save(self.state_file, state | {"identity": self.identity})
 
     def finish(self, adaptor):
+        """Keep the trained weights."""
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
-        _save(self.folder / "adaptor.pt", {"state_dict": state, "identity": self.identity})
-        (self.folder / "state.pt").unlink(missing_ok=True)
+        _save(self.adaptor_file, {"state_dict": state, "identity": self.identity})
+        self.state_file.unlink(missing_ok=True)
 
     def load(self, device):
-        """Read the trained adaptor and what it was trained on; raises UserError where it is missing or damaged."""
-        path = self.folder / "adaptor.pt"
-        config = self.config
-        command = f"python train.py --dataset {config.dataset} --method {config.method} --seed {config.seed}"
-        if not path.is_file():
-            state = "its training is unfinished" if (self.folder / "state.pt").is_file() else "it is not trained yet"
-            raise UserError(f"there is no checkpoint in {self.folder} ({state}): run `{command}`.")
-        saved = _read(path)
+        """Read the trained adaptor, its configuration and identity; raises UserError where missing or damaged."""
+        if not self.done:
+            state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
+            raise UserError(f"there is no checkpoint in {self.folder} ({state}): run `{self.config.command}`.")
+        saved = _read(self.adaptor_file)
         trained = Config.load(self.folder / "config.yaml")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])
         try:
             adaptor.load_state_dict(saved["state_dict"])
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit its config.yaml ({str(error).splitlines()[-1].strip()}).") from None
+        except BROKEN as error:
+            said = str(error).splitlines()[-1].strip()
+            raise UserError(f"{self.adaptor_file} does not fit its config.yaml ({said}): train again.") from None
         return adaptor.to(device).eval(), trained, saved["identity"]
+
+    def weights_hash(self):
+        """Identify the trained weights: 16 hex digits, kept in every result made with them."""
+        return hashlib.sha256(self.adaptor_file.read_bytes()).hexdigest()[:16]
 
 
 def _save(path, value):
@@ -88,10 +102,10 @@ def _save(path, value):
         torch.save(value, partial)
 
 
-def _read(path, map_location="cpu"):
+def _read(path):
     try:
-        value = torch.load(path, map_location=map_location, weights_only=True)
-        value["identity"]
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        value["identity"]["dim"]
         return value
     except BROKEN:
         raise UserError(f"{path} is damaged or truncated: delete {Path(path).parent} and train again.") from None

@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.files import write_text
 
 HOME = Path(__file__).resolve().parent.parent
+NAMES = ("dataset", "method", "preset", "tag", "seed")  # what a run is called by: flags, never keys of a layer
 
 
 @dataclass
@@ -32,9 +33,15 @@ class Data:
 @dataclass
 class Encoder:
     model: str = ""  # open_clip architecture
-    pretrained: str | None = None  # open_clip tag or a weights file; none: random weights
+    pretrained: str | None = None  # open_clip tag, or a weights file seen from here or from the suite; none: random
     architecture: str | None = None  # open_clip JSON to register first
     batch_size: int = 256  # images encoded at once; captions four times as many
+
+    @property
+    def weights_file(self):
+        """Path of the weights if they are a file, else None."""
+        places = [Path(self.pretrained), HOME / self.pretrained] if self.pretrained else []
+        return next((path for path in places if path.is_file()), None)
 
 
 @dataclass
@@ -76,6 +83,7 @@ class Config:
 
     @property
     def checkpoint(self):
+        """Folder of the training run."""
         return Path("checkpoints", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
 
     def result(self, evaluated_on, task):
@@ -83,12 +91,21 @@ class Config:
         folder = Path("results", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
         return folder / f"{evaluated_on}-{task}.json"
 
+    @property
+    def command(self):
+        """The command that trains this run, as far as names tell."""
+        flags = {"dataset": self.dataset, "backbone": self.backbone, "method": self.method, "seed": self.seed}
+        flags |= {"preset": self.preset} if self.preset != "default" else {}
+        flags |= {"tag": self.tag} if self.tag else {}
+        return "python train.py " + " ".join(f"--{name} {value}" for name, value in flags.items())
+
     def save(self, path):
+        """Write the resolved configuration as YAML."""
         write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
     @classmethod
     def load(cls, path):
-        """Read a run's resolved configuration, as `save` wrote it."""
+        """Read a run's resolved configuration, as `save` wrote it; raises UserError where it is missing or damaged."""
         return _build(cls, _read(path), str(path))
 
 
@@ -111,66 +128,100 @@ def known(kind):
 
 
 def load_backbone(name):
-    """Resolve one backbone's Encoder."""
+    """Resolve one backbone's Encoder; raises what `load_config` raises."""
     return _build(Encoder, _named("backbones", name).get("encoder", {}), f"configs/backbones/{name}.yaml: encoder")
 
 
 def load_config(dataset, method=None, backbone=None, preset="default", tag="", seed=0, settings=()):
-    """Resolve a Config; raises UserError for an unknown name, preset or key and for a value of the wrong type.
+    """Resolve a Config; raises UserError for an unknown name, preset or key and for a value that cannot be.
 
     settings: strings `key=value` with dotted keys, applied last.
     """
     values = _named("datasets", dataset)
     backbone = backbone or values.get("backbone")
-    _merge(values, _named("backbones", backbone))
+    if not backbone:
+        raise UserError(f"configs/datasets/{dataset}.yaml names no backbone: give one with --backbone.")
+    layers = [_named("backbones", backbone)]
     if method:
         own = _named("methods", method)
-        presets, on = own.pop("presets", {}), own.pop("on", {})
+        where = f"configs/methods/{method}.yaml"
+        presets, on = (_mapping(own.pop(name, {}), f"{where}: {name}") for name in ("presets", "on"))
         if preset not in ("default", *presets):
             raise UserError(f"method '{method}' has no preset '{preset}'; it has {', '.join(['default', *presets])}.")
-        for layer in (own, on.get(dataset, {}), presets.get(preset, {})):
-            _merge(values, layer)
+        if tag in presets:
+            raise UserError(f"--tag {tag} would name the folder of the preset '{tag}': choose another.")
+        unknown = set(on) - set(known("datasets"))
+        if unknown:
+            raise UserError(f"{where}: on names '{unknown.pop()}'; there is {', '.join(known('datasets'))}.")
+        layers += [own, _mapping(on.get(dataset, {}), f"{where}: on"), _mapping(presets.get(preset, {}), where)]
+    layers += [_setting(text) for text in settings]
+    for layer in layers:
+        named = [name for name in (*NAMES, "backbone") if name in layer]
+        if named:
+            raise UserError(f"{named[0]} names the run and is no key of its configuration: give it as a flag.")
+        _merge(values, layer)
     _merge(values, dict(dataset=dataset, backbone=backbone, method=method or "", preset=preset, tag=tag, seed=seed))
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set wants key=value, not '{setting}'; for example --set train.epochs=10.")
-        nested = yaml.load(value, _Loader)
-        for name in reversed(key.split(".")):
-            nested = {name: nested}
-        _merge(values, nested)
     config = _build(Config, values, f"the configuration of {method or dataset}")
-    for name in ("batch_size", "epochs"):
-        if getattr(config.train, name) < 1:
-            raise UserError(f"train.{name} must be at least 1, not {getattr(config.train, name)}.")
+    _check(config)
     return config
 
 
+def _setting(text):
+    """Turn `a.b=value` into {"a": {"b": value}}."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set wants key=value, not '{text}'; for example --set train.epochs=10.")
+    try:
+        nested = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML.") from None
+    for name in reversed(key.split(".")):
+        nested = {name: nested}
+    return nested
+
+
+def _check(config):
+    """Raise a UserError for a value of the right type that cannot be."""
+    if config.tag and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.tag):
+        raise UserError(f"--tag names a folder: letters, digits, '.', '_' and '-', not '{config.tag}'.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"--seed must lie between 0 and {2**32 - 1}, not {config.seed}.")
+    if config.score not in ("log_likelihood", "similarity"):
+        raise UserError(f"score must be log_likelihood or similarity, not '{config.score}'.")
+    counts = {"train.batch_size": config.train.batch_size, "train.epochs": config.train.epochs}
+    for name, value in (counts | {"encoder.batch_size": config.encoder.batch_size}).items():
+        if not 1 <= value < 2**31:
+            raise UserError(f"{name} must be at least 1 and below {2**31:,}, not {value}.")
+
+
 def construct(path, options, where, **given):
-    """Import `module.Class` and call it with `given` and `options`; an option it does not take is a UserError."""
-    module, _, name = path.rpartition(".")
+    """Import `module.Class` and call it with `given` and `options`.
+
+    Raises UserError for a class that cannot be imported, an option it does not take, and a value it refuses.
+    """
+    module, _, name = str(path).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        takes = [name for name in inspect.signature(cls).parameters if name not in given]
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where} names the class '{path}', which cannot be imported ({error}).") from None
-    takes = [name for name in inspect.signature(cls).parameters if name not in given]
     unknown = [name for name in options if name not in takes]
     if unknown:
         raise UserError(f"{where} has no key '{unknown[0]}'; it has {', '.join(takes) or 'none'}.")
     try:
         return cls(**given, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}.") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}.") from None
 
 
 def make_adaptor(config, dim):
-    """Construct the adaptor that `config` names, for embeddings of size `dim`."""
+    """Construct the adaptor that `config` names, for embeddings of size `dim`; raises what `construct` raises."""
     options = {name: value for name, value in config.model.items() if name != "adaptor"}
     return construct(config.model.get("adaptor", ""), options, f"configs/methods/{config.method}.yaml: model", dim=dim)
 
 
 def make_source(config):
-    """Construct the source of pairs that `config` names."""
+    """Construct the source of pairs that `config` names; raises what `construct` raises."""
     data = config.data
     return construct(data.source, data.options, f"configs/datasets/{config.dataset}.yaml: data.options", root=data.root)
 
@@ -184,9 +235,18 @@ def _named(kind, name):
 
 def _read(path):
     try:
-        return yaml.load(Path(path).read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    return _mapping(values, path)
+
+
+def _mapping(values, where):
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must hold keys and values, not {values!r}.")
+    return values
 
 
 def _merge(values, layer):

@@ -8,18 +8,31 @@ class UserError(Exception):
     """A mistake in what was asked or given; its one sentence names the file, row or key, and the way out."""
 
 
-def exits_cleanly(main):
-    """Wrap a script's `main` so that a UserError prints its sentence and exits with code 2, without a traceback."""
+def exits_cleanly(interrupted="interrupted."):
+    """Decorate a script's `main`: mistakes and files out of reach end with one sentence and exit code 2.
 
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        try:
-            return main(argv)
-        except UserError as error:
-            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on where it stopped.", file=sys.stderr)
-            raise SystemExit(130) from None
+    interrupted: what Ctrl-C prints.
+    """
 
-    return wrapped
+    def decorate(main):
+        @functools.wraps(main)
+        def wrapped(argv=None):
+            try:
+                return main(argv)
+            except UserError as error:
+                said, code = str(error), 2
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                said, code = f"{error.filename}: {error.strerror}.", 2
+            except KeyboardInterrupt:
+                said, code = interrupted, 130
+            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {said}", file=sys.stderr)
+            raise SystemExit(code)
+
+        return wrapped
+
+    return decorate
+
+
+GOES_ON = "interrupted; the same command goes on where it stopped."

@@ -1,11 +1,14 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and locks on the folders they lie in."""
 
 import contextlib
 import json
 import os
 from pathlib import Path
 
+import filelock
 import numpy as np
+
+from utils.errors import UserError
 
 
 @contextlib.contextmanager
@@ -21,7 +24,24 @@ def atomic(path):
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Hold `folder` for this process alone inside the block; raises UserError where another process holds it.
+
+    What killed processes left half-written in it is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            for partial in folder.glob(".*.part"):
+                partial.unlink()
+            yield
+    except filelock.Timeout:
+        raise UserError(f"another process is writing {folder}: wait for it, or stop it.") from None
+
+
 def write_text(path, text):
+    """Write text as UTF-8."""
     with atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -32,11 +52,20 @@ def write_lines(path, values):
 
 
 def write_json(path, value):
+    """Write one JSON value; raises ValueError at a number that is not finite."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON object; raises ValueError where it is none, or holds a number that is not finite."""
+    value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def _refuse(constant):
+    raise ValueError(f"{constant} is not a finite number")
 
 
 def save_array(path, array):
