@@ -6,7 +6,6 @@ before the call. Ratios hold across machines; seconds do not. RESULTS.md records
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -66,8 +65,9 @@ def normalizers(device):
 
     def textbook():
         k = kappa.detach().cpu().double().numpy()
-        order = np.log(special.ive(255, k)) + k  # minus infinity below kappa = 13
-        special.ive(256, k) / special.ive(255, k)
+        with np.errstate(divide="ignore", invalid="ignore"):  # the Bessel function is 0 below kappa = 13
+            order = np.log(special.ive(255, k)) + k
+            special.ive(256, k) / special.ive(255, k)
         a = 255.5
         a * np.log(k) - order, special.gammaln(2 * a + k) - special.gammaln(a + k)
         special.digamma(2 * a + k) - special.digamma(a + k)
@@ -87,7 +87,7 @@ def evaluation(device):
     def ours():
         t2i = retrieval.rank(lambda rows: text[rows] @ image.T, len(image), caption, owner)
         i2t = retrieval.rank(lambda rows: image[rows] @ text.T, len(text), owner, caption)
-        return [retrieval.recall_at(ranking, k).mean() for ranking in (t2i, i2t) for k in (1, 5, 10)]
+        return [float(retrieval.recall_at(ranking, k).mean()) for ranking in (t2i, i2t) for k in (1, 5, 10)]
 
     def textbook():
         score = image @ text.T
@@ -96,7 +96,6 @@ def evaluation(device):
         i2t = own[score.argsort(dim=1, descending=True)[:, :10]] == torch.arange(len(image), device=device)[:, None]
         return [hits[:, :k].any(dim=1).float().mean().item() for hits in (t2i, i2t) for k in (1, 5, 10)]
 
-    np.testing.assert_allclose(ours(), textbook(), atol=1e-3)
     return ours, textbook
 
 
@@ -111,7 +110,6 @@ def captions(device):
         with torch.inference_mode():
             return backbone.model.encode_text(backbone.tokenizer(texts).to(device))
 
-    torch.testing.assert_close(backbone.encode_texts(texts), textbook(), rtol=1e-3, atol=1e-4)
     return lambda: backbone.encode_texts(texts), textbook
 
 
@@ -130,6 +128,12 @@ def seconds(call, device):
     return time.perf_counter() - started
 
 
+def resident(what):
+    """Memory of this process in MB: VmRSS now, VmHWM at its peak. (What getrusage calls the peak, a child inherits.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{what}:")[1].split()[0]) / 1024
+
+
 def peak_growth(name, which, device):
     """Growth of peak memory in MB over one call, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.run", name, "--device", str(device), "--memory", which]
@@ -138,10 +142,13 @@ def peak_growth(name, which, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; by default all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", choices=["ours", "textbook"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    unknown = set(args.cases) - set(CASES)
+    if unknown:
+        parser.error(f"there is no case '{unknown.pop()}'; there is {', '.join(CASES)}")
     device = pick_device(args.device)
     if args.memory:
         call = CASES[args.cases[0]](device)[args.memory == "textbook"]
@@ -151,15 +158,17 @@ def main(argv=None):
             call()
             print((torch.cuda.max_memory_allocated() - before) / 2**20)
             return
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        before = resident("VmRSS")
         call()
-        print(max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
+        print(max(0.0, resident("VmHWM") - before))
         return
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, medians of {REPEATS}")
-    for case in args.cases:
+    for case in args.cases or CASES:
         ours, textbook = CASES[case](device)
-        ours(), textbook()
+        result, expected = ours(), textbook()  # the first calls, untimed, show that both do the same
+        if result is not None:
+            torch.testing.assert_close(torch.as_tensor(result), torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
         times = [(seconds(ours, device), seconds(textbook, device)) for _ in range(REPEATS)]
         fast, slow = (statistics.median(column) for column in zip(*times, strict=True))
         memory = [peak_growth(case, which, device) for which in ("ours", "textbook")] if case == "evaluation" else None

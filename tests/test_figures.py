@@ -45,5 +45,5 @@ def test_uncertainty_follows_true_ambiguity(folder, monkeypatch, method):
     assert side["spearman_ambiguity"] >= 0.93
     assert side["recall"]["1"] >= 0.65 * side["bayes_recall"]
     assert abs(side["s"]) >= 0.97
-    # The whole training brings it to 1, and every chain with it; here it has half the images and a quarter of the steps.
+    # Here with half the images and half the steps; the whole training brings it, and whole chains with it, to 1.
     assert found["prompt_chains"]["falling_steps"] >= 0.85
