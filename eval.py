@@ -30,7 +30,9 @@ def parse(argv):
     add_data_flags(parser, "evaluated on")
     add_run_flags(parser)
     parser.add_argument("--train-dataset", help="trained on; by default what is evaluated on")
-    parser.add_argument("--uncer_levels", type=int, default=10, help="levels of uncertainty of equal size")
+    parser.add_argument(
+        "--uncer_levels", "--uncer-levels", type=int, default=10, help="levels of uncertainty of equal size"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
     return parser.parse_args(argv)
 

@@ -41,7 +41,9 @@ def read(folder, backbone=None):
     if not found:
         of = f" of backbone '{backbone}'" if backbone else ""
         command = f"python eval.py --dataset {folder.name} --method METHOD"
-        raise UserError(f"there are no retrieval results{of} in {folder}: run `{command}` first.")
+        others = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "nothing"
+        where = f"{folder.absolute()} ({folder.parent} holds {others})"
+        raise UserError(f"there are no retrieval results{of} in {where}: run `{command}` first.")
     for variants in found.values():
         _must_fit(folder, variants)
     return [tables.Block(*key, _in_order(found[key])) for key in sorted(found)]

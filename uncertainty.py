@@ -1,11 +1,13 @@
 """Say how uncertain a trained method is of prompts or image files.
 
-    python uncertainty.py --dataset shapes --method asymvlm-psd "a photo" "a photo of a circle" picture.jpg
+    python uncertainty.py --dataset shapes --method asymvlm-psd "a photo" "a photo of a circle"
 
-prints them with their uncertainty, in the order given: larger = less certain.
+prints them with their uncertainty, in the order given: larger = less certain. Image files are judged by methods that
+model images; AsymVLM does not.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -14,6 +16,7 @@ import torch
 from datasets.embeddings import encoder_fingerprint
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
+from utils.config import Encoder
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
 
@@ -63,7 +66,8 @@ def measure(items, adaptor, backbone, method, device):
             adapted = getattr(adaptor, f"adapt_{kind}")(encoded.half().float().to(device))
         if adapted.uncertainty is None:
             what = "images" if kind == "image" else "captions"
-            raise UserError(f"{method} knows no uncertainty of {what}, such as '{names[0]}': try another method.")
+            where = f"{method} knows no uncertainty of {what} ('{names[0]}')"
+            raise UserError(f"{where}: leave them out, or choose a method that models them.")
         found[kind] = iter(adapted.uncertainty.tolist())
     return [
         {"item": item, "kind": kind, "uncertainty": next(found[kind])} for item, kind in zip(items, kinds, strict=True)
@@ -78,17 +82,22 @@ def main(argv=None):
     device = pick_device(args.device)
     run = Run(run_config(args, args.dataset))
     adaptor, config, identity = run.load(device)
-    if encoder_fingerprint(config.encoder) != identity["encoder_fingerprint"]:
+    encoder = Encoder(**identity["encoder"])
+    if encoder_fingerprint(encoder) != identity["encoder_fingerprint"]:
         raise UserError(f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on.")
     from models.backbone import Backbone  # takes seconds to import: only once the rest is known to be right
 
-    rows = measure(args.items, adaptor, Backbone(config.encoder, device), config.method, device)
+    backbone = Backbone(encoder, device)
+    for item in args.items:
+        if not is_image(item) and not backbone.reads_whole(item):
+            print(f"'{item[:40]}...' is longer than the backbone reads: its end is cut off.", file=sys.stderr)
+    rows = measure(args.items, adaptor, backbone, config.method, device)
     if args.sort:
         rows.sort(key=lambda row: -row["uncertainty"])
     if args.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    width = max(len(row["item"]) for row in rows)
+    width = min(80, max(len(row["item"]) for row in rows))
     for row in rows:
         print(f"{row['item']:{width}}  {row['uncertainty']:.4g}")
 

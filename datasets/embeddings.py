@@ -34,7 +34,7 @@ from utils.config import HOME
 from utils.errors import UserError
 from utils.files import atomic, read_json, save_array, save_arrays, write_json, write_lines
 
-FLUSH = 1024  # images, or four times as many captions, between two records of progress
+FLUSH = 256  # images, or four times as many captions, between two records of progress
 WORKING = "unfinished"  # folder inside the split's folder that holds what a killed run had done
 META, PROGRESS = "meta.json", "progress.json"
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
@@ -88,7 +88,7 @@ class Pairs:
         if not (self.folder / META).is_file():
             state = "unfinished" if (self.folder / WORKING).is_dir() else "missing"
             again = " again" * (state == "unfinished")
-            raise UserError(f"the cache {self.folder} is {state}: run `{self.command}`{again}.")
+            raise UserError(f"the cache {self.folder.absolute()} is {state}: run `{self.command}`{again}.")
         self.meta = read_meta(self.folder)
         self.image, self.text = self._array("image"), self._array("text")
         self.image_of_text = np.asarray(self._array("image_of_text"))
@@ -119,7 +119,7 @@ class Pairs:
     @property
     def identity(self):
         """What an adaptor trained on these embeddings depends on."""
-        return {name: self.meta[name] for name in ("dim", "encoder_fingerprint", "fingerprint")}
+        return {name: self.meta[name] for name in ("dim", "encoder", "encoder_fingerprint", "fingerprint")}
 
     def must_fit(self, identity, checkpoint):
         """Raise a UserError unless an adaptor trained on embeddings of `identity` can be applied to these."""

@@ -3,13 +3,11 @@
 import contextlib
 import logging
 
+import open_clip
 import torch
 
 from utils.config import HOME
 from utils.errors import UserError
-
-logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
-import open_clip  # noqa: E402  (it logs at load time through the root logger)
 
 
 class Backbone:
@@ -29,6 +27,7 @@ class Backbone:
         if config.pretrained and not weights:
             _must_be_known(config)
         torch.manual_seed(0)  # random weights, where asked for, are the same everywhere
+        logging.disable(logging.CRITICAL)  # a download that fails is told of below, once
         try:
             # The text tower as a module of its own is what can be cut to a batch's longest caption.
             self.model, _, self.transform = open_clip.create_model_and_transforms(
@@ -38,11 +37,15 @@ class Backbone:
                 force_custom_text=True,
             )
         except Exception as error:  # open_clip raises whatever its downloader or torch raised
-            way = "are they of this architecture?" if weights else "check the connection, or name a local file with"
-            way += "" if weights else " --set encoder.pretrained=FILE."
-            said = " ".join(str(error).split())[:200]
+            said = " ".join(str(error).split()).split(". ")[0][:300]
+            way = (
+                "check the connection, name a local file with --set encoder.pretrained=FILE, or try random weights with"
+            )
+            way = "are they of this architecture?" if weights else f"{way} --backbone ViT-B-32-random."
             what = f"the weights '{config.pretrained}' of {config.model}"
             raise UserError(f"{what} do not load ({said}): {way}") from None
+        finally:
+            logging.disable(logging.NOTSET)
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(config.model)
         self.dim = self.encode_texts([""]).shape[1]
@@ -59,6 +62,10 @@ class Backbone:
         length = self._length(tokens)
         with self.cut_to(length):
             return self.model.encode_text(tokens[:, :length].to(self.device)).float()
+
+    def reads_whole(self, text):
+        """Whether a string fits into the text tower's window; what is beyond it is cut off."""
+        return len(self.tokenizer.encode(text)) + 2 <= self.tokenizer.context_length
 
     def _length(self, tokens):
         """How many tokens of (N, L) can matter: a causal tower that pools at the end token never sees what follows."""

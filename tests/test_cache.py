@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, 
             patch.setattr(Backbone, name, counted(getattr(Backbone, name), stop_after))
             with pytest.raises(SystemExit):
                 cache_embeddings.main(small_batches)
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "the same command goes on from" in capsys.readouterr().err
         with pytest.raises(UserError, match=r"is unfinished: run .* again"):
             Pairs("shapes", "shapes-tiny", "val")
     done = json.loads((folder / "unfinished" / "progress.json").read_text())

@@ -213,6 +213,12 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
     uncertainty.main([*RUN, "--json", *pairs.items["text"][:5]])
     assert [row["uncertainty"] for row in json.loads(capsys.readouterr().out)] == pytest.approx(doubt[:5], rel=1e-2)
 
+    capsys.readouterr()
+    uncertainty.main([*RUN, "a small red circle " * 20, "a photo"])
+    said = capsys.readouterr()
+    assert "is longer than the backbone reads" in said.err and said.err.count("\n") == 1
+    assert len(said.out.splitlines()[-1]) < 100
+
     assert "a prompt is empty" in refusal(uncertainty.main, *RUN, "a photo", "  ")
     assert "asymvlm-vmf knows no uncertainty of images" in refusal(uncertainty.main, *RUN, pairs.items["image"][0])
     assert "there is no image file nowhere.jpg" in refusal(uncertainty.main, *RUN, "nowhere.jpg")

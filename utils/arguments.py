@@ -7,7 +7,9 @@ from utils.config import known, load_config
 
 def make_parser(description):
     """Parser that shows a script's docstring as it is written."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
 
 def add_data_flags(parser, role):
@@ -20,7 +22,7 @@ def add_data_flags(parser, role):
 def add_run_flags(parser):
     """Add what names a training run beside its data set and backbone."""
     parser.add_argument("--method", required=True, help=f"one of {', '.join(known('methods'))}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and order; it names the run, too")
     parser.add_argument("--preset", default="default", help="default: what is right; reference: what was published")
     parser.add_argument("--tag", default="", help="a name that keeps this run apart from others of the same method")
 

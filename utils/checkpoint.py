@@ -81,7 +81,9 @@ class Run:
         """Read the trained adaptor, its configuration and identity; raises UserError where missing or damaged."""
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
-            raise UserError(f"there is no checkpoint in {self.folder} ({state}): run `{self.config.command}`.")
+            raise UserError(
+                f"there is no checkpoint in {self.folder.absolute()} ({state}): run `{self.config.command}`."
+            )
         saved = _read(self.adaptor_file)
         trained = Config.load(self.folder / "config.yaml")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])

@@ -58,7 +58,7 @@ class Optim:
 class Train:
     batch_size: int = 2048  # pairs: a caption and its image
     epochs: int = 200
-    save_every: float = 30.0  # seconds between states from which a killed run goes on
+    save_every: float = 5.0  # seconds between states from which a killed run goes on
 
 
 @dataclass
@@ -266,7 +266,8 @@ def _build(cls, values, where):
         raise UserError(f"{where} wants the keys {', '.join(fields)}, not {values!r}.")
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"{where} has no key '{name}'; it has {', '.join(fields)}.")
+            keys = [key for key in fields if key not in (*NAMES, "backbone")]
+            raise UserError(f"{where} has no key '{name}'; it has {', '.join(keys)}.")
         kind = types[name]
         if dataclasses.is_dataclass(kind):
             filled[name] = _build(kind, value, f"{where}: {name}")

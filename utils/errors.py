@@ -35,4 +35,4 @@ def exits_cleanly(interrupted="interrupted."):
     return decorate
 
 
-GOES_ON = "interrupted; the same command goes on where it stopped."
+GOES_ON = "interrupted; the same command goes on from what was last saved."
