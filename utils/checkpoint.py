@@ -107,7 +107,7 @@ def _save(path, value):
 def _read(path):
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-        value["identity"]["dim"]
+        _ = [value["identity"][name] for name in ("dim", "encoder", "encoder_fingerprint")]  # as all files of ours have
         return value
     except BROKEN:
         raise UserError(f"{path} is damaged or truncated: delete {Path(path).parent} and train again.") from None
