@@ -147,7 +147,7 @@ class Pairs:
 
         def read(path):
             items = {"image": [], "text": [], "prompt": []}
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").strip("\n").split("\n"):  # captions may hold other line ends
                 item = json.loads(line)
                 items[item["kind"]].append(item["value"])
             return items

@@ -64,8 +64,9 @@ class Backbone:
             return self.model.encode_text(tokens[:, :length].to(self.device)).float()
 
     def reads_whole(self, text):
-        """Whether a string fits into the text tower's window; what is beyond it is cut off."""
-        return len(self.tokenizer.encode(text)) + 2 <= self.tokenizer.context_length
+        """Whether a string fits into the text tower's window (True where that cannot be told); the rest is cut."""
+        encode = getattr(self.tokenizer, "encode", None)
+        return encode is None or len(encode(text)) + 2 <= self.tokenizer.context_length
 
     def _length(self, tokens):
         """How many tokens of (N, L) can matter: a causal tower that pools at the end token never sees what follows."""

@@ -189,6 +189,18 @@ def test_weights_are_known_by_content(tmp_path, monkeypatch):
     assert len(prints) == 2
 
 
+def test_captions_keep_their_rows_whatever_they_hold(tmp_path, monkeypatch):
+    """Line ends that JSON leaves as they are must not be taken for those between items."""
+    monkeypatch.chdir(tmp_path)
+    coco_folder(tmp_path / "coco", captions=("a dog", "cats", "a bird"))
+    odd = "two\u2028cats\u0085on\u001ca mat \N{CAT FACE}"
+    caption = Coco.captions
+    monkeypatch.setattr(Coco, "captions", lambda self, split: [c._replace(text=odd) for c in caption(self, split)])
+    command = ["--dataset", "coco", "--root", "coco", "--backbone", "shapes-tiny", "--splits", "val", "--quiet"]
+    cache_embeddings.main([*command, "--on-error", "skip"])
+    assert Pairs("coco", "shapes-tiny", "val").items["text"] == [odd, odd]
+
+
 def test_damaged_cache_is_named(own_world):
     folder = own_world / "embeddings/shapes/shapes-tiny/val"
     (folder / "image.npy").write_bytes((folder / "image.npy").read_bytes()[:200])
