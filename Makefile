@@ -16,7 +16,7 @@ demo: $(RESULTS)
 	$(PY) report.py --dataset shapes
 
 results/shapes/shapes-tiny/%/seed0/shapes-retrieval.json: checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt
-	$(PY) eval.py --dataset shapes --method $* --quiet
+	$(PY) eval.py --dataset shapes --method $* --score both --quiet
 
 checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt: configs/methods/%.yaml $(CACHE)
 	$(PY) train.py --dataset shapes --method $* --overwrite

@@ -2,11 +2,12 @@
 
     python cache_embeddings.py --dataset coco --root /data/coco
     python cache_embeddings.py --dataset shapes
+    python cache_embeddings.py --dataset embeddings --root pairs.npz
 
 writes embeddings/<dataset>/<backbone>/<split>/. A killed run goes on where it stopped; a finished split is left alone.
 """
 
-from datasets.embeddings import cache_folder, identity, read_meta, write_cache
+from datasets.embeddings import cache_folder, identity, read_meta, write_cache, write_given
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device
@@ -17,7 +18,7 @@ from utils.files import locked
 def parse(argv):
     parser = make_parser(__doc__)
     add_data_flags(parser, "what to encode")
-    parser.add_argument("--root", help="folder of the raw data, in its publisher's layout")
+    parser.add_argument("--root", help="folder of the raw data, in its publisher's layout, or the file of embeddings")
     parser.add_argument("--splits", nargs="+", help="which splits; by default the ones trained and evaluated on")
     on_error = "at an image that is missing or cannot be read: stop, or leave it and its captions out"
     parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help=on_error)
@@ -30,7 +31,8 @@ def parse(argv):
 def read_split(source, split, on_error):
     """List a split and leave out, where told to, images whose files are absent and captions without a word."""
     images, captions, matches = source.images(split), source.captions(split), source.matches(split)
-    absent = {image.id: image.path for image in images if not image.path.is_file()}
+    embeddings = source.embeddings(split)
+    absent = {image.id: image.path for image in images if image.path is not None and not image.path.is_file()}
     empty = {caption.id for caption in captions if not caption.text.strip()}
     if absent and on_error == "stop":
         first = next(iter(absent.values()))
@@ -47,10 +49,11 @@ def read_split(source, split, on_error):
     skipped += [{"text_id": id, "reason": "empty caption"} for id in sorted(empty)]
     # An image that nothing describes can be no query and no answer.
     silent = [image for image in images if image.id not in described and image.id not in absent]
-    skipped += [{"image_id": image.id, "path": str(image.path), "reason": "no caption"} for image in silent]
+    skipped += [{"image_id": image.id, "path": image.place, "reason": "no caption"} for image in silent]
     return {
         "images": [image for image, keep in zip(images, keep_image) if keep],
         "captions": [caption for caption, keep in zip(captions, keep_text) if keep],
+        "embeddings": None if embeddings is None else (embeddings[0][keep_image], embeddings[1][keep_text]),
         "matches": None if matches is None else matches[keep_image][:, keep_text],
         "chains": source.chains(split),
         "skipped": skipped,
@@ -90,11 +93,14 @@ def main(argv=None):
                     raise UserError(
                         f"{folder} was made with another {changed} than asked for: replace it with --overwrite."
                     )
-            if backbone is None:
-                from models.backbone import Backbone  # takes seconds to import, and a second run needs none of it
+            if content["embeddings"] is not None:
+                write_given(folder, wanted, content, source)
+            else:
+                if backbone is None:
+                    from models.backbone import Backbone  # takes seconds to import, and a second run needs none of it
 
-                backbone = Backbone(config.encoder, device)
-            write_cache(folder, wanted, content, backbone, args.on_error, args.quiet)
+                    backbone = Backbone(config.encoder, device)
+                write_cache(folder, wanted, content, backbone, args.on_error, args.quiet)
         print(describe(folder))
 
 

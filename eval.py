@@ -22,6 +22,8 @@ from utils.files import save_arrays, write_json
 from utils.tables import levels_table
 
 KS = (1, 5, 10)
+SIDES = ("text_to_image", "image_to_text")
+SCORES = ("log_likelihood", "similarity")
 EXAMPLES = 10  # most and least certain captions kept for the report
 
 
@@ -30,6 +32,9 @@ def parse(argv):
     add_data_flags(parser, "evaluated on")
     add_run_flags(parser)
     parser.add_argument("--train-dataset", help="trained on; by default what is evaluated on")
+    parser.add_argument("--split", help="evaluated on; by default the data set's own choice")
+    which = "which score ranks; by default the method's choice, which stands first where both are asked for"
+    parser.add_argument("--score", choices=[*SCORES, "both"], help=which)
     parser.add_argument(
         "--uncer_levels", "--uncer-levels", type=int, default=10, help="levels of uncertainty of equal size"
     )
@@ -37,72 +42,97 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def direction(ranking, doubt, doubt_of, limit, count):
-    """Summarize one direction: recall, and per uncertainty level where there is an uncertainty.
+def retrieve(score, scale, image, text, image_of_text):
+    """Rank images for every caption and captions for every image; `scale` makes a posterior of the scores."""
+    caption, images = np.arange(len(image_of_text)), len(image.mean)
+    t2i = retrieval.rank(lambda rows: score(image, text.rows(rows)).T, images, caption, image_of_text, scale)
+    i2t = retrieval.rank(lambda rows: score(image.rows(rows), text), len(caption), image_of_text, caption, scale)
+    return t2i, i2t
 
-    ranking: of Q queries. doubt: uncertainty (Q,) or None; doubt_of says whose. limit: Bayes-optimal R@1 (Q,) or None.
+
+def judge(ranking, limit):
+    """Summarize a ranking of Q queries: recall, and how well the scores over the gallery tell right answers from wrong.
+
+    limit: Bayes-optimal R@1 (Q,) or None.
     """
     hits = {k: retrieval.recall_at(ranking, k) for k in KS}
+    doubts = {"top": -ranking.score, "margin": -ranking.margin, "entropy": ranking.entropy}
+    doubts["probability"] = -ranking.probability
     result = {"recall": {str(k): float(hits[k].mean()) for k in KS}}
+    result["gallery_aware"] = {name: uncertainty.auroc(doubt, hits[1]) for name, doubt in doubts.items()}
     if limit is not None:
         result["bayes_recall"] = float(limit.mean())
-    if doubt is not None:
-        groups = uncertainty.levels(doubt, count)
-        result["levels_by"] = doubt_of
-        result["levels"] = [
-            {"count": len(rows), "uncertainty": [float(doubt[rows].min()), float(doubt[rows].max())]}
-            | {"recall": {str(k): float(hits[k][rows].mean()) for k in KS}}
-            | ({"bayes_recall": float(limit[rows].mean())} if limit is not None else {})
-            for rows in groups
-        ]
-        result |= uncertainty.trend([level["recall"]["1"] for level in result["levels"]])._asdict()
     return result
 
 
-def evaluate(adaptor, score, pairs, device, count):
-    """Evaluate an adaptor on opened pairs; returns the figures, and per-query arrays for the .npz."""
+def judge_uncertainty(ranking, doubt, doubt_of, limit, count):
+    """Summarize what the query-only uncertainty (Q,) of ranked queries is worth; `doubt_of` says whose it is."""
+    hits = {k: retrieval.recall_at(ranking, k) for k in KS}
+    levels = [
+        {"count": len(rows), "uncertainty": [float(doubt[rows].min()), float(doubt[rows].max())]}
+        | {"recall": {str(k): float(hits[k][rows].mean()) for k in KS}}
+        | ({"bayes_recall": float(limit[rows].mean())} if limit is not None else {})
+        for rows in uncertainty.levels(doubt, count)
+    ]
+    result = {"levels_by": doubt_of, "levels": levels, "auroc": uncertainty.auroc(doubt, hits[1])}
+    return result | uncertainty.trend([level["recall"]["1"] for level in levels])._asdict()
+
+
+def evaluate(adaptor, scores, pairs, device, count):
+    """Evaluate an adaptor on opened pairs; returns the figures, and per-query arrays for the .npz.
+
+    scores: names of one or both scores; the first ranks, of the other the recall is given beside it.
+    """
     image = adapt_all(adaptor.adapt_image, pairs.image, device)
     text = adapt_all(adaptor.adapt_text, pairs.text, device)
-    score = getattr(adaptor, score)
-    caption, image_of_text, matches = np.arange(len(pairs.text)), pairs.image_of_text, pairs.matches
-
-    t2i = retrieval.rank(lambda rows: score(image, text.rows(rows)).T, len(pairs.image), caption, image_of_text)
-    i2t = retrieval.rank(lambda rows: score(image.rows(rows), text), len(pairs.text), image_of_text, caption)
+    scales = {"similarity": pairs.meta["logit_scale"], "log_likelihood": adaptor.posterior_scale}
+    rankings = {
+        name: retrieve(getattr(adaptor, name), scales[name], image, text, pairs.image_of_text) for name in scores
+    }
+    t2i, i2t = rankings[scores[0]]
     arrays = {f"text_to_image_{name}": value for name, value in t2i._asdict().items()}
     arrays |= {f"image_to_text_{name}": value for name, value in i2t._asdict().items()}
 
-    text_doubt = None if text.uncertainty is None else text.uncertainty.cpu().double().numpy()
-    image_doubt, image_doubt_of = None, "query image"
-    if image.uncertainty is not None:
-        image_doubt = image.uncertainty.cpu().double().numpy()
-    elif text_doubt is not None:
-        image_doubt, image_doubt_of = text_doubt[i2t.top], "retrieved caption"
-    text_limit = image_limit = None
-    if matches is not None:
-        text_limit = retrieval.bayes_optimal_text_to_image(matches)
-        image_limit = retrieval.bayes_optimal_image_to_text(
-            matches, np.bincount(image_of_text, minlength=len(pairs.image))
+    limits = None, None
+    if pairs.matches is not None:
+        own = np.bincount(pairs.image_of_text, minlength=len(pairs.image))
+        limits = (
+            retrieval.bayes_optimal_text_to_image(pairs.matches),
+            retrieval.bayes_optimal_image_to_text(pairs.matches, own),
         )
-        arrays |= {"ambiguity": retrieval.ambiguity(matches), "text_limit": text_limit, "image_limit": image_limit}
-    result = {
-        "text_to_image": direction(t2i, text_doubt, "query caption", text_limit, count),
-        "image_to_text": direction(i2t, image_doubt, image_doubt_of, image_limit, count),
+        arrays |= {"ambiguity": retrieval.ambiguity(pairs.matches)}
+        arrays |= {"text_limit": limits[0], "image_limit": limits[1]}
+    judged = {
+        name: {"score": name, "posterior_scale": scales[name]}
+        | {side: judge(*both) for side, both in zip(SIDES, zip(ranked, limits, strict=True), strict=True)}
+        for name, ranked in rankings.items()
     }
-    if matches is not None:  # what the best method would score if its uncertainty were the true ambiguity
-        limits = [float(text_limit[rows].mean()) for rows in uncertainty.levels(arrays["ambiguity"], count)]
-        result["bayes_optimal"] = {"levels": limits} | uncertainty.trend(limits)._asdict()
-    if text_doubt is not None:
-        arrays["text_uncertainty"] = text_doubt
-        if matches is not None:
-            correlation = uncertainty.spearman(text_doubt, arrays["ambiguity"])
-            result["text_to_image"]["spearman_ambiguity"] = correlation
-        result["examples"] = examples(text_doubt, retrieval.recall_at(t2i, 1), pairs, text_limit)
+    result = judged[scores[0]]
+    if len(scores) > 1:
+        result["other_score"] = judged[scores[1]]
+    doubts = {"text": text.uncertainty, "image": image.uncertainty}
+    doubts = {side: None if doubt is None else doubt.cpu().double().numpy() for side, doubt in doubts.items()}
+    arrays |= {f"{side}_uncertainty": doubt for side, doubt in doubts.items() if doubt is not None}
+    if doubts["text"] is not None:
+        about = doubts["text"], "query caption", limits[0], count
+        result["text_to_image"] |= judge_uncertainty(t2i, *about)
+        result["examples"] = examples(doubts["text"], retrieval.recall_at(t2i, 1), pairs, limits[0])
         if pairs.chains is not None:
             prompt = adapt_all(adaptor.adapt_text, pairs.chains["text"], device).uncertainty.cpu().numpy()
             chains, steps = uncertainty.falling_chains(prompt, pairs.chains["chain"], pairs.chains["depth"])
             result["prompt_chains"] = {"falling_chains": chains, "falling_steps": steps}
-    if image.uncertainty is not None:
-        arrays["image_uncertainty"] = image_doubt
+    if doubts["image"] is not None:
+        result["image_to_text"] |= judge_uncertainty(i2t, doubts["image"], "query image", limits[1], count)
+    elif doubts["text"] is not None:
+        about = doubts["text"][i2t.top], "retrieved caption", limits[1], count
+        result["image_to_text"] |= judge_uncertainty(i2t, *about)
+    if pairs.matches is not None:
+        if doubts["text"] is not None:
+            correlation = uncertainty.spearman(doubts["text"], arrays["ambiguity"])
+            result["text_to_image"]["spearman_ambiguity"] = correlation
+        # What the best method would score if its uncertainty were the true ambiguity.
+        best = [float(limits[0][rows].mean()) for rows in uncertainty.levels(arrays["ambiguity"], count)]
+        result["bayes_optimal"] = {"levels": best} | uncertainty.trend(best)._asdict()
     return result, arrays
 
 
@@ -134,26 +164,29 @@ def main(argv=None):
     run = Run(run_config(args, args.train_dataset or args.dataset))
     data = load_config(args.dataset, backbone=run.config.backbone).data
     device = pick_device(args.device)
-    pairs = Pairs(args.dataset, run.config.backbone, data.eval_split)
+    split = args.split or data.eval_split
+    pairs = Pairs(args.dataset, run.config.backbone, split)
     adaptor, config, identity = run.load(device)
     pairs.must_fit(identity, run.folder)
     smaller = min(len(pairs.image), len(pairs.text))
     if not 2 <= args.uncer_levels <= smaller:
         said = f"must lie between 2 and {smaller:,}, the size of the gallery"
         raise UserError(f"--uncer_levels {said}, not {args.uncer_levels}.")
+    first = config.score if args.score in (None, "both") else args.score
+    scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     try:
-        result, arrays = evaluate(adaptor, config.score, pairs, device, args.uncer_levels)
+        result, arrays = evaluate(adaptor, scores, pairs, device, args.uncer_levels)
     except FloatingPointError as error:
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
     about = {
-        "task": "retrieval", "evaluated_on": args.dataset, "split": data.eval_split, "uncer_levels": args.uncer_levels,
+        "task": "retrieval", "evaluated_on": args.dataset, "split": split, "uncer_levels": args.uncer_levels,
         "images": len(pairs.image), "captions": len(pairs.text), "skipped": pairs.meta["skipped"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
     path = config.result(args.dataset, "retrieval")
     path.unlink(missing_ok=True)  # its arrays are about to be others
     save_arrays(path.with_suffix(".npz"), **arrays)
-    write_json(path, about | {"config": dataclasses.asdict(config)} | result)
+    write_json(path, about | {"config": dataclasses.asdict(config) | {"score": first}} | result)
     if not args.quiet:
         print(levels_table(about | result))
     print(path)

@@ -115,18 +115,17 @@ def main(argv=None):
     folder = args.results / args.dataset
     blocks = read(folder, args.backbone)
     samples = [samples_of(folder, block) for block in blocks]
-    # A variant looks the same in every figure: its place in the palette is given here, once.
-    place = {name: i for i, name in enumerate(sorted({name for block in blocks for name in block.results}))}
+    looks = plots.looks(blocks)
     for suffix, write in (("md", tables.to_markdown), ("tex", tables.to_latex), ("csv", tables.to_csv)):
         write_text(folder / f"table.{suffix}", write(blocks))
     for block, sample in zip(blocks, samples, strict=True):
         suffix = "" if len(blocks) == 1 else f"-{block.evaluated_on}-{block.backbone}"
         for draw, data in ((plots.recall_by_level, block), (plots.uncertainty_against_ambiguity, sample)):
-            figure = draw(data, place)
+            figure = draw(data, looks)
             if figure:
                 plots.save(figure, folder / f"{draw.__name__}{suffix}")
     page = folder / "report.html"
-    write_text(page, html.page(args.dataset, blocks, samples, place))
+    write_text(page, html.page(args.dataset, blocks, samples, looks))
     if not args.quiet:
         print(tables.to_text(blocks), end="\n\n")
     print(page)

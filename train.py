@@ -5,6 +5,7 @@
 writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on where it stopped, to the same weights.
 """
 
+import copy
 import csv
 import io
 import math
@@ -13,20 +14,24 @@ import time
 import torch
 from tqdm import tqdm
 
-from datasets.embeddings import Pairs
+from datasets.embeddings import Pairs, hold_out
+from models.base import best_temperature
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import make_adaptor
+from utils.config import FEW, make_adaptor
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.files import locked, write_text
 from utils.seed import seed_everything
+
+VAL_FRACTION = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
 
 
 def parse(argv):
     parser = make_parser(__doc__)
     add_data_flags(parser, "trained on")
     add_run_flags(parser)
+    parser.add_argument("--val-fraction", type=float, help=VAL_FRACTION)
     parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
@@ -39,8 +44,8 @@ def make_optimizer(adaptor, config):
     others = [p for p in adaptor.parameters() if p.numel() > 1 or config.decay_scalars]
     groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": scalars, "weight_decay": 0.0}]
     makers = {
-        "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum),
-        "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr),
+        "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr, fused=True),
     }
     if config.name not in makers:
         raise UserError(f"optim.name must be sgd or adamw, not '{config.name}'.")
@@ -59,12 +64,26 @@ def write_log(path, rows):
     write_text(path, text.getvalue())
 
 
+@torch.no_grad()
+def validate(adaptor, image, text, image_of_text, blocks):
+    """The unified loss of held-out pairs at the temperature that suits them best, and that temperature."""
+    adaptor.eval()
+    pairs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
+    scores = [adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text)) for image, text in pairs]
+    temperature = best_temperature(scores)
+    return sum(adaptor.unified_loss(*pair, temperature).item() for pair in pairs) / len(pairs), temperature
+
+
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
     args = parse(argv)
-    config = run_config(args, args.dataset, args.set)
+    held_out = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
+    config = run_config(args, args.dataset, args.set + held_out)
     device = pick_device(args.device)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split)
+    if config.train.val_fraction is None:
+        config.train.val_fraction = 0.1 if len(pairs.text) < FEW else 0.0
+    rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
     seed_everything(config.seed)
     adaptor = make_adaptor(config, pairs.dim).to(device)
     optimizer = make_optimizer(adaptor, config.optim)
@@ -75,56 +94,74 @@ def main(argv=None):
             print(f"{run.folder}: already trained")
             return
         adaptor.prepare(pairs)
-        log = []
+        log, said = [], "nothing to train"
         if any(p.requires_grad for p in adaptor.parameters()):
-            log = fit(adaptor, optimizer, *pairs.to(device), run, args.quiet)
+            log = fit(adaptor, optimizer, *pairs.to(device), rows, held_out, run, args.quiet)
+            kept = min(log, key=lambda row: row.get("val_loss", -row["epoch"]))
+            said = f"trained, loss {kept['loss']:.4f}" + (f" in epoch {kept['epoch']}, the best" if held_out else "")
+        elif held_out:
+            _, temperature = validate(adaptor, *pairs.to(device), held_out)
+            adaptor.calibrated_scale.fill_(temperature)
         write_log(run.folder / "log.csv", log)
         run.finish(adaptor)
-    print(f"{run.folder}: " + (f"trained, loss {log[-1]['loss']:.4f}" if log else "nothing to train"))
+    print(f"{run.folder}: {said}")
 
 
-def fit(adaptor, optimizer, image, text, image_of_text, run, quiet):
-    """Run the training loop; returns one dict of figures per epoch."""
+def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, quiet):
+    """Run the training loop; returns one dict of figures per epoch.
+
+    rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch; with none the last is kept.
+    """
     config = run.config
-    batch, epochs = min(config.train.batch_size, len(text)), config.train.epochs
-    steps = math.ceil(len(text) / batch)  # the last batch of an epoch is what is left
+    batch, epochs = min(config.train.batch_size, len(rows)), config.train.epochs
+    steps = math.ceil(len(rows) / batch)  # the last batch of an epoch is what is left
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
-    log = []
+    objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
+    log, best = [], {"val_loss": math.inf, "epoch": 0, "adaptor": None}
     state = run.resume()
     if state:
         adaptor.load_state_dict(state["adaptor"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        log = state["log"]
-    adaptor.train()
+        log, best = state["log"], state["best"]
     saved = time.perf_counter()
     started = saved - (log[-1]["seconds"] if log else 0)
     bar = tqdm(total=steps * epochs, initial=steps * len(log), desc=config.variant, unit="step", disable=quiet or None)
     for epoch in range(len(log), epochs):
         # What an epoch draws depends on nothing but seed and epoch, so that a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + epoch) % 2**32)
+        adaptor.train()
         total = torch.zeros((), device=image.device)
-        for step, rows in enumerate(torch.randperm(len(text)).to(image.device).split(batch)):
-            loss = adaptor.loss(image[image_of_text[rows]].float(), text[rows].float())
+        for step, chosen in enumerate(rows[torch.randperm(len(rows))].to(image.device).split(batch)):
+            loss = objective(image[image_of_text[chosen]].float(), text[chosen].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach() * len(rows)
+            total += loss.detach() * len(chosen)
             if step % 50 == 0 and not bar.disable:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
-        mean = total.item() / len(text)
+        mean = total.item() / len(rows)
         if not math.isfinite(mean):
             raise UserError(f"the loss of {run.folder} is {mean} in epoch {epoch + 1}: try --set optim.lr with less.")
-        scalars = {name: p.item() for name, p in adaptor.named_parameters() if p.numel() == 1}
         seconds = round(time.perf_counter() - started, 3)
-        log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds} | scalars)
+        log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
+        if held_out:
+            log[-1]["val_loss"], temperature = validate(adaptor, image, text, image_of_text, held_out)
+            if log[-1]["val_loss"] <= best["val_loss"]:
+                adaptor.calibrated_scale.fill_(temperature)
+                best = {"val_loss": log[-1]["val_loss"], "epoch": epoch, "adaptor": copy.deepcopy(adaptor.state_dict())}
+        log[-1] |= {name: p.item() for name, p in adaptor.named_parameters() if p.numel() == 1}
+        if held_out and epoch - best["epoch"] >= config.train.patience:
+            break
         if epoch + 1 < epochs and time.perf_counter() - saved > config.train.save_every:
             run.save_state(adaptor=adaptor.state_dict(), optimizer=optimizer.state_dict(),
-                           schedule=schedule.state_dict(), log=log)  # fmt: skip
+                           schedule=schedule.state_dict(), log=log, best=best)  # fmt: skip
             saved = time.perf_counter()
     bar.close()
+    if best["adaptor"]:
+        adaptor.load_state_dict(best["adaptor"])
     return log
 
 

@@ -83,11 +83,21 @@ def main(argv=None):
     run = Run(run_config(args, args.dataset))
     adaptor, config, identity = run.load(device)
     encoder = Encoder(**identity["encoder"])
+    if encoder.pretrained == "elsewhere":
+        raise UserError(
+            f"{run.folder} was trained on embeddings computed elsewhere, so that there is no backbone to encode prompts"
+            " or images with: what it knows of the cached captions is in the .npz that eval.py writes."
+        )
     if encoder_fingerprint(encoder) != identity["encoder_fingerprint"]:
         raise UserError(f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on.")
     from models.backbone import Backbone  # takes seconds to import: only once the rest is known to be right
 
     backbone = Backbone(encoder, device)
+    if backbone.dim != identity["dim"]:  # embeddings computed elsewhere, cached under a backbone's name
+        raise UserError(
+            f"{run.folder} was trained on embeddings of size {identity['dim']}, but backbone '{config.backbone}' gives"
+            f" size {backbone.dim}: cache and train with the backbone that they are from."
+        )
     for item in args.items:
         if not is_image(item) and not backbone.reads_whole(item):
             print(f"'{item[:40]}...' is longer than the backbone reads: its end is cut off.", file=sys.stderr)

@@ -70,7 +70,7 @@ def listing_fingerprint(source, images, captions):
     """Identify what a split lists: ids, file names, captions and the source's version, not the folder they lie in."""
     digest = hashlib.sha256(f"{type(source).__name__} {source.version}\n".encode())
     for image in images:
-        digest.update(f"{image.id}\t{image.path.name}\n".encode())
+        digest.update(f"{image.id}\t{Path(image.place).name}\n".encode())
     for caption in captions:
         digest.update(f"{caption.id}\t{caption.image_id}\t{caption.text}\n".encode())
     return digest.hexdigest()[:16]
@@ -84,7 +84,7 @@ class Pairs:
 
     def __init__(self, dataset, backbone, split):
         self.folder = cache_folder(dataset, backbone, split)
-        self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone}"
+        self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
         if not (self.folder / META).is_file():
             state = "unfinished" if (self.folder / WORKING).is_dir() else "missing"
             again = " again" * (state == "unfinished")
@@ -160,6 +160,31 @@ class Pairs:
         return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
 
 
+def hold_out(image_of_text, fraction, seed, block=2048):
+    """Split captions by their images: rows to train on, and a list of blocks of held-out rows, no image twice in one.
+
+    image_of_text: (M,). fraction: of the images that is held out; a fraction that holds out none gives no block. Two
+    captions of an image in one block would each be a wrong answer to the other's image. Raises UserError where fewer
+    than two images would be left of either part.
+    """
+    captions = np.bincount(image_of_text)
+    held = round(fraction * len(captions))
+    rows = torch.arange(len(image_of_text))
+    if not held:
+        return rows, []
+    if not 2 <= held <= len(captions) - 2:
+        raise UserError(
+            f"--val-fraction {fraction} holds out {held} of {len(captions)} images: leave two or more on either side."
+        )
+    out = np.isin(image_of_text, np.random.default_rng(seed).permutation(len(captions))[:held])
+    order, starts = np.argsort(image_of_text, kind="stable"), np.cumsum(captions) - captions
+    number = np.empty(len(order), dtype=np.int64)  # of each caption among its image's
+    number[order] = np.arange(len(order)) - np.repeat(starts, captions)
+    blocks = [rows[out & (number == k)].split(block) for k in range(number[out].max() + 1)]
+    # A block of one pair has no wrong answer to learn from.
+    return rows[~out], [part for parts in blocks for part in parts if len(part) > 1]
+
+
 def write_cache(folder, identity, split, backbone, on_error="stop", quiet=False):
     """Encode a split into `folder`, going on from where an earlier call was killed; the caller holds the folder's lock.
 
@@ -209,6 +234,15 @@ def write_cache(folder, identity, split, backbone, on_error="stop", quiet=False)
             record(text, bar, "text", start + len(block))
     _finish(folder, identity, split, backbone, image, text, progress["unreadable"])
     shutil.rmtree(work)
+
+
+def write_given(folder, identity, split, source):
+    """Write a split whose source gives its embeddings into `folder`; the caller holds the folder's lock.
+
+    identity, split: as for `write_cache`, split with embeddings. source: has their model's logit_scale and logit_bias.
+    """
+    (folder / META).unlink(missing_ok=True)
+    _finish(folder, identity, split, source, *split["embeddings"], unreadable={})
 
 
 def _progress(work, fingerprint):
@@ -277,7 +311,10 @@ def _half(encoded):
 
 
 def _finish(folder, identity, split, backbone, image, text, unreadable):
-    """Write the cache's files from all that is encoded, less the rows that could not be read; meta.json comes last."""
+    """Write the cache's files from all that is encoded, less the rows that could not be read; meta.json comes last.
+
+    backbone: what encoded, or the source that gave the embeddings.
+    """
     images, captions = split["images"], split["captions"]
     keep_image = np.array([str(row) not in unreadable for row in range(len(images))])
     row_of_id = {item.id: row for row, item in enumerate(images)}
@@ -292,7 +329,7 @@ def _finish(folder, identity, split, backbone, image, text, unreadable):
     save_array(folder / "image_of_text.npy", (np.cumsum(keep_image) - 1)[image_of_text][keep_text])
     save_array(folder / "image_id.npy", np.array([item.id for item in images])[keep_image])
     save_array(folder / "text_id.npy", np.array([caption.id for caption in captions])[keep_text])
-    items = [("image", str(item.path)) for item, keep in zip(images, keep_image) if keep]
+    items = [("image", item.place) for item, keep in zip(images, keep_image) if keep]
     items += [("text", caption.text) for caption, keep in zip(captions, keep_text) if keep]
     prompts = [(i, depth, prompt) for i, chain in enumerate(split["chains"]) for depth, prompt in enumerate(chain)]
     items += [("prompt", prompt) for _, _, prompt in prompts]
@@ -309,7 +346,7 @@ def _finish(folder, identity, split, backbone, image, text, unreadable):
     ]
     write_lines(folder / "skipped.jsonl", skipped)
     about = {
-        "dim": backbone.dim,
+        "dim": image.shape[1],
         "images": int(keep_image.sum()),
         "captions": int(keep_text.sum()),
         "skipped": len(skipped),

@@ -19,16 +19,22 @@ class Ranking(NamedTuple):
     own: np.ndarray  # positives that score the same, itself included
     top: np.ndarray  # the row of the best-scored item of all
     score: np.ndarray  # its score
+    margin: np.ndarray  # by which it stands above the second best
+    entropy: np.ndarray  # in nats, of the posterior over the gallery
+    probability: np.ndarray  # of the best-scored item under that posterior
 
 
 @torch.inference_mode()
-def rank(score, gallery, query_of_positive, item_of_positive):
+def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
     """Rank each query's positives in a gallery of G items, blockwise: at most TILE scores exist at a time.
 
     score: function from a slice of queries to their scores (q, G). query_of_positive, item_of_positive: (P,) rows,
-    with every query 0 .. Q-1 present. Counting needs no sorting, and serves every recall@k at once. Raises
-    FloatingPointError where a score is not finite.
+    with every query 0 .. Q-1 present. scale: the posterior over the gallery is the softmax of scale * score. Counting
+    needs no sorting, and serves every recall@k at once. Raises FloatingPointError where a score is not finite, and
+    ValueError for a gallery of fewer than two items.
     """
+    if gallery < 2:
+        raise ValueError(f"a gallery of {gallery} cannot be ranked")
     query, item = torch.tensor(query_of_positive), torch.tensor(item_of_positive)
     order = query.argsort(stable=True)
     query, item = query[order], item[order]
@@ -38,7 +44,7 @@ def rank(score, gallery, query_of_positive, item_of_positive):
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         scores = score(slice(start, stop))
-        top_score, top = scores.max(dim=1)
+        (top_score, second), top = (x.T for x in scores.topk(2, dim=1))
         if not torch.isfinite(top_score).all():
             raise FloatingPointError("a score is not finite")
         first, last = torch.searchsorted(query, torch.tensor([start, stop])).tolist()
@@ -49,7 +55,10 @@ def rank(score, gallery, query_of_positive, item_of_positive):
         own = torch.zeros_like(best).scatter_add(0, row, (positive == best[row]).to(best.dtype))
         better = (scores > best[:, None]).sum(dim=1)
         tied = (scores == best[:, None]).sum(dim=1) - own.long()
-        blocks.append([x.cpu().numpy() for x in (better, tied, own.long(), top, top_score)])
+        log_posterior = (scale * scores).log_softmax(dim=1)
+        entropy = -(log_posterior.exp() * log_posterior).sum(dim=1)
+        found = (better, tied, own.long(), top[0], top_score, top_score - second, entropy)
+        blocks.append([x.cpu().numpy() for x in (*found, log_posterior.amax(dim=1).exp())])
     return Ranking(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
 
 

@@ -6,6 +6,22 @@ import numpy as np
 from scipy import stats
 
 
+def auroc(uncertainty, hit):
+    """Probability that a query answered wrongly is more uncertain than one answered rightly; ties count half.
+
+    uncertainty: (Q,). hit: (Q,), the chance of a right answer, in [0, 1]. 0.5 is a guess, 1 ideal; None where
+    all queries are hits or all are misses. Area under the ROC curve, Hanley & McNeil (1982).
+    """
+    order = np.argsort(uncertainty, kind="stable")
+    hit = np.asarray(hit, dtype=np.float64)[order]
+    # By groups of equal uncertainty: a miss outranks the hits below its group, and half of those in it.
+    starts = np.flatnonzero(np.diff(np.asarray(uncertainty)[order], prepend=np.nan))
+    hits, misses = np.add.reduceat(hit, starts), np.add.reduceat(1 - hit, starts)
+    outranked = np.cumsum(hits) - hits / 2
+    pairs = hits.sum() * misses.sum()
+    return float(misses @ outranked / pairs) if pairs > 0 else None
+
+
 class Trend(NamedTuple):
     """Trend of recall over uncertainty levels (ProbVLM, arXiv 2307.00398, section 4)."""
 

@@ -3,12 +3,16 @@
 N images, M captions, B matched pairs, D embedding size. Embeddings come as the frozen model gave them: not normalized.
 """
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MEANS = ("frozen", "residual", "learned")
 
 
 class Embedding(NamedTuple):
@@ -27,7 +31,8 @@ class Adaptor(nn.Module):
     """A small model on top of frozen embeddings; a method overrides what it does differently.
 
     temperature: factor on the score inside the InfoNCE objective; `fixed` at 1, `exp` of a learned number, or `free`,
-    a learned factor of either sign as in the public AsymVLM code.
+    a learned factor of either sign as in the public AsymVLM code. The posterior over a gallery is the softmax of
+    `posterior_scale` times the score: of the temperature, unless training has calibrated another on held-out pairs.
     """
 
     def __init__(self, temperature: str = "fixed"):
@@ -35,6 +40,7 @@ class Adaptor(nn.Module):
         if temperature not in ("fixed", "exp", "free"):
             raise ValueError(f"temperature must be fixed, exp or free, not '{temperature}'")
         self._temperature_kind = temperature
+        self.register_buffer("calibrated_scale", torch.tensor(float("nan")))
         if temperature == "exp":
             self.log_temperature = nn.Parameter(torch.zeros(()))
         elif temperature == "free":
@@ -45,6 +51,11 @@ class Adaptor(nn.Module):
         if self._temperature_kind == "exp":
             return self.log_temperature.exp()
         return self.free_temperature if self._temperature_kind == "free" else 1.0
+
+    @property
+    def posterior_scale(self) -> float:
+        calibrated = self.calibrated_scale.item()
+        return float(torch.as_tensor(self.temperature).detach()) if math.isnan(calibrated) else calibrated
 
     def adapt_image(self, image: Tensor) -> Embedding:
         """Give images (N, D) what the method knows of them."""
@@ -62,9 +73,17 @@ class Adaptor(nn.Module):
         """The method's own score (N, M)."""
         return self.similarity(image, text)
 
+    def unified_loss(self, image: Tensor, text: Tensor, temperature: float | None = None) -> Tensor:
+        """Unified InfoNCE () of B matched pairs (B, D), (B, D) over `log_likelihood`: `--objective infonce`.
+
+        temperature: in place of the adaptor's own.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        return info_nce(temperature * self.log_likelihood(self.adapt_image(image), self.adapt_text(text)))
+
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Training loss () of B matched pairs (B, D), (B, D): the unified InfoNCE over `log_likelihood`."""
-        return info_nce(self.temperature * self.log_likelihood(self.adapt_image(image), self.adapt_text(text)))
+        """The method's own loss () of B matched pairs (B, D), (B, D): `--objective native`; by default the unified."""
+        return self.unified_loss(image, text)
 
     def prepare(self, pairs) -> None:
         """Look once at all that is cached of the training split, an opened `Pairs`, before training."""
@@ -84,6 +103,48 @@ def info_nce(score: Tensor) -> Tensor:
     """Symmetric InfoNCE () of scores (B, B) whose diagonal is matched; van den Oord et al. (2018), arXiv 1807.03748."""
     target = torch.arange(len(score), device=score.device)
     return (F.cross_entropy(score, target) + F.cross_entropy(score.T, target)) / 2
+
+
+def best_temperature(scores: list[Tensor]) -> float:
+    """The factor that gives several scores (B, B), whose diagonals are matched, the least InfoNCE in sum.
+
+    Temperature scaling: Guo et al. (2017), arXiv 1706.04599. InfoNCE is convex in the factor, so it has one minimum.
+    """
+    scores = [score.double().cpu() for score in scores]
+    scores = [score - score.mean() for score in scores]  # a common shift changes nothing but the digits
+    unit = 1 / max(score.std().item() for score in scores)  # a scatter of one nat, from where to look around
+
+    def loss(log_factor: float) -> float:
+        return sum(info_nce(unit * math.exp(log_factor) * score).item() for score in scores)
+
+    found = scipy.optimize.minimize_scalar(loss, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3})
+    return unit * math.exp(found.x)
+
+
+class Mean(nn.Module):
+    """Unit mean (N, D) of frozen embeddings (N, D).
+
+    kind: `frozen`, the embedding's own direction; `residual`, that direction plus a learned correction which starts at
+    zero; `learned`, from nothing. width, hidden: of the perceptron.
+    """
+
+    def __init__(self, kind: str, dim: int, width: int, hidden: int):
+        super().__init__()
+        if kind not in MEANS:
+            raise ValueError(f"mean must be {', '.join(MEANS[:-1])} or {MEANS[-1]}, not '{kind}'")
+        self.kind = kind
+        if kind != "frozen":
+            self.head = perceptron(dim, width, dim, hidden)
+        if kind == "residual":
+            nn.init.zeros_(self.head[-1].weight)
+            nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        direction = F.normalize(x, dim=-1)
+        if self.kind == "residual":
+            # An empty embedding has no direction, and 1 / eps bounds the gradient of what stands in for one.
+            return F.normalize(direction + self.head(x), dim=-1, eps=0.1)
+        return direction if self.kind == "frozen" else F.normalize(self.head(x), dim=-1)
 
 
 def perceptron(dim_in: int, width: int, dim_out: int, hidden: int) -> nn.Sequential:

@@ -8,3 +8,7 @@ class Clip(Adaptor):
 
     def __init__(self, dim: int):
         super().__init__()
+
+    def prepare(self, pairs) -> None:
+        """Take the frozen model's own logit scale for the posterior over a gallery."""
+        self.calibrated_scale.fill_(pairs.meta["logit_scale"])

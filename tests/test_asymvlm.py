@@ -1,48 +1,21 @@
 """AsymVLM: parity of its `reference` preset with the public suite, and its behavior at the edges."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import problem, recorded, reference
 
 from models.asymvlm import AsymVLM
 from models.base import info_nce
 from utils.config import load_config, make_adaptor
 
-# Outputs of the public suite in float64 on the problem below, by family; `sharp`: the last layer times 60.
-GOLDEN = json.loads((Path(__file__).parent / "data" / "reference_asymvlm.json").read_text())
-SEED = 7
-
-
-def problem(dim=512):
-    rng = np.random.RandomState(1000 * SEED + 900)
-    a, n = rng.standard_normal((6, dim)), rng.standard_normal((6, dim))
-    scale = 10 / np.sqrt(dim)
-    return torch.tensor(a * scale), torch.tensor((0.6 * a + 0.8 * n) * scale)
-
-
-def reference(method, sharp):
-    """The method's reference preset with the golden problem's parameters, in float64."""
-    adaptor = make_adaptor(load_config("coco", method, preset="reference"), 512).double()
-    tensors = [p for p in adaptor.parameters() if p.numel() > 1]
-    with torch.no_grad():
-        for k, parameter in enumerate(tensors):
-            g = np.random.RandomState(1000 * SEED + k).standard_normal(parameter.numel()).reshape(parameter.shape)
-            parameter.copy_(torch.tensor(g / np.sqrt(g.shape[1]) if g.ndim == 2 else 0.1 * g))
-        if sharp:
-            for parameter in tensors[-2:]:
-                parameter.mul_(60)
-    return adaptor
-
 
 @pytest.mark.parametrize("sharp", [False, True])
 @pytest.mark.parametrize("family", ["vmf", "psd"])
 def test_reference_preset_equals_the_public_suite(family, sharp):
-    golden = GOLDEN[f"sharp {family}" if sharp else family]
-    adaptor = reference(f"asymvlm-{family}", sharp)
+    golden = recorded("asymvlm")[f"sharp {family}" if sharp else family]
+    adaptor = reference(f"asymvlm-{family}", last_layer=60 if sharp else 1)
     image, text = problem()
     adapted_image, adapted_text = adaptor.adapt_image(image), adaptor.adapt_text(text)
     loss = adaptor.loss(image, text)
@@ -67,24 +40,24 @@ def test_reference_preset_equals_the_public_suite(family, sharp):
 
 @pytest.mark.parametrize("family", ["von-mises-fisher", "power-spherical"])
 def test_eta_of_zero_and_opposite_pairs_are_finite(family):
-    adaptor = AsymVLM(dim=8, family=family, width=4, hidden=1)
-    torch.nn.init.zeros_(adaptor.eta[-1].weight)
+    adaptor = AsymVLM(dim=8, family=family, mean="learned", width=4, hidden=1)
+    torch.nn.init.zeros_(adaptor.text.eta[-1].weight)
     with torch.no_grad():
-        adaptor.eta[-1].bias.zero_()
+        adaptor.text.eta[-1].bias.zero_()
     image = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     loss = adaptor.loss(image, image)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(adaptor.adapt_text(image).uncertainty).all()
-    gradient = adaptor.eta[-1].bias.grad
+    gradient = adaptor.text.eta[-1].bias.grad
     assert torch.isfinite(gradient).all()
     # At eta = 0 the score eta . x + log C has the gradient x, so the gradient of the loss is that of plain logits.
     eta = torch.zeros(3, 8, requires_grad=True)
     info_nce(image @ eta.T).backward()
     torch.testing.assert_close(gradient, eta.grad.sum(dim=0), atol=1e-6, rtol=1e-5)
 
-    adaptor.eta = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+    adaptor.text.eta = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
     with torch.no_grad():
-        adaptor.eta[0].weight.copy_(-50 * torch.eye(8))  # every caption points away from its own image
+        adaptor.text.eta[0].weight.copy_(-50 * torch.eye(8))  # every caption points away from its own image
     adaptor.zero_grad()
     loss = adaptor.loss(image, image)
     loss.backward()
@@ -98,12 +71,12 @@ def test_eta_of_zero_and_opposite_pairs_are_finite(family):
 def test_loss_is_the_literal_one(family, dim):
     """Two cross-entropies over temperature times log density, by loops over pairs, with gradients."""
     torch.manual_seed(0)
-    adaptor = AsymVLM(dim=dim, family=family, width=16, hidden=2).double()
+    adaptor = AsymVLM(dim=dim, family=family, mean="learned", width=16, hidden=2).double()
     with torch.no_grad():
         adaptor.log_temperature.fill_(0.3)
-        adaptor.eta[-1].weight.mul_(30)
+        adaptor.text.eta[-1].weight.mul_(30)
     image, text = torch.randn(2, 5, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    eta = adaptor.eta(text)
+    eta = adaptor.text.eta(text)
     score = torch.empty(5, 5, dtype=torch.float64)
     for i in range(5):
         for j in range(5):
@@ -117,7 +90,7 @@ def test_loss_is_the_literal_one(family, dim):
         literal = literal - (score[i, i] - torch.logsumexp(score[:, i], 0)) / 10
     loss = adaptor.loss(image, text)
     torch.testing.assert_close(loss, literal, rtol=1e-10, atol=1e-12)
-    parameters = list(adaptor.eta.parameters())
+    parameters = list(adaptor.text.eta.parameters())
     for ours, theirs in zip(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(literal, parameters), strict=True
     ):
@@ -130,3 +103,39 @@ def test_text_to_image_ranks_by_cosine_of_the_mean():
     image, text = adaptor.adapt_image(torch.randn(20, 16)), adaptor.adapt_text(torch.randn(7, 16))
     likelihood, cosine = adaptor.log_likelihood(image, text), adaptor.similarity(image, text)
     assert (likelihood.argsort(dim=0) == cosine.argsort(dim=0)).all()
+
+
+@pytest.mark.parametrize("method", ["asymvlm-vmf", "asymvlm-psd"])
+@pytest.mark.parametrize("mean", ["frozen", "residual"])
+def test_a_kept_mean_starts_at_the_frozen_direction_and_a_useful_kappa(method, mean):
+    torch.manual_seed(0)
+    adaptor = make_adaptor(load_config("coco", method, settings=[f"model.mean={mean}", "model.width=32"]), 64).double()
+    image, text = torch.randn(2, 6, 64, dtype=torch.float64)
+    text[0] = 0  # an empty embedding has no direction, and spoils no other
+    adapted = adaptor.adapt_text(text)
+    torch.testing.assert_close(adapted.mean, F.normalize(text, dim=-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(adapted.spread[1:], torch.full((5,), 8.0, dtype=torch.float64))  # sqrt(D)
+    optimizer = torch.optim.Adam(adaptor.parameters(), lr=1e-2)
+    before = adaptor.loss(image, text).item()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = adaptor.loss(image, text)
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in adaptor.parameters())
+        optimizer.step()
+    assert loss.item() < before
+    adapted = adaptor.adapt_text(text)
+    assert (adapted.mean[1:] == F.normalize(text[1:], dim=-1)).all() == (mean == "frozen")
+    assert adapted.spread.std() > 0
+    torch.testing.assert_close(adapted.uncertainty, 1 / adapted.spread)
+
+
+def test_kappa_of_zero_and_unit_length_embeddings_are_finite():
+    adaptor = AsymVLM(dim=8, mean="frozen", width=4, hidden=1)
+    with torch.no_grad():
+        adaptor.text.kappa[-1].bias.fill_(-1e4)  # softplus underflows
+    text = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    loss = adaptor.loss(text.flip(0), text)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(adaptor.adapt_text(text).uncertainty).all()
+    assert all(torch.isfinite(p.grad).all() for p in adaptor.parameters())

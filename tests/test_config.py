@@ -38,6 +38,7 @@ def test_each_layer_overrides_the_one_before(home):
     assert (config.optim.lr, config.optim.name, config.optim.weight_decay) == (1e-3, "adamw", 0.25)
     assert load_config("d", "m", preset="reference").optim.lr == 5e-4
     assert load_config("d", "m", preset="reference", settings=["optim.lr=1e-2"]).optim.lr == 1e-2
+    assert load_config("d", "m", objective="infonce", mean="frozen", tag="t").variant == "m+infonce+frozen+t"
     assert (config.variant, load_config("d", "m", preset="reference", tag="try").variant) == ("m", "m+reference+try")
 
 
@@ -56,7 +57,7 @@ def test_saved_configuration_reads_back_the_same(home):
         (dict(dataset="d", method="m", preset="x"), "has no preset 'x'; it has default, reference"),
         (dict(dataset="d", method="typo"), "optim has no key 'learning_rate'; it has name, lr"),
         (dict(dataset="d", method="broken"), "is not valid YAML"),
-        (dict(dataset="d", method="m", settings=["epochs=3"]), "has no key 'epochs'; it has score, data"),
+        (dict(dataset="d", method="m", settings=["epochs=3"]), "has no key 'epochs'; it has score, ordered, data"),
         (dict(dataset="d", method="m", settings=["train.epochs"]), "--set wants key=value"),
         (dict(dataset="d", method="m", settings=["train.epochs=many"]), "epochs must be int, not 'many'"),
         (dict(dataset="d", method="m", settings=["train.epochs=true"]), "epochs must be int, not True"),
@@ -66,8 +67,9 @@ def test_saved_configuration_reads_back_the_same(home):
         (dict(dataset="d", method="m", settings=["method=other"]), "method names the run and is no key"),
         (dict(dataset="d", method="m", settings=["backbone=b"]), "backbone names the run and is no key"),
         (dict(dataset="d", method="m", settings=["score=rank"]), "score must be log_likelihood or similarity"),
+        (dict(dataset="d", method="m", objective="x"), "--objective must be native or infonce"),
         (dict(dataset="d", method="m", tag="../up"), "--tag names a folder"),
-        (dict(dataset="d", method="m", tag="reference"), "would name the folder of the preset"),
+        (dict(dataset="d", method="m", tag="reference"), "would name the folder of a run with that flag"),
         (dict(dataset="d", method="m", seed=-1), "--seed must lie between 0 and"),
         (dict(dataset="d", method="m", seed=2**32), "--seed must lie between 0 and"),
         (dict(dataset="list", method="m"), "must hold keys and values"),
@@ -81,7 +83,7 @@ def test_mistakes_are_named(home, call, sentence):
 
 
 def test_options_of_a_class_are_checked():
-    with pytest.raises(UserError, match="here has no key 'depth'; it has family, width"):
+    with pytest.raises(UserError, match="here has no key 'depth'; it has family, mean, width"):
         construct("models.asymvlm.AsymVLM", {"depth": 3}, "here", dim=4)
     with pytest.raises(UserError, match="family must be one of"):
         construct("models.asymvlm.AsymVLM", {"family": "normal"}, "here", dim=4)

@@ -72,6 +72,15 @@ def test_every_figure_by_a_slow_script(trained, levels):
         assert part["minus_s_r2"] == pytest.approx(-part["s"] * part["r2"])
         for level, group in zip(part["levels"], groups, strict=True):
             assert level["uncertainty"] == pytest.approx([side_doubt[group].min(), side_doubt[group].max()])
+        wrong, right = side_doubt[hits[1] == 0], side_doubt[hits[1] == 1]
+        auroc = stats.mannwhitneyu(wrong, right).statistic / len(wrong) / len(right)
+        assert part["auroc"] == pytest.approx(auroc)
+        best, second = -np.sort(-rows, axis=1)[:, :2].T
+        posterior = torch.tensor(adaptor.posterior_scale * rows).double().softmax(dim=1).numpy()
+        doubts = {"top": -best, "margin": second - best, "probability": -posterior.max(axis=1)}
+        for name, value in (doubts | {"entropy": stats.entropy(posterior, axis=1)}).items():
+            auroc = stats.mannwhitneyu(value[hits[1] == 0], value[hits[1] == 1]).statistic / len(wrong) / len(right)
+            assert part["gallery_aware"][name] == pytest.approx(auroc, abs=1e-4)
     part = found["text_to_image"]
     assert part["bayes_recall"] == pytest.approx(np.mean(1 / count))
     assert part["spearman_ambiguity"] == pytest.approx(stats.spearmanr(doubt, np.log(count)).statistic)
@@ -224,3 +233,27 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
     assert "there is no image file nowhere.jpg" in refusal(uncertainty.main, *RUN, "nowhere.jpg")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     assert "broken.png cannot be read" in refusal(uncertainty.main, *RUN, str(tmp_path / "broken.png"))
+
+
+def test_which_score_ranks_is_a_flag(trained, capsys):
+    found = {}
+    for score in ("log_likelihood", "similarity", "both"):
+        evaluation.main([*RUN, "--score", score, "--device", "cpu"])
+        found[score] = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    assert found["log_likelihood"]["score"] == found["both"]["score"] == "log_likelihood"
+    assert found["similarity"]["score"] == found["similarity"]["config"]["score"] == "similarity"
+    other = found["both"]["other_score"]
+    for side in ("text_to_image", "image_to_text"):
+        assert found["both"][side] == found["log_likelihood"][side]
+        for name in ("recall", "gallery_aware"):
+            assert other[side][name] == found["similarity"][side][name]
+    assert other["posterior_scale"] == Pairs("shapes", "shapes-tiny", "val").meta["logit_scale"]
+    # Within a caption's row the density rises with the cosine; across captions it does not.
+    assert other["text_to_image"]["recall"] == found["both"]["text_to_image"]["recall"]
+    assert other["image_to_text"]["recall"] != found["both"]["image_to_text"]["recall"]
+
+
+def test_which_split_is_evaluated_is_a_flag(trained):
+    evaluation.main([*RUN, "--split", "train", "--device", "cpu", "--quiet"])
+    found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    assert (found["split"], found["images"]) == ("train", 300)

@@ -1,5 +1,7 @@
 """The contract: what every method in configs/methods keeps, with every preset."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -8,6 +10,14 @@ from models.base import Embedding
 from utils.config import HOME, known, load_config, make_adaptor
 
 DIM, N, M = 24, 9, 13
+# By the end of a head's name: the factor and the shift of its output that make a distribution wider.
+WIDER = {
+    "eta": (0.5, 0.0),
+    "kappa": (1.0, -1.0),
+    "inverse_alpha": (1.0, -1.0),
+    "log_variance": (1.0, 1.0),
+    "loss": (1.0, 1.0),
+}
 
 
 def presets(method):
@@ -21,7 +31,7 @@ pytestmark = pytest.mark.parametrize(("method", "preset"), CASES)
 
 def build(method, preset, seed=0):
     torch.manual_seed(seed)
-    return make_adaptor(load_config("shapes", method, preset=preset), DIM)
+    return make_adaptor(load_config("shapes", method, preset=preset), DIM).eval()
 
 
 def embeddings(seed=0):
@@ -67,23 +77,39 @@ def test_save_and_load_restores_scores_exactly(method, preset, tmp_path):
         assert (first == second).all()
 
 
-def test_lower_kappa_is_more_uncertain(method, preset):
-    """The sign by construction: shrinking what the method itself calls concentration raises its uncertainty."""
+def widen(adaptor):
+    """Give every distribution of an adaptor more spread; returns whether a head was found that says how."""
+    found = False
+    for name, head in adaptor.named_modules():
+        if hasattr(head, "start"):  # kappa before training, which a correction is added to
+            head.start /= 2
+        for kind, (factor, shift) in WIDER.items():
+            if re.search(rf"(^|[._]){kind}$", name):
+                found = True
+                with torch.no_grad():
+                    head[-1].weight.mul_(factor)
+                    head[-1].bias.mul_(factor).add_(shift)
+    return found
+
+
+def test_a_wider_distribution_is_more_uncertain(method, preset):
+    """The sign by construction; `reciprocal: true` marks the published exception, which fails it."""
     adaptor = build(method, preset)
-    if not hasattr(adaptor, "eta"):
-        pytest.skip("no concentration of its own")
-    _, text = embeddings()
-    before = adaptor.adapt_text(text).uncertainty
-    with torch.no_grad():
-        adaptor.eta[-1].weight.mul_(0.5)
-        adaptor.eta[-1].bias.mul_(0.5)
-    assert (adaptor.adapt_text(text).uncertainty > before).all()
+    inputs = embeddings()
+    before = [adapt(x).uncertainty for adapt, x in zip((adaptor.adapt_image, adaptor.adapt_text), inputs)]
+    if before == [None, None]:
+        pytest.skip("no uncertainty")
+    assert widen(adaptor), "no head in WIDER"
+    after = [adapt(x).uncertainty for adapt, x in zip((adaptor.adapt_image, adaptor.adapt_text), inputs)]
+    inverted = load_config("shapes", method, preset=preset).model.get("reciprocal", False)
+    for old, new in zip(before, after):
+        assert old is None or ((new > old) != inverted).all()
 
 
 def test_a_few_steps_lower_the_loss_and_repeat(method, preset):
     losses = []
     for _ in range(2):
-        adaptor = build(method, preset)
+        adaptor = build(method, preset).train()
         parameters = list(adaptor.parameters())
         if not parameters:
             pytest.skip("nothing to train")

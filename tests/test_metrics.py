@@ -55,6 +55,37 @@ def test_constant_score_has_the_recall_of_a_guess():
     assert everything == pytest.approx(np.ones(50))
 
 
+def test_gallery_aware_confidences_by_loop():
+    rng = np.random.default_rng(5)
+    scores = rng.standard_normal((7, 9))
+    ranking = retrieval.rank(lambda rows: torch.tensor(scores[rows]), 9, np.arange(7), np.arange(7), scale=3.0)
+    for row, *found in zip(scores, ranking.score, ranking.margin, ranking.entropy, ranking.probability, strict=True):
+        second, first = np.sort(row)[-2:]
+        posterior = np.exp(3 * row) / np.exp(3 * row).sum()
+        expected = first, first - second, stats.entropy(posterior), posterior.max()
+        assert found == pytest.approx(expected)
+    with pytest.raises(ValueError, match="gallery of 1"):
+        retrieval.rank(lambda rows: torch.zeros(1, 1), 1, [0], [0])
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(6)
+    doubt = rng.integers(0, 6, 40).astype(float)
+    hit = rng.choice([0.0, 1.0, 0.25], 40)
+    right = total = 0.0
+    for i, j in itertools.product(range(40), repeat=2):
+        weight = (1 - hit[i]) * hit[j] * (i != j) + (i == j) * hit[i] * (1 - hit[i])
+        total += weight
+        right += weight * ((doubt[i] > doubt[j]) + (doubt[i] == doubt[j]) / 2)
+    assert uncertainty.auroc(doubt, hit) == pytest.approx(right / total)
+    sure = rng.integers(0, 2, 40)
+    u = stats.mannwhitneyu(doubt[sure == 0], doubt[sure == 1]).statistic
+    assert uncertainty.auroc(doubt, sure) == pytest.approx(u / (sure.sum() * (1 - sure).sum()))
+    assert uncertainty.auroc(sure == 0, sure) == 1 and uncertainty.auroc(sure, sure) == 0
+    assert uncertainty.auroc(np.ones(40), sure) == 0.5
+    assert uncertainty.auroc(doubt, np.ones(40)) is None
+
+
 def test_a_score_that_is_not_finite_is_refused():
     for wrong in (torch.nan, torch.inf):
         scores = torch.zeros(3, 4)

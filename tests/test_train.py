@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import train
+from datasets.embeddings import Pairs, hold_out
 from models.asymvlm import AsymVLM
+from models.base import best_temperature, info_nce
 from utils.checkpoint import Run
 from utils.config import load_config
 from utils.files import locked
@@ -61,7 +63,7 @@ def test_seeds_differ_and_repeat(world):
         weights(base / name) for name in ("asymvlm-psd+a/seed0", "asymvlm-psd+b/seed0", "asymvlm-psd+a/seed1")
     )
     assert all((a[name] == b[name]).all() for name in a)
-    assert not (a["eta.0.weight"] == other["eta.0.weight"]).all()
+    assert not (a["text.eta.0.weight"] == other["text.eta.0.weight"]).all()
 
 
 def test_schedule_is_a_cosine_per_step_and_every_pair_is_seen(world, monkeypatch):
@@ -69,11 +71,22 @@ def test_schedule_is_a_cosine_per_step_and_every_pair_is_seen(world, monkeypatch
     monkeypatch.setattr(
         AsymVLM, "loss", lambda self, image, text: (sizes.append(len(text)), loss(self, image, text))[1]
     )
-    train.main([*COMMAND, "optim.lr=0.5", "optim.min_lr=0.1"])
+    train.main([*COMMAND, "optim.lr=0.5", "optim.min_lr=0.1", "train.val_fraction=0"])
     assert sizes == [256, 256, 256, 256, 256, 220] * 4  # 1,500 captions: nothing dropped
     log = read_log(Path("checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0"))
     expected = [0.1 + 0.4 * (1 + np.cos(np.pi * 6 * epoch / 24)) / 2 for epoch in (1, 2, 3, 4)]
     assert [float(row["lr"]) for row in log] == pytest.approx(expected)
+
+
+def test_objective_and_mean_are_flags(world, capsys):
+    for flags in (["--objective", "infonce"], ["--mean", "frozen"], ["--objective", "infonce", "--mean", "learned"]):
+        train.main(["--dataset", "shapes", "--method", "pfe", *flags, *SHORT])
+    base = world / "checkpoints/shapes/shapes-tiny"
+    assert sorted(path.name for path in base.iterdir()) == ["pfe+frozen", "pfe+infonce", "pfe+infonce+learned"]
+    found = {path.name: weights(path / "seed0") for path in base.iterdir()}
+    assert any("mean" in name for name in found["pfe+infonce+learned"])
+    first = "text_log_variance.0.weight"
+    assert not (found["pfe+infonce"][first] == found["pfe+frozen"][first]).all()
 
 
 def test_weight_decay_spares_scalars():
@@ -84,7 +97,7 @@ def test_weight_decay_spares_scalars():
         for group in train.make_optimizer(adaptor, config).param_groups
         for p in group["params"]
     }
-    assert groups[id(adaptor.log_temperature)] == 0 and groups[id(adaptor.eta[0].bias)] == 5e-4
+    assert groups[id(adaptor.log_temperature)] == 0 and groups[id(adaptor.text.eta[0].bias)] == 5e-4
     assert len(groups) == len(list(adaptor.parameters()))
     config = load_config("coco", "asymvlm-psd", preset="reference").optim
     groups = {
@@ -158,3 +171,66 @@ def test_checkpoint_that_is_damaged_is_named(world, refusal):
     for script, rest in ((evaluation, []), (uncertainty, ["a photo"])):
         error = refusal(script.main, *COMMAND[:4], *rest)
         assert "adaptor.pt is damaged or truncated: delete" in error
+
+
+def test_held_out_images_are_nobody_elses():
+    rng = np.random.default_rng(0)
+    image_of_text = np.concatenate([np.arange(50), rng.integers(0, 50, 150)])
+    rng.shuffle(image_of_text)
+    rows, blocks = hold_out(image_of_text, 0.3, seed=1, block=8)
+    held = torch.cat(blocks)
+    assert len(np.unique(image_of_text[held])) == 15
+    assert not set(image_of_text[rows]) & set(image_of_text[held])
+    assert len(set(rows.tolist()) | set(held.tolist())) == len(rows) + len(held)
+    # Of the held-out captions only a block's rest of one is left out.
+    assert len(rows) + len(held) >= 200 - image_of_text.max()
+    for block in blocks:
+        assert 2 <= len(block) <= 8 and len(np.unique(image_of_text[block])) == len(block)
+    other = hold_out(image_of_text, 0.3, seed=2)[0]
+    assert set(rows.tolist()) != set(other.tolist())
+    everything, nothing = hold_out(image_of_text, 0.0, seed=1)
+    assert everything.tolist() == list(range(200)) and nothing == []
+
+
+def test_the_epoch_with_the_least_validation_loss_is_kept(world):
+    # A step this long spoils what the first epochs have learned.
+    train.main([*COMMAND, "optim.lr=0.3", "train.epochs=8", "--seed", "3"])
+    folder = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed3"
+    losses = [float(row["val_loss"]) for row in read_log(folder)]
+    adaptor, config, _ = Run(load_config("shapes", "asymvlm-psd", seed=3)).load("cpu")
+    assert config.train.val_fraction == 0.1  # 1,500 captions are few
+    pairs = Pairs("shapes", "shapes-tiny", "train")
+    _, blocks = hold_out(pairs.image_of_text, 0.1, seed=3)
+    image, text, image_of_text = pairs.to("cpu")
+    loss, temperature = train.validate(adaptor, image, text, image_of_text, blocks)
+    assert loss == pytest.approx(min(losses), rel=1e-5) and loss < losses[-1]
+    assert adaptor.posterior_scale == pytest.approx(temperature, rel=1e-3)
+
+
+def test_validation_is_off_where_pairs_are_many_or_it_is_told_to(world, monkeypatch):
+    for told in ([], ["--val-fraction", "0"]):
+        if not told:
+            monkeypatch.setattr(train, "FEW", 1000)
+        train.main([*COMMAND, "--tag", f"tag{len(told)}", *told])
+        folder = world / f"checkpoints/shapes/shapes-tiny/asymvlm-psd+tag{len(told)}/seed0"
+        assert "val_loss" not in read_log(folder)[0]
+        adaptor, config, _ = Run(load_config("shapes", "asymvlm-psd", tag=f"tag{len(told)}")).load("cpu")
+        assert config.train.val_fraction == 0 and adaptor.posterior_scale == pytest.approx(adaptor.temperature.item())
+
+
+def test_impossible_validation_fractions_are_refused(world, refusal):
+    for fraction in ("1.5", "-0.1"):
+        assert f"must lie in [0, 1), not {fraction}" in refusal(train.main, *COMMAND, "--val-fraction", fraction)
+    said = refusal(train.main, *COMMAND, "--val-fraction", "0.003")
+    assert "--val-fraction 0.003 holds out 1 of 300 images" in said
+    assert not (world / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_the_best_temperature_against_a_grid(shift):
+    torch.manual_seed(0)
+    scores = [shift + torch.randn(n, n, dtype=torch.float64) + 2 * torch.eye(n) for n in (20, 30)]
+    best = best_temperature(scores)
+    grid = best * np.linspace(0.5, 2, 301)
+    losses = [sum(info_nce(factor * score).item() for score in scores) for factor in grid]
+    assert grid[np.argmin(losses)] == pytest.approx(best, rel=0.01)

@@ -24,9 +24,12 @@ def add_run_flags(parser):
     parser.add_argument("--method", required=True, help=f"one of {', '.join(known('methods'))}")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and order; it names the run, too")
     parser.add_argument("--preset", default="default", help="default: what is right; reference: what was published")
+    parser.add_argument("--objective", default="native", help="native: the method's own loss; infonce: the unified one")
+    parser.add_argument("--mean", default="", help="frozen, residual or learned, in place of the method's own choice")
     parser.add_argument("--tag", default="", help="a name that keeps this run apart from others of the same method")
 
 
 def run_config(args, dataset, settings=()):
     """Resolve the configuration of the run that the flags name, trained on `dataset`."""
-    return load_config(dataset, args.method, args.backbone, args.preset, args.tag, args.seed, settings)
+    flags = {name: getattr(args, name) for name in ("preset", "objective", "mean", "tag", "seed")}
+    return load_config(dataset, args.method, args.backbone, settings=settings, **flags)

@@ -17,8 +17,10 @@ import yaml
 from utils.errors import UserError
 from utils.files import write_text
 
+FEW = 10_000  # pairs, below which an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
-NAMES = ("dataset", "method", "preset", "tag", "seed")  # what a run is called by: flags, never keys of a layer
+# What a run is called by: flags, never keys of a layer.
+NAMES = ("dataset", "method", "preset", "objective", "mean", "tag", "seed")
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Data:
 @dataclass
 class Encoder:
     model: str = ""  # open_clip architecture
-    pretrained: str | None = None  # open_clip tag, or a weights file seen from here or from the suite; none: random
+    # open_clip tag, or a weights file seen from here or from the suite; none: random; elsewhere: not to be had here
+    pretrained: str | None = None
     architecture: str | None = None  # open_clip JSON to register first
     batch_size: int = 256  # images encoded at once; captions four times as many
 
@@ -58,6 +61,8 @@ class Optim:
 class Train:
     batch_size: int = 2048  # pairs: a caption and its image
     epochs: int = 200
+    val_fraction: float | None = None  # of the images, held out to pick the epoch; none: 0.1 below FEW pairs, else 0
+    patience: int = 50  # epochs without a better loss of the held-out part, after which training ends
     save_every: float = 5.0  # seconds between states from which a killed run goes on
 
 
@@ -67,9 +72,12 @@ class Config:
     backbone: str = ""  # the dataset's own unless given
     method: str = ""
     preset: str = "default"
+    objective: str = "native"  # the method's own loss, or infonce: the unified one over its log_likelihood
+    mean: str = ""  # frozen, residual or learned in place of the method's own choice
     tag: str = ""
     seed: int = 0
     score: str = "log_likelihood"  # which score ranks: log_likelihood or similarity
+    ordered: bool = False  # trained on shapes, uncertainty follows true ambiguity: a Spearman of 0.8, which is tested
     data: Data = field(default_factory=Data)
     encoder: Encoder = field(default_factory=Encoder)
     model: dict = field(default_factory=dict)  # adaptor: module.Class, and its keyword arguments
@@ -79,7 +87,13 @@ class Config:
     @property
     def variant(self):
         """Name a run's folder: the method, followed by what differs from its default."""
-        return "+".join([self.method, *([self.preset] if self.preset != "default" else []), *filter(None, [self.tag])])
+        return "+".join([self.method, *self._differs.values()])
+
+    @property
+    def _differs(self):
+        """The flags in which the run differs from the method's default."""
+        flags = {"preset": self.preset, "objective": self.objective, "mean": self.mean, "tag": self.tag}
+        return {name: value for name, value in flags.items() if value not in ("default", "native", "")}
 
     @property
     def checkpoint(self):
@@ -95,9 +109,7 @@ class Config:
     def command(self):
         """The command that trains this run, as far as names tell."""
         flags = {"dataset": self.dataset, "backbone": self.backbone, "method": self.method, "seed": self.seed}
-        flags |= {"preset": self.preset} if self.preset != "default" else {}
-        flags |= {"tag": self.tag} if self.tag else {}
-        return "python train.py " + " ".join(f"--{name} {value}" for name, value in flags.items())
+        return "python train.py " + " ".join(f"--{name} {value}" for name, value in (flags | self._differs).items())
 
     def save(self, path):
         """Write the resolved configuration as YAML."""
@@ -132,7 +144,9 @@ def load_backbone(name):
     return _build(Encoder, _named("backbones", name).get("encoder", {}), f"configs/backbones/{name}.yaml: encoder")
 
 
-def load_config(dataset, method=None, backbone=None, preset="default", tag="", seed=0, settings=()):
+def load_config(
+    dataset, method=None, backbone=None, preset="default", objective="native", mean="", tag="", seed=0, settings=()
+):
     """Resolve a Config; raises UserError for an unknown name, preset or key and for a value that cannot be.
 
     settings: strings `key=value` with dotted keys, applied last.
@@ -148,19 +162,21 @@ def load_config(dataset, method=None, backbone=None, preset="default", tag="", s
         presets, on = (_mapping(own.pop(name, {}), f"{where}: {name}") for name in ("presets", "on"))
         if preset not in ("default", *presets):
             raise UserError(f"method '{method}' has no preset '{preset}'; it has {', '.join(['default', *presets])}.")
-        if tag in presets:
-            raise UserError(f"--tag {tag} would name the folder of the preset '{tag}': choose another.")
+        if tag in (*presets, "infonce", "frozen", "residual", "learned"):
+            raise UserError(f"--tag {tag} would name the folder of a run with that flag: choose another.")
         unknown = set(on) - set(known("datasets"))
         if unknown:
             raise UserError(f"{where}: on names '{unknown.pop()}'; there is {', '.join(known('datasets'))}.")
         layers += [own, _mapping(on.get(dataset, {}), f"{where}: on"), _mapping(presets.get(preset, {}), where)]
+    layers += [{"model": {"mean": mean}}] if mean else []
     layers += [_setting(text) for text in settings]
     for layer in layers:
         named = [name for name in (*NAMES, "backbone") if name in layer]
         if named:
             raise UserError(f"{named[0]} names the run and is no key of its configuration: give it as a flag.")
         _merge(values, layer)
-    _merge(values, dict(dataset=dataset, backbone=backbone, method=method or "", preset=preset, tag=tag, seed=seed))
+    flags = dict(preset=preset, objective=objective, mean=mean, tag=tag, seed=seed)
+    _merge(values, dict(dataset=dataset, backbone=backbone, method=method or "") | flags)
     config = _build(Config, values, f"the configuration of {method or dataset}")
     _check(config)
     return config
@@ -186,9 +202,14 @@ def _check(config):
         raise UserError(f"--tag names a folder: letters, digits, '.', '_' and '-', not '{config.tag}'.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"--seed must lie between 0 and {2**32 - 1}, not {config.seed}.")
+    if config.objective not in ("native", "infonce"):
+        raise UserError(f"--objective must be native or infonce, not '{config.objective}'.")
     if config.score not in ("log_likelihood", "similarity"):
         raise UserError(f"score must be log_likelihood or similarity, not '{config.score}'.")
-    counts = {"train.batch_size": config.train.batch_size, "train.epochs": config.train.epochs}
+    train = config.train
+    if train.val_fraction is not None and not 0 <= train.val_fraction < 1:
+        raise UserError(f"train.val_fraction must lie in [0, 1), not {train.val_fraction}.")
+    counts = {"train.batch_size": train.batch_size, "train.epochs": train.epochs, "train.patience": train.patience}
     for name, value in (counts | {"encoder.batch_size": config.encoder.batch_size}).items():
         if not 1 <= value < 2**31:
             raise UserError(f"{name} must be at least 1 and below {2**31:,}, not {value}.")
@@ -272,7 +293,7 @@ def _build(cls, values, where):
         if dataclasses.is_dataclass(kind):
             filled[name] = _build(kind, value, f"{where}: {name}")
             continue
-        if kind is float and type(value) is int:
+        if kind in (float, float | None) and type(value) is int:
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise UserError(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, not {value!r}.")

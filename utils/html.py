@@ -14,15 +14,15 @@ from utils import plots, tables
 NARROW = 4.0  # inches: a figure as wide as a phone, so that its type keeps its size there
 PANEL = 3.3  # inches
 THUMBNAIL = 144  # pixels of the longer side
-THUMBNAILS = 120  # in the whole page, which keeps it below about 2 MB
+THUMBNAILS = 120  # in the whole page, which keeps their part of it below about 1 MB
 SIDES = {"most_certain": "Most certain", "least_certain": "Least certain"}
 
 
-def page(dataset, blocks, samples, place):
+def page(dataset, blocks, samples, looks):
     """Render the page of all blocks.
 
-    dataset: trained on. samples: for each block what plots.uncertainty_against_ambiguity draws. place: dict of variant
-    to its number in the palette.
+    dataset: trained on. samples: for each block what plots.uncertainty_against_ambiguity draws. looks: dict of variant
+    to its plots.Look.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -35,23 +35,27 @@ def page(dataset, blocks, samples, place):
     environment.filters.update(minus=_minus, url=_url)
     strips = sum("examples" in runs[0].values for block in blocks for runs in block.results.values())
     shown = min(10, max(3, THUMBNAILS // max(1, 2 * strips)))
-    sections = [_section(*pair, place, shown) for pair in zip(blocks, samples, strict=True)]
+    sections = [_section(*pair, looks, shown) for pair in zip(blocks, samples, strict=True)]
     return environment.get_template("report.html.j2").render(dataset=dataset, sections=sections)
 
 
-def _section(block, samples, place, shown):
+def _section(block, samples, looks, shown):
     """Gather what the template shows of one block."""
-    levels = {variant: tables.level_recalls(runs) for variant, runs in block.results.items()}
+    levels = {name: (tables.level_recalls(runs), tables.level_limits(runs)) for name, runs in block.results.items()}
     examples = {variant: runs[0].values.get("examples") for variant, runs in block.results.items()}
     return {
         "block": block,
         "limits": block.any.get("bayes_optimal", {}).get("levels"),
-        "lines": [_themed(plots.recall_by_level, block, place, width) for width in (plots.WIDE, NARROW)],
+        "lines": [_themed(plots.recall_by_level, block, looks, width) for width in (plots.WIDE, NARROW)],
         "panels": {
-            variant: _themed(plots.uncertainty_against_ambiguity, {variant: sample}, place, PANEL)
+            variant: _themed(plots.uncertainty_against_ambiguity, {variant: sample}, looks, PANEL)
             for variant, sample in samples.items()
         },
-        "levels": {name: (cells, tables.level_limits(block.results[name])) for name, cells in levels.items() if cells},
+        "levels": [
+            (title, found)
+            for title, rows in block.groups
+            if (found := {row.name: levels[row.name] for row in rows if levels[row.name][0]})
+        ],
         "strips": {
             variant: {title: [_card(item) for item in items[side][:shown]] for side, title in SIDES.items()}
             for variant, items in examples.items()
@@ -60,9 +64,9 @@ def _section(block, samples, place, shown):
     }
 
 
-def _themed(draw, data, place, width):
+def _themed(draw, data, looks, width):
     """Draw one figure per theme: dict of theme to data URI, or None where there is nothing to draw."""
-    figures = {theme: draw(data, place, theme, width) for theme in plots.THEMES}
+    figures = {theme: draw(data, looks, theme, width) for theme in plots.THEMES}
     return {theme: _data_uri("svg+xml", plots.svg(figure)) for theme, figure in figures.items() if figure} or None
 
 

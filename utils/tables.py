@@ -12,18 +12,28 @@ from typing import NamedTuple
 NONE = "\N{EN DASH}"  # stands where a method has no such number
 MINUS = "\N{MINUS SIGN}"
 TO_IMAGE, TO_TEXT, UNCERTAINTY = "text→image, %", "image→text, %", "uncertainty of captions"
-PANELS = ((TO_IMAGE, TO_TEXT), (UNCERTAINTY,))  # one above the other where a paper or a terminal is narrow
+BY_SCORE, AUROC = "R@1, text→image, %", "AUROC of the right answer, text→image"
+CSV_ONLY = ""  # the group of what would crowd the other tables
+# Each panel is a table of its own, for all in one would fit neither paper nor terminal nor page.
+PANELS = ((TO_IMAGE, TO_TEXT), (UNCERTAINTY,), (BY_SCORE, AUROC))
+SCORES = {"similarity": "cosine", "log_likelihood": "likelihood"}
+GALLERY_AWARE = {  # confidences that need the scores over the whole gallery
+    "top": ("top score", "from the best score in the gallery"),
+    "margin": ("margin", "from the best score less the second-best"),
+    "entropy": ("entropy", "from the entropy of the posterior over the gallery"),
+}
+UNIFIED = "unified objective"  # heads the rows trained by it
 
 
 def levels_table(result):
     """Lay out one retrieval result for the terminal: recall both ways, then R@1 by uncertainty level."""
     size = f"{result['images']:,} images, {result['captions']:,} captions"
-    lines = [f"{result['variant']} on {result['evaluated_on']} ({size})"]
+    ranked = f", ranked by {SCORES[result['score']]}" if "score" in result else ""
+    lines = [f"{result['variant']} on {result['evaluated_on']} ({size}){ranked}"]
     for name, title in (("text_to_image", "text->image"), ("image_to_text", "image->text")):
         part = result[name]
-        recalls = "  ".join(f"R@{k} {100 * value:5.1f}" for k, value in part["recall"].items())
         limit = f"  (Bayes-optimal R@1 {100 * part['bayes_recall']:.1f})" if "bayes_recall" in part else ""
-        lines.append(f"  {title}  {recalls}{limit}")
+        lines.append(f"  {title}  {_recalls(part)}{limit}")
         if "levels" in part:
             lines.append(f"    R@1 by uncertainty of the {part['levels_by']}, least uncertain first:")
             lines.append("    " + " ".join(f"{100 * level['recall']['1']:5.1f}" for level in part["levels"]))
@@ -31,10 +41,35 @@ def levels_table(result):
                 limits = " ".join(f"{100 * level['bayes_recall']:5.1f}" for level in part["levels"])
                 lines.append(f"    {limits}  Bayes-optimal")
             lines.append(f"    S {part['s']:.3f}   R2 {part['r2']:.3f}   -S*R2 {part['minus_s_r2']:.3f}")
+        if "auroc" in part:
+            lines.append(f"    AUROC of the right answer, {_doubt_of(part)}: {_auroc(part['auroc'])}")
+        if "gallery_aware" in part:
+            lines.append(f"    AUROC of the right answer, {_gallery_aware(part)}")
+        if "other_score" in result:
+            score, other = SCORES[result["other_score"]["score"]], result["other_score"][name]
+            lines.append(f"    by {score}  {_recalls(other)}  AUROC, {_gallery_aware(other)}")
     truth = result["text_to_image"].get("spearman_ambiguity")
     if truth is not None:
         lines.append(f"  Spearman of uncertainty and true ambiguity {truth:.3f}")
     return "\n".join(lines)
+
+
+def _recalls(part):
+    return "  ".join(f"R@{k} {100 * value:5.1f}" for k, value in part["recall"].items())
+
+
+def _doubt_of(part):
+    """Say whose uncertainty an AUROC is of: a retrieved caption's is not known from the query alone."""
+    return "query-only" if part["levels_by"].startswith("query") else f"uncertainty of the {part['levels_by']}"
+
+
+def _gallery_aware(part):
+    found = [f"{title} {_auroc(part['gallery_aware'][name])}" for name, (title, _) in GALLERY_AWARE.items()]
+    return f"gallery-aware: {', '.join(found)}"
+
+
+def _auroc(value):
+    return "-" if value is None else f"{value:.3f}"  # there is none where all answers are right, or all wrong
 
 
 class Result(NamedTuple):
@@ -66,12 +101,13 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of a table; the reference row of limits has neither folder nor seeds."""
+    """One line of a table; the reference row of limits has neither folder nor seeds nor objective."""
 
     name: str
     folder: Path | None
     seeds: int | None
     cells: dict  # of a column's key to its Cell, absent where the method has no such number
+    objective: str | None = None  # native or infonce
 
 
 def _recall(direction, k):
@@ -95,6 +131,30 @@ def _falling_chains(values):
     return 100 * values["prompt_chains"]["falling_chains"] if "prompt_chains" in values else None
 
 
+def _recall_by(score, direction):
+    """Read R@1 by one score, where the run was evaluated by both."""
+
+    def read(values):
+        if "other_score" not in values:
+            return None
+        other = values["other_score"]
+        return _recall(direction, 1)(other if other["score"] == score else values)
+
+    return read
+
+
+def _query_only(direction):
+    def read(values):
+        part = values[direction]
+        return part["auroc"] if "auroc" in part and _doubt_of(part) == "query-only" else None
+
+    return read
+
+
+def _from_gallery(direction, name):
+    return lambda values: values[direction].get("gallery_aware", {}).get(name)
+
+
 def _columns():
     for direction, group in (("text_to_image", TO_IMAGE), ("image_to_text", TO_TEXT)):
         yield Column(f"{direction}_r1_percent", group, "R@1", 1, _recall(direction, 1), _limit(direction))
@@ -116,6 +176,18 @@ def _columns():
     yield Column("spearman_ambiguity", UNCERTAINTY, "Spearman", 3, truth, note=note)
     note = "prompt chains from general to specific along which uncertainty falls at every step"
     yield Column("falling_chains_percent", UNCERTAINTY, "chains, %", 1, _falling_chains, note=note)
+    for direction, groups in (("text_to_image", (BY_SCORE, AUROC)), ("image_to_text", (CSV_ONLY, CSV_ONLY))):
+        for score, title in SCORES.items():
+            key, limit = f"{direction}_r1_percent_by_{title}", _limit(direction)
+            yield Column(key, groups[0], f"by {title}", 1, _recall_by(score, direction), limit)
+        note = "from the caption's uncertainty, before any search; 0.5 is chance, 1 is ideal"
+        key = f"{direction}_auroc_query_only"
+        yield Column(key, groups[1], "query-only", 3, _query_only(direction), note=note)
+        for name, (title, note) in GALLERY_AWARE.items():
+            key = f"{direction}_auroc_{name}"
+            yield Column(key, groups[1], title, 3, _from_gallery(direction, name), note=note)
+        key = f"{direction}_auroc_probability"
+        yield Column(key, CSV_ONLY, "probability", 3, _from_gallery(direction, "probability"))
 
 
 COLUMNS = tuple(_columns())
@@ -124,16 +196,19 @@ COLUMNS = tuple(_columns())
 class Block:
     """The results that may stand in one table: the same data and backbone, and as many uncertainty levels.
 
-    results: dict of variant to its Results, one per seed, in the order in which the rows shall stand.
+    results: dict of variant to its Results, one per seed, in the order in which the rows shall stand; those trained by
+    the unified objective are put last.
     """
 
     def __init__(self, evaluated_on, backbone, results):
-        self.evaluated_on, self.backbone, self.results = evaluated_on, backbone, results
+        self.evaluated_on, self.backbone = evaluated_on, backbone
+        self.results = dict(sorted(results.items(), key=lambda item: is_unified(item[1])))
         self.title = f"{evaluated_on}, {backbone}"
         self.any = next(iter(results.values()))[0].values  # of what all results agree in
-        self.rows = _mark_best([_row(variant, runs) for variant, runs in results.items()])
+        self.rows = _mark_best([_row(variant, runs) for variant, runs in self.results.items()])
         # Without a known truth there is no limit, and no column that compares with it.
-        self.columns = [column for column in COLUMNS if any(column.key in row.cells for row in self.rows)]
+        shown = [column for column in COLUMNS if column.group != CSV_ONLY]
+        self.columns = [column for column in shown if any(column.key in row.cells for row in self.rows)]
         limits = {column.key: column.limit(self.any) for column in self.columns}
         limits = {key: Cell(limit) for key, limit in limits.items() if limit is not None}
         self.reference = Row("Bayes-optimal", None, None, limits) if limits else None
@@ -142,6 +217,18 @@ class Block:
     def every_row(self):
         """The rows, and the reference row last if there is one."""
         return [*self.rows, *filter(None, [self.reference])]
+
+    @property
+    def groups(self):
+        """The rows by objective, each group under its title: list of (title, rows); no title where none is needed."""
+        split = groupby(self.rows, key=lambda row: UNIFIED if row.objective == "infonce" else "")
+        groups = [(title, list(rows)) for title, rows in split]
+        return groups if len(groups) > 1 else [("", self.rows)]
+
+    def groups_of(self, panel):
+        """`groups`, and the reference row as the last if it has a number in `panel`, a list of columns."""
+        has_limit = self.reference and any(column.key in self.reference.cells for column in panel)
+        return [*self.groups, *([("", [self.reference])] if has_limit else [])]
 
     @property
     def panels(self):
@@ -156,6 +243,11 @@ class Block:
         if most == 1:
             return "one seed"
         return f"mean ± s.d. over {most if least == most else f'{least} to {most}'} seeds"
+
+
+def is_unified(runs):
+    """Whether a variant's Results are of runs trained by the unified objective rather than the method's own."""
+    return runs[0].values["config"].get("objective") == "infonce"
 
 
 def mean_sd(values):
@@ -182,7 +274,8 @@ def _level_cells(runs, read):
 def _row(variant, runs):
     found = {column.key: [column.read(run.values) for run in runs] for column in COLUMNS}
     cells = {key: Cell(*mean_sd(values)) for key, values in found.items() if None not in values}
-    return Row(variant, runs[0].path.parent.parent, len(runs), cells)
+    objective = "infonce" if is_unified(runs) else "native"
+    return Row(variant, runs[0].path.parent.parent, len(runs), cells, objective)
 
 
 def _mark_best(rows):
@@ -213,20 +306,35 @@ def spans(names):
 
 def to_markdown(blocks):
     """Blocks as Markdown tables under a heading each; a row's name links to the folder of its results."""
-    return "\n".join(_markdown_table(block) for block in blocks)
+    return "\n".join(_markdown_tables(block) for block in blocks)
 
 
-def _markdown_table(block):
-    groups = {TO_IMAGE: f", {TO_IMAGE}", TO_TEXT: f", {TO_TEXT}"}
-    heads = ["method", "seeds", *(column.title + groups.get(column.group, "") for column in block.columns)]
-    lines = [[_in_markdown(head) for head in heads], [":--", *["--:"] * (len(heads) - 1)]]
-    for row in block.every_row:
-        name = _in_markdown(row.name)
-        name = f"[{name}](<{row.folder.as_posix()}>)" if row.folder else f"*{name}*"
-        cells = [_markdown_cell(row.cells.get(column.key), column.digits) for column in block.columns]
-        lines.append([name, str(row.seeds or ""), *cells])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"### {_in_markdown(block.title)}\n\nNumbers: {block.summary}, best in bold.\n\n{table}"
+# No head spans columns in Markdown: a title says what the head above it says elsewhere.
+MARKDOWN_HEADS = {
+    TO_IMAGE: "{}, " + TO_IMAGE, TO_TEXT: "{}, " + TO_TEXT, BY_SCORE: "R@1 {}, " + TO_IMAGE, AUROC: "AUROC, {}"
+}  # fmt: skip
+
+
+def _markdown_tables(block):
+    about = f"### {_in_markdown(block.title)}\n\nNumbers: {block.summary}, best in bold.\n"
+    return "\n".join([about, *(_markdown_panel(block, panel) for panel in block.panels)])
+
+
+def _markdown_panel(block, columns):
+    titles = [MARKDOWN_HEADS.get(column.group, "{}").format(column.title) for column in columns]
+    heads = [_in_markdown(head) for head in ("method", "seeds", *titles)]
+    lines = [heads, [":--", *["--:"] * (len(heads) - 1)]]
+    for title, rows in block.groups_of(columns):
+        lines += [[f"*{title}*", *[""] * (len(heads) - 1)]] if title else []
+        lines += [_markdown_line(row, columns) for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _markdown_line(row, columns):
+    name = _in_markdown(row.name)
+    name = f"[{name}](<{row.folder.as_posix()}>)" if row.folder else f"*{name}*"
+    cells = [_markdown_cell(row.cells.get(column.key), column.digits) for column in columns]
+    return [name, str(row.seeds or ""), *cells]
 
 
 def _in_markdown(text):
@@ -247,30 +355,31 @@ LATEX = {character: rf"\{character}" for character in "&%$#_{}"} | {
 
 
 def to_latex(blocks):
-    r"""Blocks as LaTeX table floats, recall above uncertainty to fit a column of text; wants \usepackage{booktabs}."""
-    return "\n".join(_latex_table(block) for block in blocks)
+    r"""Blocks as LaTeX table floats, a panel each, to fit a page's 5.5 inches of text; wants \usepackage{booktabs}."""
+    return "\n".join(_latex_table(block, panel) for block in blocks for panel in block.panels)
 
 
-def _latex_table(block):
-    lines = [r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"]
+def _latex_table(block, columns):
     said = _in_latex(f"Retrieval on {block.title}: {block.summary}, best in bold.").replace("s.d. ", r"s.d.\ ")
-    lines += [rf"\caption{{{said}}}", r"\smallskip"]
-    tables = [_latex_panel(block, panel) for panel in block.panels]
-    return "\n".join([*lines, "\n\\par\\medskip\n".join(tables), r"\end{table}", ""])
+    lines = [r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"]
+    lines += [rf"\caption{{{said}}}", r"\smallskip", _latex_panel(block, columns), r"\end{table}", ""]
+    return "\n".join(lines)
 
 
 def _latex_panel(block, columns):
     heads = spans([column.group for column in columns])
     starts = [2 + sum(count for _, count in heads[:i]) for i in range(len(heads))]
-    lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
+    lines = [rf"\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}", r"\toprule"]
     lines += [_latex_line(["", *(rf"\multicolumn{{{count}}}{{c}}{{{_in_latex(name)}}}" for name, count in heads)])]
     rules = zip(starts, heads, strict=True)
     lines += [" ".join(rf"\cmidrule(lr){{{start}-{start + count - 1}}}" for start, (_, count) in rules)]
-    lines += [_latex_line(["method", *(_in_latex(column.title) for column in columns)]), r"\midrule"]
-    for row in block.every_row:
-        lines += [r"\midrule"] * (row is block.reference)
-        cells = [_latex_cell(row.cells.get(column.key), column.digits) for column in columns]
-        lines += [_latex_line([_in_latex(row.name), *cells])]
+    lines += [_latex_line(["method", *(_in_latex(column.title) for column in columns)])]
+    for title, rows in block.groups_of(columns):
+        lines += [r"\midrule"]
+        lines += [_latex_line([rf"\multicolumn{{{1 + len(columns)}}}{{@{{}}l}}{{\emph{{{title}}}}}"])] if title else []
+        for row in rows:
+            cells = [_latex_cell(row.cells.get(column.key), column.digits) for column in columns]
+            lines += [_latex_line([_in_latex(row.name), *cells])]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
@@ -295,17 +404,17 @@ def to_csv(blocks):
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     numbers = [f"{column.key}_{part}" for column in COLUMNS for part in ("mean", "sd")]
-    writer.writerow(["evaluated_on", "backbone", "variant", "seeds", *numbers])
+    writer.writerow(["evaluated_on", "backbone", "variant", "objective", "seeds", *numbers])
     for block in blocks:
         for row in block.every_row:
             cells = [row.cells.get(column.key, (None, None)) for column in COLUMNS]
             numbers = [value for mean, sd, *_ in cells for value in (mean, sd)]
-            writer.writerow([block.evaluated_on, block.backbone, row.name, row.seeds, *numbers])
+            writer.writerow([block.evaluated_on, block.backbone, row.name, row.objective, row.seeds, *numbers])
     return file.getvalue()
 
 
 def to_text(blocks):
-    """Blocks as plain text for a terminal, recall above uncertainty, a star at the best."""
+    """Blocks as plain text for a terminal, one panel above the other, a star at the best."""
     return "\n\n".join(_text_table(block) for block in blocks)
 
 
@@ -315,19 +424,27 @@ def _text_table(block):
 
 
 def _text_panel(block, columns):
-    rows = block.every_row
-    cells = [[_text_cell(row.cells.get(column.key), column.digits) for column in columns] for row in rows]
+    groups = block.groups_of(columns)
+    cells = {
+        row.name: [_text_cell(row.cells.get(column.key), column.digits) for column in columns]
+        for _, rows in groups
+        for row in rows
+    }
     titles = [f"{column.title} ".replace(MINUS, "-") for column in columns]
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    names = max(len(row.name) for row in rows)
+    widths = [max(map(len, column)) for column in zip(titles, *cells.values(), strict=True)]
+    names = max(map(len, cells))
     heads, start = " " * names, 0
     for name, count in spans([column.group for column in columns]):
         heads += "  " + name.replace("→", "->").ljust(sum(widths[start : start + count]) + 2 * (count - 1))
         start += count
-    lines = [heads]
-    for name, line in zip(["", *(row.name for row in rows)], [titles, *cells], strict=True):
-        padded = (f"  {cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        lines.append(f"{name:{names}}" + "".join(padded))
+
+    def line(name, texts):
+        return f"{name:{names}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths, strict=True))
+
+    lines = [heads, line("", titles)]
+    for title, rows in groups:
+        lines += [f"{title}:"] if title else []
+        lines += [line(row.name, cells[row.name]) for row in rows]
     return [line.rstrip() for line in lines]
 
 

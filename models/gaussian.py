@@ -1,0 +1,108 @@
+"""The family of PFE, PCME++ and ProLIP: images and captions as Gaussians N(mu, diag sigma^2) of the embedding space.
+
+A perceptron per modality reads log sigma^2 off the frozen embedding. With S the sum of sigma^2 over the coordinates,
+the expected squared distance of samples is E|Z_i - Z_t|^2 = |mu_i - mu_t|^2 + S_i + S_t: no tensor of size B x B x D.
+On unit means it is 2 - 2 match with match = cos - (S_i + S_t)/2, so that the logits of PCME++, b - a (2 - 2 match), and
+of ProLIP, a match + b, are one function under two namings of its scale and shift.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Adaptor, Embedding, Mean, perceptron
+
+
+class Gaussian(Adaptor):
+    """Diagonal Gaussians of both modalities; `spread` is log sigma^2 (N, D), `uncertainty` the mean of sigma^2 over D.
+
+    mean, width, hidden: see Mean; the perceptrons of log sigma^2 have the same width and depth. start: S before
+    training, or None for whatever the perceptron starts with, about D. floor: added to every sigma^2.
+    """
+
+    def __init__(
+        self, dim: int, mean: str, width: int, hidden: int, temperature: str, start: float | None, floor: float
+    ):
+        super().__init__(temperature)
+        self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in range(2))
+        self.image_log_variance, self.text_log_variance = (perceptron(dim, width, dim, hidden) for _ in range(2))
+        self.log_floor = math.log(floor) if floor else -math.inf
+        # Unit means tell pairs apart by differences of squared distance below 2. At the perceptron's own start S is
+        # about D = 512, every logit hundreds below zero: the first steps then throw log sigma^2 so far down that its
+        # gradient, proportional to sigma^2, vanishes for good.
+        if start is not None:
+            for head in (self.image_log_variance, self.text_log_variance):
+                nn.init.constant_(head[-1].bias, math.log(start / dim))
+
+    def adapt_image(self, image: Tensor) -> Embedding:
+        return self._adapt(image, self.image_mean, self.image_log_variance)
+
+    def adapt_text(self, text: Tensor) -> Embedding:
+        return self._adapt(text, self.text_mean, self.text_log_variance)
+
+    def _adapt(self, x: Tensor, mean: nn.Module, head: nn.Module) -> Embedding:
+        x = self._input(x)
+        log_variance = self._log_variance(head(x))
+        return Embedding(mean(x), log_variance.exp().mean(dim=-1), log_variance)
+
+    def _input(self, x: Tensor) -> Tensor:
+        """What the perceptrons see: directions, so that a cache of unit embeddings serves as well as a raw one."""
+        return F.normalize(x, dim=-1)
+
+    def _log_variance(self, output: Tensor) -> Tensor:
+        """log sigma^2 (N, D) from the perceptron's output; by logarithms, as sigma^2 itself may underflow."""
+        return torch.logaddexp(output, output.new_tensor(self.log_floor))
+
+
+class PairwiseGaussian(Gaussian):
+    """Gaussians whose logit for "these two belong together" is affine in `match`, with a learned scale and shift.
+
+    scale: `exp`, the exponential of a learned number; `free`, learned with either sign, as published; `fixed`, 1 with
+    a shift of 0. first_scale, first_shift: before training. vib: weight of the KL divergence to N(0, I). same_image:
+    whether all captions of an image are its positives, or only the one it was drawn with.
+    """
+
+    def __init__(self, *args, scale: str, first_scale: float, first_shift: float, vib: float, same_image: bool):
+        super().__init__(*args)
+        if scale not in ("exp", "free", "fixed"):
+            raise ValueError(f"scale must be exp, free or fixed, not '{scale}'")
+        self._scale_kind, self.vib, self.same_image = scale, vib, same_image
+        self.shift = 0.0 if scale == "fixed" else nn.Parameter(torch.tensor(float(first_shift)))
+        if scale == "exp":
+            self.log_scale = nn.Parameter(torch.tensor(math.log(first_scale)))
+        elif scale == "free":
+            self.free_scale = nn.Parameter(torch.tensor(float(first_scale)))
+
+    @property
+    def scale(self) -> Tensor | float:
+        if self._scale_kind == "exp":
+            return self.log_scale.exp()
+        return self.free_scale if self._scale_kind == "free" else 1.0
+
+    def positives(self, image: Tensor) -> Tensor:
+        """Mark (B, B) which captions belong to which of the images (B, D); equal rows are the same image."""
+        if not self.same_image:
+            return torch.eye(len(image), dtype=torch.bool, device=image.device)
+        # Two rows are equal if a hash of their bits is: B^2 comparisons instead of B^2 D. Integer sums wrap around and
+        # do not round, whatever the order.
+        bits = image.float().view(torch.int32).long()
+        factors = torch.randint(2**62, (image.shape[1],), generator=torch.Generator().manual_seed(0))
+        group = (bits * factors.to(image.device)).sum(dim=-1)
+        return group[:, None] == group
+
+    def kl(self, embedding: Embedding) -> Tensor:
+        """KL divergence () in nats to N(0, I), per item and coordinate; `vib` weighs it."""
+        return kl_to_standard_normal(embedding.mean, embedding.spread)
+
+
+def match(image: Embedding, text: Embedding) -> Tensor:
+    """mu_i . mu_t - (S_i + S_t)/2 (N, M)."""
+    half = image.mean.shape[-1] / 2  # S is D times the mean variance
+    return image.mean @ text.mean.T - half * image.uncertainty[:, None] - half * text.uncertainty
+
+
+def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, 1)) () in nats, mean over the items and coordinates of (N, D), (N, D)."""
+    return (log_variance.exp() + mean.square() - 1 - log_variance).mean() / 2

@@ -1,0 +1,47 @@
+"""Loss prediction: uncertainty is the retrieval loss that a perceptron expects of a query.
+
+After Yoo & Kweon (2019), arXiv 1905.03677, and Kirchhof et al. (2024), Pretrained Visual Uncertainties,
+arXiv 2402.16569; where both rank pairs of losses, this regresses them, so that an uncertainty is in nats. No
+distribution is assumed, and the scores are those of plain CLIP.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Adaptor, Embedding, Mean, info_nce, perceptron
+
+
+class LossPrediction(Adaptor):
+    """Points as CLIP has them, and beside each the cross-entropy expected of retrieving with it.
+
+    mean: see models.base.Mean. width, hidden: of the perceptrons.
+    """
+
+    def __init__(self, dim: int, mean: str = "frozen", width: int = 1024, hidden: int = 3):
+        super().__init__(temperature="exp")
+        nn.init.constant_(self.log_temperature, math.log(1 / 0.07))  # where CLIP starts: cosines alone are too flat
+        self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in ("image", "text"))
+        self.image_loss, self.text_loss = (perceptron(dim, width, 1, hidden) for _ in ("image", "text"))
+
+    def adapt_image(self, image: Tensor) -> Embedding:
+        """Give images (N, D) a mean and the loss (N,) in nats expected in a gallery of a training batch's size."""
+        return Embedding(self.image_mean(image), uncertainty=F.softplus(self.image_loss(image).squeeze(-1)))
+
+    def adapt_text(self, text: Tensor) -> Embedding:
+        return Embedding(self.text_mean(text), uncertainty=F.softplus(self.text_loss(text).squeeze(-1)))
+
+    def unified_loss(self, image: Tensor, text: Tensor, temperature: float | None = None) -> Tensor:
+        """InfoNCE, which trains means and temperature, plus the squared errors of the predicted losses.
+
+        The prediction's target is detached and its input frozen, so that it changes no score (Kirchhof et al. 2024).
+        """
+        image, text = self.adapt_image(image), self.adapt_text(text)
+        temperature = self.temperature if temperature is None else temperature
+        score = temperature * self.log_likelihood(image, text)
+        target = torch.arange(len(score), device=score.device)
+        observed = (F.cross_entropy(x.detach(), target, reduction="none") for x in (score, score.T))
+        errors = (F.mse_loss(x.uncertainty, loss) for x, loss in zip((image, text), observed, strict=True))
+        return info_nce(score) + sum(errors)

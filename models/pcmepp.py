@@ -1,0 +1,56 @@
+"""PCME++, improved probabilistic image-text representations (Chun 2024, arXiv 2305.18171), on frozen embeddings."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.base import Embedding
+from models.gaussian import PairwiseGaussian, match
+
+
+class PCMEPP(PairwiseGaussian):
+    """Gaussians trained by classifying pairs on their closed-form sampled distance (CSD).
+
+    mean, width, hidden, start, floor: see Gaussian. scale, vib, same_image: see PairwiseGaussian. pseudo: weight of the
+    loss in which every pair that scores no lower than the matched one of its row, or column, is a positive as well.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mean: str = "residual",
+        width: int = 1024,
+        hidden: int = 3,
+        temperature: str = "fixed",
+        scale: str = "exp",
+        vib: float = 1e-4,
+        pseudo: float = 0.1,
+        same_image: bool = True,
+        start: float | None = 0.1,
+        floor: float = 1e-6,
+    ):
+        pairwise = {"scale": scale, "first_scale": 5, "first_shift": 5, "vib": vib, "same_image": same_image}
+        super().__init__(dim, mean, width, hidden, temperature, start, floor, **pairwise)
+        self.pseudo = pseudo
+
+    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
+        """Match logit (N, M), shift - scale CSD: equations 1 and 2."""
+        return self.shift - self.scale * (2 - 2 * match(image, text))
+
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """Matching loss of B pairs, once per direction, pseudo-positives of either direction, and KL ()."""
+        positive = self.positives(image)
+        image, text = self.adapt_image(image), self.adapt_text(text)
+        logit = self.log_likelihood(image, text)
+        loss = 2 * cross_entropy(logit, positive)
+        if self.vib:
+            loss = loss + self.vib * (self.kl(image) + self.kl(text))
+        if self.pseudo:
+            matched = logit.diagonal()
+            for level in (matched[:, None], matched):
+                loss = loss + self.pseudo * cross_entropy(logit, positive | (logit >= level))
+        return loss
+
+
+def cross_entropy(logit: Tensor, positive: Tensor) -> Tensor:
+    """Mean binary cross-entropy () of logits (B, B) against truths (B, B)."""
+    return F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype))

@@ -1,0 +1,115 @@
+"""PFE, probabilistic face embeddings (Shi and Jain 2019, arXiv 1904.09658), for images and captions.
+
+The score of a pair is its mutual likelihood, the log density that both embeddings stem from one point, less constants
+and a factor of 2: -sum over D of (mu_i - mu_t)^2/(sigma_i^2 + sigma_t^2) + ln(sigma_i^2 + sigma_t^2).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from models.base import Embedding
+from models.gaussian import Gaussian
+
+# Entries of a tile of pairs x D. On a CPU its temporaries stay in a core's cache; an accelerator wants few launches.
+CPU_TILE, DEVICE_TILE = 2**17, 2**24
+
+
+class PFE(Gaussian):
+    """Gaussians trained with the mutual likelihood of matched pairs alone; nothing is a negative.
+
+    mean: `frozen`, `residual`, `learned`, or `raw`, the embedding with its length; the paper's is frozen, as its loss
+    draws learned ones together to a point. variance: `exp` or `softplus` of the perceptron's output, plus the floor.
+    isotropic: take each item's sigma^2 as its mean over D, in loss and score; costs N x M instead of N x M x D.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mean: str = "frozen",
+        width: int = 1024,
+        hidden: int = 3,
+        temperature: str = "fixed",
+        variance: str = "exp",
+        isotropic: bool = True,
+        start: float | None = 1.0,
+        floor: float = 1e-6,
+    ):
+        super().__init__(dim, "frozen" if mean == "raw" else mean, width, hidden, temperature, start, floor)
+        if variance not in ("exp", "softplus"):
+            raise ValueError(f"variance must be exp or softplus, not '{variance}'")
+        self.softplus, self.isotropic, self.raw = variance == "softplus", isotropic, mean == "raw"
+        if self.raw:
+            self.image_mean = self.text_mean = nn.Identity()
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x if self.raw else super()._input(x)
+
+    def _log_variance(self, output: Tensor) -> Tensor:
+        if self.softplus:
+            # Far below zero softplus(x) is exp(x), and its logarithm x; taken there, its gradient would be 0 / 0.
+            output = F.softplus(output.clamp_min(-40)).log() + (output + 40).clamp_max(0)
+        return super()._log_variance(output)
+
+    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
+        """Mutual likelihood score (N, M)."""
+        if not self.isotropic:
+            return MutualLikelihood.apply(image.mean, image.spread.exp(), text.mean, text.spread.exp())
+        dim = image.mean.shape[-1]
+        variance = image.uncertainty[:, None] + text.uncertainty
+        lengths = image.mean.square().sum(dim=-1)[:, None] + text.mean.square().sum(dim=-1)
+        return -(lengths - 2 * image.mean @ text.mean.T) / variance - dim * variance.log()
+
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """Negative mutual likelihood () of the matched pairs."""
+        image, text = self.adapt_image(image), self.adapt_text(text)
+        squares = (image.mean - text.mean).square()
+        if self.isotropic:
+            variance = (image.uncertainty + text.uncertainty)[:, None]
+        else:
+            variance = image.spread.exp() + text.spread.exp()
+        return (squares / variance + variance.log()).sum(dim=-1).mean()
+
+
+class MutualLikelihood(torch.autograd.Function):
+    """Mutual likelihood score (N, M) of means and variances (N, D), (N, D), (M, D), (M, D).
+
+    It does not separate into a matrix product. Forward and backward go by tiles of pairs, so that no more than the
+    result and one tile is held.
+    """
+
+    @staticmethod
+    def forward(ctx, image_mean, image_variance, text_mean, text_variance):
+        ctx.save_for_backward(image_mean, image_variance, text_mean, text_variance)
+        score = image_mean.new_empty(len(image_mean), len(text_mean))
+        for rows, columns in tiles(score, image_mean.shape[-1]):
+            difference = image_mean[rows, None] - text_mean[columns]
+            variance = image_variance[rows, None] + text_variance[columns]
+            score[rows, columns] = difference.square_().div_(variance).add_(variance.log_()).sum(dim=-1)
+        return score.neg_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        image_mean, image_variance, text_mean, text_variance = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in ctx.saved_tensors]
+        for rows, columns in tiles(grad, image_mean.shape[-1]):
+            weight = grad[rows, columns]
+            inverse = (image_variance[rows, None] + text_variance[columns]).reciprocal_()
+            ratio = (image_mean[rows, None] - text_mean[columns]).mul_(inverse)
+            by_variance = torch.addcmul(-inverse, ratio, ratio)
+            grads[1][rows] += torch.einsum("ij,ijd->id", weight, by_variance)
+            grads[3][columns] += torch.einsum("ij,ijd->jd", weight, by_variance)
+            if any(ctx.needs_input_grad[::2]):
+                grads[0][rows] -= 2 * torch.einsum("ij,ijd->id", weight, ratio)
+                grads[2][columns] += 2 * torch.einsum("ij,ijd->jd", weight, ratio)
+        return tuple(grads)
+
+
+def tiles(score: Tensor, dim: int):
+    """Cut pairs (N, M) into slices of rows and columns, so that a tile by `dim` has about the size for the device."""
+    side = max(1, int(((CPU_TILE if score.device.type == "cpu" else DEVICE_TILE) / dim) ** 0.5))
+    for row in range(0, score.shape[0], side):
+        for column in range(0, score.shape[1], side):
+            yield slice(row, row + side), slice(column, column + side)

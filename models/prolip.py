@@ -1,0 +1,79 @@
+"""ProLIP, probabilistic language-image pre-training (Chun et al. 2025, arXiv 2410.18857), on frozen embeddings.
+
+Of its two inclusion losses, the one that puts an image inside its caption is here. The other puts an input inside the
+same input with parts masked, which a cache of embeddings does not have.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.base import Embedding
+from models.gaussian import PairwiseGaussian, kl_to_standard_normal, match
+
+STEEPNESS = 1000  # of the sigmoid that turns two inclusions of a coordinate into a choice
+
+
+class ProLIP(PairwiseGaussian):
+    """Gaussians trained with the pairwise sigmoid loss on cos - (S_i + S_t)/2, inclusion and KL.
+
+    mean, width, hidden, start, floor: see Gaussian. scale, vib, same_image: see PairwiseGaussian. kl: `exact`, or
+    `halved`, with log sigma^2 halved first, as published. inclusion: weight of the inclusion loss. inclusion_weights:
+    `exact`, or `published`, where log sigma^2 counts as if it were log sigma.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mean: str = "residual",
+        width: int = 1024,
+        hidden: int = 3,
+        temperature: str = "fixed",
+        scale: str = "exp",
+        vib: float = 1e-4,
+        kl: str = "exact",
+        inclusion: float = 1e-7,
+        inclusion_weights: str = "exact",
+        same_image: bool = True,
+        start: float | None = 0.1,
+        floor: float = 1e-6,
+    ):
+        pairwise = {"scale": scale, "first_scale": 1 / 0.07, "first_shift": -10, "vib": vib, "same_image": same_image}
+        super().__init__(dim, mean, width, hidden, temperature, start, floor, **pairwise)
+        for name, value, known in (("kl", kl, "halved"), ("inclusion_weights", inclusion_weights, "published")):
+            if value not in ("exact", known):
+                raise ValueError(f"{name} must be exact or {known}, not '{value}'")
+        self.halved, self.published, self.inclusion = kl == "halved", inclusion_weights == "published", inclusion
+
+    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
+        """Match logit (N, M)."""
+        return self.scale * match(image, text) + self.shift
+
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """Pairwise sigmoid loss per image, inclusion and information losses () of B pairs."""
+        positive = self.positives(image)
+        image, text = self.adapt_image(image), self.adapt_text(text)
+        logit = self.log_likelihood(image, text)
+        loss = F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype), reduction="sum") / len(logit)
+        if self.inclusion:
+            forth, back = (log_inclusion(*pair, self.published) for pair in ((image, text), (text, image)))
+            loss = loss - self.inclusion * F.logsigmoid(STEEPNESS * (forth - back)).mean()
+        return loss + self.vib * (self.kl(image) + self.kl(text))
+
+    def kl(self, embedding: Embedding) -> Tensor:
+        if self.halved:
+            return kl_to_standard_normal(embedding.mean, embedding.spread / 2)
+        return super().kl(embedding)
+
+
+def log_inclusion(inner: Embedding, outer: Embedding, published: bool = False) -> Tensor:
+    """How much `inner` lies in `outer`, ln of the integral of p_inner^2 p_outer (N, D), per coordinate.
+
+    The square is a Gaussian of half the variance over 2 sqrt(pi) sigma, and the integral of two Gaussians' product is
+    one at the distance of their means.
+    """
+    width = inner.spread.exp() + 2 * outer.spread.exp()
+    squares = (inner.mean - outer.mean).square()
+    exact = -inner.spread / 2 - width.log() / 2 - squares / width - math.log(2 * math.pi)
+    return exact - inner.spread - outer.spread / 2 if published else exact

@@ -1,0 +1,226 @@
+"""Embeddings computed elsewhere: split by image, cached without a backbone, and what is refused."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import cache_embeddings
+import eval as evaluation
+import report
+import train
+import uncertainty
+from datasets.arrays import Arrays
+from datasets.embeddings import Pairs
+from metrics.retrieval import rank, recall_at
+
+N, M, D = 40, 100, 16
+CACHE = ["--dataset", "embeddings", "--root", "pairs.npz", "--quiet"]
+RUN = ["--dataset", "embeddings", "--method"]
+
+
+def arrays(**changes):
+    """Arrays as a user may have them; None leaves a key out."""
+    rng = np.random.default_rng(0)
+    image_of_text = rng.permutation(np.resize(np.arange(N), M))
+    image = rng.normal(size=(N, D)).astype(np.float32)
+    values = {
+        "image": image,
+        "text": image[image_of_text] + rng.normal(size=(M, D)),
+        "image_of_text": image_of_text,
+        "image_id": 1000 - np.arange(N),
+        "caption": np.array([f"caption {row}\nof {image}" for row, image in enumerate(image_of_text)]),
+    }
+    return {key: value for key, value in (values | changes).items() if value is not None}
+
+
+def spoiled(key, row, value):
+    """The array `key` with one row changed."""
+    array = arrays()[key]
+    array[row] = value
+    return {key: array}
+
+
+FOUR = {key: array[:4] for key, array in arrays().items()}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with pairs.npz."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("pairs.npz", **arrays())
+    return tmp_path
+
+
+def test_splits_share_no_image_and_cover_all(here):
+    source = Arrays("pairs.npz", folds=3)
+
+    def ids(split):
+        images, captions = source.images(split), source.captions(split)
+        assert {caption.image_id for caption in captions} == {image.id for image in images}
+        assert [len(part) for part in source.embeddings(split)] == [len(images), len(captions)]
+        return {image.id for image in images}, {caption.id for caption in captions}
+
+    for side, everything in enumerate((set(range(961, 1001)), set(range(M)))):
+        tests = [ids(f"test{k}")[side] for k in range(3)]
+        assert set.union(*tests) == ids("all")[side] == everything
+        assert sum(map(len, tests)) == len(everything)  # no two share one
+        assert all(ids(f"train{k}")[side] == everything - tests[k] for k in range(3))
+    assert sorted(len(ids(f"test{k}")[0]) for k in range(3)) == [13, 13, 14]
+    assert Arrays("pairs.npz", folds=3).images("test0") == source.images("test0")
+    assert Arrays("pairs.npz", folds=3, seed=1).images("test0") != source.images("test0")
+
+
+def test_rows_keep_their_pairs(here):
+    cache_embeddings.main([*CACHE, "--splits", "all", "test1"])
+    given = arrays()
+    for split in ("all", "test1"):
+        pairs = Pairs("embeddings", "given", split)
+        image_row = 1000 - np.load(pairs.folder / "image_id.npy")
+        text_row = np.load(pairs.folder / "text_id.npy")
+        assert pairs.image.dtype == pairs.text.dtype == np.float16
+        assert (pairs.image == given["image"].astype(np.float16)[image_row]).all()
+        assert (pairs.text == given["text"].astype(np.float16)[text_row]).all()
+        assert (image_row[pairs.image_of_text] == given["image_of_text"][text_row]).all()
+        assert (np.diff(pairs.image_of_text) >= 0).all()  # grouped by image, as of any source
+        assert pairs.items["text"] == given["caption"][text_row].tolist()
+        assert pairs.items["image"] == [f"image {1000 - row}" for row in image_row]
+        assert pairs.matches is None and pairs.chains is None
+    assert (pairs.meta["images"], pairs.meta["skipped"], pairs.dim) == (8, 0, D)
+    assert (pairs.meta["logit_scale"], pairs.meta["logit_bias"]) == (100, None)
+
+
+def test_two_arrays_are_enough(here, capsys):
+    given = arrays()
+    np.savez("pairs.npz", image=given["image"], text=given["text"][:N])
+    cache_embeddings.main([*CACHE, "--splits", "all"])
+    assert "40 images, 40 captions, D = 16" in capsys.readouterr().out
+    pairs = Pairs("embeddings", "given", "all")
+    assert (pairs.image_of_text == np.arange(N)).all()
+    assert pairs.items["text"][3] == "text 3" and pairs.items["image"][3] == "image 3"
+    np.savez("pairs.npz", image=given["image"], text=given["text"][:N], coco_image_id=given["image_id"])
+    assert Arrays("pairs.npz").images("all")[3].id == 997
+
+
+def test_images_without_a_text_are_left_out(here, capsys):
+    few = np.arange(M) % (N - 1)
+    np.savez("pairs.npz", **arrays(image_of_text=few))
+    cache_embeddings.main([*CACHE, "--splits", "all"])
+    assert "39 images, 100 captions, D = 16, 1 left out" in capsys.readouterr().out
+    skipped = (here / "embeddings/embeddings/given/all/skipped.jsonl").read_text()
+    assert json.loads(skipped) == {"image_id": 961, "path": "image 961", "reason": "no caption"}
+    np.savez("pairs.npz", **arrays(**spoiled("caption", 3, " ")))
+    cache_embeddings.main([*CACHE, "--splits", "all", "--on-error", "skip", "--overwrite"])
+    assert len(Pairs("embeddings", "given", "all").text) == 99
+
+
+def test_a_cache_of_other_content_is_not_taken_for_this_one(here, refusal, capsys):
+    cache_embeddings.main(CACHE)
+    np.savez("pairs.npz", **{key: np.asfortranarray(array) for key, array in arrays().items()})
+    cache_embeddings.main(CACHE)
+    assert capsys.readouterr().out.count("(already there)") == 2
+    for setting in ("data.options.logit_scale=50", "data.options.seed=1"):
+        assert "another list of pairs" in refusal(cache_embeddings.main, *CACHE, "--set", setting)
+    assert "another backbone" in refusal(cache_embeddings.main, *CACHE, "--set", "encoder.model=ViT-B-16")
+    np.savez("pairs.npz", **arrays(**spoiled("text", 3, 1)))
+    assert "another list of pairs" in refusal(cache_embeddings.main, *CACHE)
+    cache_embeddings.main([*CACHE, "--overwrite"])
+    assert "already there" not in capsys.readouterr().out
+
+
+def test_scripts_need_no_backbone(here, refusal, monkeypatch):
+    for name in ("open_clip", "models.backbone"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    cache_embeddings.main(CACHE)
+    train.main([*RUN, "clip", "--quiet"])
+    train.main([*RUN, "asymvlm-psd", "--quiet", "--set", "train.epochs=2", "model.width=8"])
+    for method in ("clip", "asymvlm-psd"):
+        evaluation.main([*RUN, method, "--quiet", "--uncer_levels", "4"])
+    found = json.loads((here / "results/embeddings/given/asymvlm-psd/seed0/embeddings-retrieval.json").read_text())
+    assert (found["split"], found["images"]) == ("test0", 8)
+    assert found["examples"]["most_certain"][0]["image"].startswith("image 9")
+    report.main(["--dataset", "embeddings", "--quiet"])
+    page = (here / "results/embeddings/report.html").read_text()
+    assert found["examples"]["most_certain"][0]["image"] in page
+    error = refusal(uncertainty.main, *RUN, "asymvlm-psd", "a photo")
+    assert "trained on embeddings computed elsewhere, so that there is no backbone to encode prompts" in error
+    again = refusal(train.main, *RUN, "clip", "--tag", "t", "--set", "data.train_split=train1")
+    assert "run `python cache_embeddings.py --dataset embeddings --backbone given --splits train1`" in again
+
+
+def test_a_backbone_of_another_size_is_not_asked(here, refusal):
+    named = ["--backbone", "shapes-tiny"]
+    cache_embeddings.main([*CACHE, *named])
+    train.main([*RUN, "asymvlm-psd", *named, "--quiet", "--set", "train.epochs=1", "model.width=8"])
+    error = refusal(uncertainty.main, *RUN, "asymvlm-psd", *named, "a photo")
+    assert "embeddings of size 16, but backbone 'shapes-tiny' gives size 64" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(text=None), "it has no key 'text'"),
+        (dict(image=np.ones((N, D), dtype=int)), "'image' must hold one embedding per row, .* not int64"),
+        (dict(image=np.ones(N)), r"'image' must hold one embedding per row, .* of the shape \(40,\)"),
+        (dict(text=np.ones((0, D))), r"'text' must hold .* of the shape \(0, 16\)"),
+        (dict(text=np.ones((M, D + 1))), "'image' have size 16, but those of 'text' 17: give embeddings of one model"),
+        (spoiled("image", 7, np.nan), "row 7 of 'image' is not finite"),
+        (spoiled("text", 99, (0,) * (D - 1) + (np.inf,)), "row 99 of 'text' is not finite"),
+        (spoiled("text", 4, 0), "row 4 of 'text' is all zeros"),
+        (spoiled("text", 5, 7e4), "row 5 of 'text' is too large for float16.* multiply all rows by one number"),
+        (spoiled("image", 6, 1e-6), "row 6 of 'image' is too small for float16.* multiply all rows by one number"),
+        (spoiled("image", 6, 1e-12), "row 6 of 'image' is too small for float16"),
+        (dict(image_of_text=None), "'image' has 40 rows and 'text' 100: say with 'image_of_text'"),
+        (dict(image_of_text=np.zeros(M)), "'image_of_text' must hold whole numbers .* not float64"),
+        (dict(image_of_text=np.zeros(M - 1, dtype=int)), r"of the shape \(100,\), not int64 of the shape \(99,\)"),
+        (spoiled("image_of_text", 8, N), "row 8 of 'image_of_text' is 40, .* counted from 0 to 39"),
+        (spoiled("image_of_text", 9, -1), "row 9 of 'image_of_text' is -1, which is no row of 'image'"),
+        (spoiled("image_id", 31, 997), "rows 3 and 31 of 'image_id' are both 997: give each image one row"),
+        (dict(image_id=np.arange(N).astype(str)), "'image_id' must hold whole numbers"),
+        (dict(caption=np.arange(M)), "'caption' must hold strings"),
+        (
+            dict(caption=np.array(["a"] * M, dtype=object)),
+            "it is no .npz of plain arrays .*: write it with numpy.savez",
+        ),
+        (spoiled("caption", 3, " "), "caption 3 of 'all' is empty"),
+        (FOUR | {"image_of_text": None}, "'image' has 4 rows, too few for 5 parts: give more images, or fewer parts"),
+    ],
+)
+def test_what_cannot_be_cached_is_named(here, refusal, changes, sentence):
+    np.savez("pairs.npz", **arrays(**changes))
+    assert re.search(sentence, refusal(cache_embeddings.main, *CACHE, "--splits", "all"))
+    assert not (here / "embeddings").exists()
+
+
+def test_files_splits_and_options_that_are_none_are_named(here, refusal):
+    np.save("one.npy", np.ones((N, D)))
+    (here / "text.npz").write_text("image, text")
+    (here / "cut.npz").write_bytes((here / "pairs.npz").read_bytes()[:2000])
+    for name in ("one.npy", "text.npz", "cut.npz"):
+        assert f"{name}: it is no .npz" in refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", name)
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings")
+    assert "data/embeddings.npz is missing: name an .npz with --root" in error
+    error = refusal(cache_embeddings.main, *CACHE, "--splits", "val")
+    assert "pairs.npz has no split 'val'; it has all, train0, train1, train2, train3, train4, test0" in error
+    for setting in ("folds=1", "folds=2.5", "seed=-1", "logit_scale=0", "logit_scale=.inf"):
+        error = refusal(cache_embeddings.main, *CACHE, "--set", f"data.options.{setting}")
+        assert "data.options: folds must be a whole number from 2 on" in error
+
+
+def test_recall_of_published_embeddings(shared, tmp_path, monkeypatch):
+    """CLIP ViT-B/16 on 500 images of COCO."""
+    monkeypatch.chdir(tmp_path)
+    root = str(shared / "data/coco500_vitb16.npz")
+    cache_embeddings.main(["--dataset", "embeddings", "--root", root, "--splits", "all", "--quiet"])
+    pairs = Pairs("embeddings", "given", "all")
+    assert (
+        pairs.items["text"][1] == "A desk and chair in an office cubicle." and pairs.items["image"][1] == "image 190236"
+    )
+    image, text = (torch.nn.functional.normalize(array.float(), dim=1) for array in pairs.to("cpu")[:2])
+    rows = np.arange(500)
+    image_to_text = rank(lambda queries: image[queries] @ text.T, 500, pairs.image_of_text, rows)
+    text_to_image = rank(lambda queries: text[queries] @ image.T, 500, rows, pairs.image_of_text)
+    assert [recall_at(ranking, 1).mean() for ranking in (image_to_text, text_to_image)] == pytest.approx([0.552, 0.506])

@@ -1,0 +1,25 @@
+"""The page of published faults, configs/methods/README.md, against the script that measures its figures."""
+
+import re
+
+import pytest
+
+from benchmarks.published import ROWS, main
+from utils.config import HOME
+
+PAGE = (HOME / "configs" / "methods" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_and_the_script_have_the_same_rows():
+    assert re.findall(r"\| `(\w+_\w+)`: ", PAGE) == list(ROWS)
+
+
+# Of the rows that take no time, those whose figures no other test holds.
+@pytest.mark.parametrize("row", ["asymvlm_normalizer", "probvlm_variance", "probvlm_blow_up"])
+def test_the_page_gives_the_figures(row, capsys):
+    main([row])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{row} ") and "; right " in printed and printed.count("\n") == 1
+    (line,) = (line for line in PAGE.splitlines() if f"`{row}`" in line)
+    for figure in re.findall(r"\d\S*\d", printed):
+        assert figure in line
