@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from scipy import special
 
 from metrics import retrieval
+from models.base import Embedding
 from models.distributions import power_spherical, von_mises_fisher
+from models.gaussian import match
 from utils.config import load_backbone
 from utils.device import pick_device
 
@@ -99,6 +101,29 @@ def evaluation(device):
     return ours, textbook
 
 
+def pairwise(device):
+    """ProLIP's scores of 1,024 x 1,024 pairs, D = 512, with gradients: separated, against tensors of B x B x D."""
+    generator = torch.Generator().manual_seed(0)
+    mean = F.normalize(torch.randn(2, 1024, 512, generator=generator), dim=-1)
+    log_variance = torch.randn(2, 1024, 512, generator=generator) - 8
+    mean, log_variance = (x.to(device).requires_grad_() for x in (mean, log_variance))
+    truth = torch.eye(1024, device=device)
+
+    def loss(logit):
+        value = F.binary_cross_entropy_with_logits(logit, truth)
+        return [value.detach().cpu(), *(x.sum().cpu() for x in torch.autograd.grad(value, (mean, log_variance)))]
+
+    def ours():
+        image, text = (Embedding(m, s.exp().mean(dim=-1), s) for m, s in zip(mean, log_variance, strict=True))
+        return loss(match(image, text))
+
+    def textbook():
+        spread = (log_variance[0, :, None].exp() + log_variance[1].exp()).sum(dim=-1)
+        return loss(mean[0] @ mean[1].T - spread / 2)
+
+    return ours, textbook
+
+
 def captions(device):
     """Encode 64 captions with ViT-B/32's text tower: cut to the longest caption, against the full 77 tokens."""
     from models.backbone import Backbone
@@ -113,7 +138,8 @@ def captions(device):
     return lambda: backbone.encode_texts(texts), textbook
 
 
-CASES = {case.__name__: case for case in (batches, normalizers, evaluation, captions)}
+CASES = {case.__name__: case for case in (batches, normalizers, evaluation, pairwise, captions)}
+MEMORY = ("evaluation", "pairwise")  # cases whose memory is of interest, too
 
 
 def synchronize(device):
@@ -171,7 +197,7 @@ def main(argv=None):
             torch.testing.assert_close(torch.as_tensor(result), torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
         times = [(seconds(ours, device), seconds(textbook, device)) for _ in range(REPEATS)]
         fast, slow = (statistics.median(column) for column in zip(*times, strict=True))
-        memory = [peak_growth(case, which, device) for which in ("ours", "textbook")] if case == "evaluation" else None
+        memory = [peak_growth(case, which, device) for which in ("ours", "textbook")] if case in MEMORY else None
         print(f"\n{case}: {CASES[case].__doc__}")
         print(f"  {1000 * fast:9.1f} ms, textbook {1000 * slow:9.1f} ms: {slow / fast:.1f} times as fast")
         if memory:

@@ -110,7 +110,7 @@ def best_temperature(scores: list[Tensor]) -> float:
 
     Temperature scaling: Guo et al. (2017), arXiv 1706.04599. InfoNCE is convex in the factor, so it has one minimum.
     """
-    scores = [score.double().cpu() for score in scores]
+    scores = [score.cpu().double() for score in scores]  # in this order: MPS has no double
     scores = [score - score.mean() for score in scores]  # a common shift changes nothing but the digits
     unit = 1 / max(score.std().item() for score in scores)  # a scatter of one nat, from where to look around
 

@@ -12,6 +12,9 @@ import eval as evaluation
 import train
 from datasets.embeddings import Pairs
 from datasets.shapes import UNNAMED, Shapes
+from utils.config import known, load_config
+
+ORDERED = [method for method in known("methods") if load_config("shapes", method).ordered]
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,13 @@ def test_uncertainty_follows_true_ambiguity(folder, monkeypatch, method):
     assert abs(side["s"]) >= 0.97
     # Here with half the images and half the steps; the whole training brings it, and whole chains with it, to 1.
     assert found["prompt_chains"]["falling_steps"] >= 0.85
+
+
+@pytest.mark.parametrize("method", ORDERED)
+def test_methods_that_say_so_order_captions_by_ambiguity(world, method):
+    """Shortly trained on 300 images; README.md has the whole training's figures, of the other methods, too."""
+    run = ["--dataset", "shapes", "--method", method, "--device", "cpu", "--quiet"]
+    train.main([*run, "--val-fraction", "0", "--set", "train.epochs=20", "train.batch_size=256", "optim.lr=2e-3"])
+    evaluation.main(run)
+    [path] = world.glob("results/**/*.json")
+    assert json.loads(path.read_text())["text_to_image"]["spearman_ambiguity"] >= 0.8

@@ -88,7 +88,7 @@ class Column(NamedTuple):
     digits: int
     read: Callable[[dict], float | None]
     limit: Callable[[dict], float | None] = lambda values: None  # what the reference row has
-    best: Callable = max
+    best: Callable | None = max  # of its values; None where a value alone says nothing
     note: str = ""  # says what it is
 
 
@@ -165,7 +165,7 @@ def _columns():
             yield Column("text_to_image_r1_percent_of_limit", group, "of limit", 1, _share_of_limit, note=note)
     trends = (
         ("s", "S", min, f"rank correlation of uncertainty level and R@1; {MINUS}1 is ideal"),
-        ("r2", "R²", max, "of the linear fit of R@1 on uncertainty level; 1 is ideal"),
+        ("r2", "R²", None, "of the linear fit of R@1 on uncertainty level; 1 is ideal, if S is negative"),
         ("minus_s_r2", f"{MINUS}S·R²", max, "both in one number; 1 is ideal"),
     )
     for key, title, best, note in trends:
@@ -284,7 +284,7 @@ def _mark_best(rows):
         found = [row.cells for row in rows if column.key in row.cells]
         printed = [float(number(cells[column.key].mean, column.digits)) for cells in found]
         for cells, value in zip(found, printed, strict=True):
-            if len(found) > 1 and value == column.best(printed):
+            if len(found) > 1 and column.best and value == column.best(printed):
                 cells[column.key] = cells[column.key]._replace(best=True)
     return rows
 

@@ -1,0 +1,102 @@
+"""Few pairs, as a user brings them: every method on five random splits of one .npz of embeddings.
+
+    python -m benchmarks.few_pairs ../shared/data/coco500_vitb16.npz
+
+caches, trains and evaluates through the scripts in the current folder, skips what is done there, and prints Markdown:
+means over the splits, by images, of R@1 and of the AUROC with which an uncertainty tells right answers from wrong.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+import cache_embeddings
+import eval as evaluation
+import train
+from utils.config import known, load_config, make_adaptor
+from utils.errors import UserError, exits_cleanly
+from utils.tables import NONE
+
+SPLITS = 5
+SIDES = {"text_to_image": "text→image", "image_to_text": "image→text"}
+COLUMNS = {  # by the score that a figure is of, and where it stands in that score's part of a result
+    "R@1 by cosine": ("similarity", "recall", "1"),
+    "by likelihood": ("log_likelihood", "recall", "1"),
+    "query-only": ("query", "auroc", None),
+    "cosine: top": ("similarity", "gallery_aware", "top"),
+    "margin": ("similarity", "gallery_aware", "margin"),
+    "entropy": ("similarity", "gallery_aware", "entropy"),
+    "posterior: entropy": ("log_likelihood", "gallery_aware", "entropy"),
+    "top probability": ("log_likelihood", "gallery_aware", "probability"),
+}
+
+
+def takes_mean(method):
+    """Whether a method has a mean to choose; plain CLIP has not."""
+    with contextlib.suppress(UserError):
+        return bool(make_adaptor(load_config("embeddings", method, mean="frozen"), 8))
+    return False
+
+
+def run(script, *argv):
+    """Call a script's main without its output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        script.main([*map(str, argv)])
+
+
+def result(method, mean, split):
+    """Train and evaluate one method on one split, unless that is done; returns the result file's values."""
+    name = [
+        "--dataset",
+        "embeddings",
+        "--method",
+        method,
+        "--tag",
+        f"split{split}",
+        *(["--mean", mean] if mean else []),
+    ]
+    path = load_config("embeddings", method, mean=mean, tag=f"split{split}").result("embeddings", "retrieval")
+    if not path.is_file():
+        run(train, *name, "--quiet", "--set", f"data.train_split=train{split}")
+        run(evaluation, *name, "--quiet", "--split", f"test{split}", "--score", "both")
+    return json.loads(path.read_text())
+
+
+def figures(values, side):
+    """One row of figures of one result."""
+    scores = {part["score"]: part[side] for part in (values, values["other_score"])} | {"query": values[side]}
+    found = []
+    for score, what, name in COLUMNS.values():
+        value = scores[score].get(what)
+        found.append(value[name] if name and value else value)
+    return [np.nan if value is None else value for value in found]
+
+
+@exits_cleanly()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="an .npz of embeddings: see datasets/arrays.py")
+    parser.add_argument("--methods", nargs="+", default=known("methods"))
+    parser.add_argument("--means", nargs="+", default=["frozen", "residual"])
+    args = parser.parse_args(argv)
+    splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
+    run(cache_embeddings, "--dataset", "embeddings", "--root", args.file, "--quiet", "--splits", *splits)
+    rows = {}
+    for method in args.methods:
+        for mean in args.means if takes_mean(method) else [""]:
+            found = [result(method, mean, split) for split in range(SPLITS)]
+            rows[f"{method}, {mean}" if mean else method] = found
+    for side, title in SIDES.items():
+        print(f"\n| {title} | {' | '.join(COLUMNS)} |\n|:--|{'--:|' * len(COLUMNS)}")
+        for name, found in rows.items():
+            columns = np.array([figures(values, side) for values in found]).T
+            cells = [NONE if np.isnan(x).any() else f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in columns]
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
