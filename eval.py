@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from datasets.embeddings import Pairs
+from datasets.embeddings import META, Pairs, cache_folder
 from metrics import retrieval, uncertainty
 from models.base import adapt_all
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
@@ -40,6 +40,15 @@ def parse(argv):
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
     return parser.parse_args(argv)
+
+
+def seen_images(pairs, config, dataset):
+    """Count the images of opened pairs that a run was trained on, if both are of one data set and still cached."""
+    folder = cache_folder(config.dataset, config.backbone, config.data.train_split)
+    if dataset != config.dataset or not (folder / META).is_file():
+        return 0
+    trained_on = Pairs(config.dataset, config.backbone, config.data.train_split)
+    return len(set(trained_on.items["image"]) & set(pairs.items["image"]))
 
 
 def retrieve(score, scale, image, text, image_of_text):
@@ -168,6 +177,12 @@ def main(argv=None):
     pairs = Pairs(args.dataset, run.config.backbone, split)
     adaptor, config, identity = run.load(device)
     pairs.must_fit(identity, run.folder)
+    seen = seen_images(pairs, config, args.dataset)
+    if seen and not args.split:
+        raise UserError(
+            f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of '{split}': name with --split"
+            " what to evaluate on."
+        )
     smaller = min(len(pairs.image), len(pairs.text))
     if not 2 <= args.uncer_levels <= smaller:
         said = f"must lie between 2 and {smaller:,}, the size of the gallery"
@@ -181,6 +196,7 @@ def main(argv=None):
     about = {
         "task": "retrieval", "evaluated_on": args.dataset, "split": split, "uncer_levels": args.uncer_levels,
         "images": len(pairs.image), "captions": len(pairs.text), "skipped": pairs.meta["skipped"],
+        "seen_in_training": seen,
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
     path = config.result(args.dataset, "retrieval")

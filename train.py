@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.embeddings import Pairs, hold_out
-from models.base import best_temperature
+from models.base import best_temperature, info_nce
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import FEW, make_adaptor
@@ -39,9 +39,9 @@ def parse(argv):
 
 
 def make_optimizer(adaptor, config):
-    """Optimizer over all parameters; one-element parameters are scales, which weight decay would pull towards zero."""
-    scalars = [p for p in adaptor.parameters() if p.numel() == 1 and not config.decay_scalars]
-    others = [p for p in adaptor.parameters() if p.numel() > 1 or config.decay_scalars]
+    """Optimizer over all parameters; bare numbers are scales and shifts, which weight decay would pull towards zero."""
+    scalars = [p for p in adaptor.parameters() if p.ndim == 0 and not config.decay_scalars]
+    others = [p for p in adaptor.parameters() if p.ndim > 0 or config.decay_scalars]
     groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": scalars, "weight_decay": 0.0}]
     makers = {
         "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True),
@@ -66,12 +66,18 @@ def write_log(path, rows):
 
 @torch.no_grad()
 def validate(adaptor, image, text, image_of_text, blocks):
-    """The unified loss of held-out pairs at the temperature that suits them best, and that temperature."""
+    """The unified loss of held-out pairs, at the temperature that suits them best in place of its own, and that one."""
     adaptor.eval()
     pairs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
     scores = [adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text)) for image, text in pairs]
-    temperature = best_temperature(scores)
-    return sum(adaptor.unified_loss(*pair, temperature).item() for pair in pairs) / len(pairs), temperature
+    if not all(torch.isfinite(score).all() for score in scores):
+        return math.nan, math.nan
+    temperature, own = best_temperature(scores), adaptor.temperature
+    total = sum(
+        len(score) * (adaptor.unified_loss(*pair) + info_nce(temperature * score) - info_nce(own * score)).item()
+        for pair, score in zip(pairs, scores, strict=True)
+    )
+    return total / sum(map(len, scores)), temperature
 
 
 @exits_cleanly(interrupted=GOES_ON)
@@ -101,7 +107,8 @@ def main(argv=None):
             said = f"trained, loss {kept['loss']:.4f}" + (f" in epoch {kept['epoch']}, the best" if held_out else "")
         elif held_out:
             _, temperature = validate(adaptor, *pairs.to(device), held_out)
-            adaptor.calibrated_scale.fill_(temperature)
+            adaptor.given_scale.fill_(temperature)
+            said += ", posterior calibrated"
         write_log(run.folder / "log.csv", log)
         run.finish(adaptor)
     print(f"{run.folder}: {said}")
@@ -113,8 +120,8 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
     rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch; with none the last is kept.
     """
     config = run.config
-    batch, epochs = min(config.train.batch_size, len(rows)), config.train.epochs
-    steps = math.ceil(len(rows) / batch)  # the last batch of an epoch is what is left
+    batch = min(config.train.batch_size, math.ceil(len(rows) / config.train.min_steps))
+    steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch is what is left
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
     log, best = [], {"val_loss": math.inf, "epoch": 0, "adaptor": None}
@@ -143,16 +150,18 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
         mean = total.item() / len(rows)
-        if not math.isfinite(mean):
-            raise UserError(f"the loss of {run.folder} is {mean} in epoch {epoch + 1}: try --set optim.lr with less.")
+        val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out) if held_out else (0.0, 1.0)
+        if not math.isfinite(mean + val_loss):
+            wrong = f"{mean} (of held-out pairs {val_loss})" if held_out else mean
+            raise UserError(f"the loss of {run.folder} is {wrong} in epoch {epoch + 1}: try --set optim.lr with less.")
         seconds = round(time.perf_counter() - started, 3)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
         if held_out:
-            log[-1]["val_loss"], temperature = validate(adaptor, image, text, image_of_text, held_out)
-            if log[-1]["val_loss"] <= best["val_loss"]:
-                adaptor.calibrated_scale.fill_(temperature)
-                best = {"val_loss": log[-1]["val_loss"], "epoch": epoch, "adaptor": copy.deepcopy(adaptor.state_dict())}
-        log[-1] |= {name: p.item() for name, p in adaptor.named_parameters() if p.numel() == 1}
+            log[-1]["val_loss"] = val_loss
+            if val_loss < best["val_loss"]:
+                adaptor.given_scale.fill_(temperature)
+                best = {"val_loss": val_loss, "epoch": epoch, "adaptor": copy.deepcopy(adaptor.state_dict())}
+        log[-1] |= {name: p.item() for name, p in adaptor.named_parameters() if p.ndim == 0}
         if held_out and epoch - best["epoch"] >= config.train.patience:
             break
         if epoch + 1 < epochs and time.perf_counter() - saved > config.train.save_every:

@@ -48,27 +48,22 @@ def run(script, *argv):
         script.main([*map(str, argv)])
 
 
-def result(method, mean, split):
+def result(method, mean, split, settings):
     """Train and evaluate one method on one split, unless that is done; returns the result file's values."""
-    name = [
-        "--dataset",
-        "embeddings",
-        "--method",
-        method,
-        "--tag",
-        f"split{split}",
-        *(["--mean", mean] if mean else []),
-    ]
+    name = f"--dataset embeddings --method {method} --tag split{split}".split()
+    name += ["--mean", mean] if mean else []
     path = load_config("embeddings", method, mean=mean, tag=f"split{split}").result("embeddings", "retrieval")
     if not path.is_file():
-        run(train, *name, "--quiet", "--set", f"data.train_split=train{split}")
+        run(train, *name, "--quiet", "--set", f"data.train_split=train{split}", *settings)
         run(evaluation, *name, "--quiet", "--split", f"test{split}", "--score", "both")
     return json.loads(path.read_text())
 
 
 def figures(values, side):
     """One row of figures of one result."""
-    scores = {part["score"]: part[side] for part in (values, values["other_score"])} | {"query": values[side]}
+    scores = {part["score"]: part[side] for part in (values, values["other_score"])}
+    # What follows the retrieved caption is known only after the search.
+    scores["query"] = values[side] if values[side].get("levels_by", "").startswith("query") else {}
     found = []
     for score, what, name in COLUMNS.values():
         value = scores[score].get(what)
@@ -82,13 +77,14 @@ def main(argv=None):
     parser.add_argument("file", type=Path, help="an .npz of embeddings: see datasets/arrays.py")
     parser.add_argument("--methods", nargs="+", default=known("methods"))
     parser.add_argument("--means", nargs="+", default=["frozen", "residual"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for train.py")
     args = parser.parse_args(argv)
     splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
     run(cache_embeddings, "--dataset", "embeddings", "--root", args.file, "--quiet", "--splits", *splits)
     rows = {}
     for method in args.methods:
         for mean in args.means if takes_mean(method) else [""]:
-            found = [result(method, mean, split) for split in range(SPLITS)]
+            found = [result(method, mean, split, args.set) for split in range(SPLITS)]
             rows[f"{method}, {mean}" if mean else method] = found
     for side, title in SIDES.items():
         print(f"\n| {title} | {' | '.join(COLUMNS)} |\n|:--|{'--:|' * len(COLUMNS)}")

@@ -160,21 +160,22 @@ class Pairs:
         return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
 
 
-def hold_out(image_of_text, fraction, seed, block=2048):
+def hold_out(image_of_text, fraction, seed, block=1024, most=5):
     """Split captions by their images: rows to train on, and a list of blocks of held-out rows, no image twice in one.
 
-    image_of_text: (M,). fraction: of the images that is held out; a fraction that holds out none gives no block. Two
+    image_of_text: (M,). fraction: of the images that is held out; none gives no block. most: blocks that are given. Two
     captions of an image in one block would each be a wrong answer to the other's image. Raises UserError where fewer
     than two images would be left of either part.
     """
     captions = np.bincount(image_of_text)
     held = round(fraction * len(captions))
     rows = torch.arange(len(image_of_text))
-    if not held:
+    if not fraction:
         return rows, []
     if not 2 <= held <= len(captions) - 2:
         raise UserError(
-            f"--val-fraction {fraction} holds out {held} of {len(captions)} images: leave two or more on either side."
+            f"--val-fraction {fraction} holds out {held} of {len(captions)} images: leave two or more on either side,"
+            " or hold out none with --val-fraction 0."
         )
     out = np.isin(image_of_text, np.random.default_rng(seed).permutation(len(captions))[:held])
     order, starts = np.argsort(image_of_text, kind="stable"), np.cumsum(captions) - captions
@@ -182,7 +183,7 @@ def hold_out(image_of_text, fraction, seed, block=2048):
     number[order] = np.arange(len(order)) - np.repeat(starts, captions)
     blocks = [rows[out & (number == k)].split(block) for k in range(number[out].max() + 1)]
     # A block of one pair has no wrong answer to learn from.
-    return rows[~out], [part for parts in blocks for part in parts if len(part) > 1]
+    return rows[~out], [part for parts in blocks for part in parts if len(part) > 1][:most]
 
 
 def write_cache(folder, identity, split, backbone, on_error="stop", quiet=False):

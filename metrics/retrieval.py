@@ -26,7 +26,7 @@ class Ranking(NamedTuple):
 
 @torch.inference_mode()
 def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
-    """Rank each query's positives in a gallery of G items, blockwise: at most TILE scores exist at a time.
+    """Rank each query's positives in a gallery of G items, blockwise: in tiles of at most TILE scores.
 
     score: function from a slice of queries to their scores (q, G). query_of_positive, item_of_positive: (P,) rows,
     with every query 0 .. Q-1 present. scale: the posterior over the gallery is the softmax of scale * score. Counting
@@ -45,8 +45,6 @@ def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
         stop = min(start + step, queries)
         scores = score(slice(start, stop))
         (top_score, second), top = (x.T for x in scores.topk(2, dim=1))
-        if not torch.isfinite(top_score).all():
-            raise FloatingPointError("a score is not finite")
         first, last = torch.searchsorted(query, torch.tensor([start, stop])).tolist()
         row, column = (query[first:last] - start).to(scores.device), item[first:last].to(scores.device)
         # The positives' scores are the tile's own: computed apart, rounding could set one above or below itself.
@@ -56,7 +54,9 @@ def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
         better = (scores > best[:, None]).sum(dim=1)
         tied = (scores == best[:, None]).sum(dim=1) - own.long()
         log_posterior = (scale * scores).log_softmax(dim=1)
-        entropy = -(log_posterior.exp() * log_posterior).sum(dim=1)
+        entropy = torch.special.entr(log_posterior.exp()).sum(dim=1)
+        if not torch.isfinite(top_score + entropy).all():
+            raise FloatingPointError("a score is not finite")
         found = (better, tied, own.long(), top[0], top_score, top_score - second, entropy)
         blocks.append([x.cpu().numpy() for x in (*found, log_posterior.amax(dim=1).exp())])
     return Ranking(*(np.concatenate(column) for column in zip(*blocks, strict=True)))

@@ -13,9 +13,10 @@ def auroc(uncertainty, hit):
     all queries are hits or all are misses. Area under the ROC curve, Hanley & McNeil (1982).
     """
     order = np.argsort(uncertainty, kind="stable")
+    uncertainty = np.asarray(uncertainty)[order]
     hit = np.asarray(hit, dtype=np.float64)[order]
     # By groups of equal uncertainty: a miss outranks the hits below its group, and half of those in it.
-    starts = np.flatnonzero(np.diff(np.asarray(uncertainty)[order], prepend=np.nan))
+    starts = np.flatnonzero(np.append(True, uncertainty[1:] != uncertainty[:-1]))
     hits, misses = np.add.reduceat(hit, starts), np.add.reduceat(1 - hit, starts)
     outranked = np.cumsum(hits) - hits / 2
     pairs = hits.sum() * misses.sum()

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import MEANS, Adaptor, Embedding, perceptron
+from models.base import Adaptor, Embedding, perceptron
 from models.distributions import PowerSpherical, VonMisesFisher
+from utils.config import MEANS
 
 FAMILIES = {"von-mises-fisher": VonMisesFisher, "power-spherical": PowerSpherical}
 # kappa = sqrt(|eta|^2 + FLOOR^2) and mu = eta / kappa have finite gradients at eta = 0, where kappa mu . x keeps its

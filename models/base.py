@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MEANS = ("frozen", "residual", "learned")
+from utils.config import MEANS
 
 
 class Embedding(NamedTuple):
@@ -32,7 +32,8 @@ class Adaptor(nn.Module):
 
     temperature: factor on the score inside the InfoNCE objective; `fixed` at 1, `exp` of a learned number, or `free`,
     a learned factor of either sign as in the public AsymVLM code. The posterior over a gallery is the softmax of
-    `posterior_scale` times the score: of the temperature, unless training has calibrated another on held-out pairs.
+    `posterior_scale` times the score: the temperature, unless `given_scale` is set, as calibration on held-out pairs
+    does.
     """
 
     def __init__(self, temperature: str = "fixed"):
@@ -40,7 +41,7 @@ class Adaptor(nn.Module):
         if temperature not in ("fixed", "exp", "free"):
             raise ValueError(f"temperature must be fixed, exp or free, not '{temperature}'")
         self._temperature_kind = temperature
-        self.register_buffer("calibrated_scale", torch.tensor(float("nan")))
+        self.register_buffer("given_scale", torch.tensor(float("nan")))
         if temperature == "exp":
             self.log_temperature = nn.Parameter(torch.zeros(()))
         elif temperature == "free":
@@ -54,8 +55,8 @@ class Adaptor(nn.Module):
 
     @property
     def posterior_scale(self) -> float:
-        calibrated = self.calibrated_scale.item()
-        return float(torch.as_tensor(self.temperature).detach()) if math.isnan(calibrated) else calibrated
+        given = self.given_scale.item()
+        return float(torch.as_tensor(self.temperature).detach()) if math.isnan(given) else given
 
     def adapt_image(self, image: Tensor) -> Embedding:
         """Give images (N, D) what the method knows of them."""
@@ -73,13 +74,9 @@ class Adaptor(nn.Module):
         """The method's own score (N, M)."""
         return self.similarity(image, text)
 
-    def unified_loss(self, image: Tensor, text: Tensor, temperature: float | None = None) -> Tensor:
-        """Unified InfoNCE () of B matched pairs (B, D), (B, D) over `log_likelihood`: `--objective infonce`.
-
-        temperature: in place of the adaptor's own.
-        """
-        temperature = self.temperature if temperature is None else temperature
-        return info_nce(temperature * self.log_likelihood(self.adapt_image(image), self.adapt_text(text)))
+    def unified_loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """Unified InfoNCE () of B matched pairs (B, D), (B, D) over `log_likelihood`: `--objective infonce`."""
+        return info_nce(self.temperature * self.log_likelihood(self.adapt_image(image), self.adapt_text(text)))
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """The method's own loss () of B matched pairs (B, D), (B, D): `--objective native`; by default the unified."""
@@ -106,19 +103,26 @@ def info_nce(score: Tensor) -> Tensor:
 
 
 def best_temperature(scores: list[Tensor]) -> float:
-    """The factor that gives several scores (B, B), whose diagonals are matched, the least InfoNCE in sum.
+    """The factor that gives matrices of scores (B, B), whose diagonals are matched, the least mean InfoNCE.
 
-    Temperature scaling: Guo et al. (2017), arXiv 1706.04599. InfoNCE is convex in the factor, so it has one minimum.
+    Temperature scaling: Guo et al. (2017), arXiv 1706.04599. Where the scores are right of every pair no factor is the
+    best, and the one is given that says no more than they show: a loss of one in the number of pairs.
     """
-    scores = [score.cpu().double() for score in scores]  # in this order: MPS has no double
+    pairs = sum(map(len, scores))
     scores = [score - score.mean() for score in scores]  # a common shift changes nothing but the digits
-    unit = 1 / max(score.std().item() for score in scores)  # a scatter of one nat, from where to look around
+    scatter = max(score.std().item() for score in scores)
+    if scatter == 0:
+        return 1.0
 
-    def loss(log_factor: float) -> float:
-        return sum(info_nce(unit * math.exp(log_factor) * score).item() for score in scores)
+    def excess(log_factor: float) -> float:
+        factor = math.exp(log_factor) / scatter
+        return sum(len(score) * info_nce(factor * score).item() for score in scores) / pairs - 1 / pairs
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3})
-    return unit * math.exp(found.x)
+    # InfoNCE is convex in the factor, so it has one minimum.
+    best = scipy.optimize.minimize_scalar(excess, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3}).x
+    if excess(best) < 0:
+        best = scipy.optimize.brentq(excess, -10, best)
+    return math.exp(best) / scatter
 
 
 class Mean(nn.Module):

@@ -11,4 +11,4 @@ class Clip(Adaptor):
 
     def prepare(self, pairs) -> None:
         """Take the frozen model's own logit scale for the posterior over a gallery."""
-        self.calibrated_scale.fill_(pairs.meta["logit_scale"])
+        self.given_scale.fill_(pairs.meta["logit_scale"])

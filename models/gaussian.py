@@ -22,10 +22,10 @@ class Gaussian(Adaptor):
     training, or None for whatever the perceptron starts with, about D. floor: added to every sigma^2.
     """
 
-    def __init__(
-        self, dim: int, mean: str, width: int, hidden: int, temperature: str, start: float | None, floor: float
-    ):
-        super().__init__(temperature)
+    def __init__(self, dim: int, mean: str, width: int, hidden: int, start: float | None, floor: float):
+        super().__init__()
+        if floor < 0 or (start is not None and start <= 0):
+            raise ValueError(f"start must be above 0 and floor not below, not {start} and {floor}")
         self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in range(2))
         self.image_log_variance, self.text_log_variance = (perceptron(dim, width, dim, hidden) for _ in range(2))
         self.log_floor = math.log(floor) if floor else -math.inf

@@ -27,21 +27,22 @@ class LossPrediction(Adaptor):
         self.image_loss, self.text_loss = (perceptron(dim, width, 1, hidden) for _ in ("image", "text"))
 
     def adapt_image(self, image: Tensor) -> Embedding:
-        """Give images (N, D) a mean and the loss (N,) in nats expected in a gallery of a training batch's size."""
-        return Embedding(self.image_mean(image), uncertainty=F.softplus(self.image_loss(image).squeeze(-1)))
+        """Give images (N, D) a mean and the loss (N,) expected of retrieving with them, in nats beyond a guess's."""
+        return Embedding(self.image_mean(image), uncertainty=self.image_loss(image).squeeze(-1))
 
     def adapt_text(self, text: Tensor) -> Embedding:
-        return Embedding(self.text_mean(text), uncertainty=F.softplus(self.text_loss(text).squeeze(-1)))
+        return Embedding(self.text_mean(text), uncertainty=self.text_loss(text).squeeze(-1))
 
-    def unified_loss(self, image: Tensor, text: Tensor, temperature: float | None = None) -> Tensor:
+    def unified_loss(self, image: Tensor, text: Tensor) -> Tensor:
         """InfoNCE, which trains means and temperature, plus the squared errors of the predicted losses.
 
         The prediction's target is detached and its input frozen, so that it changes no score (Kirchhof et al. 2024).
         """
         image, text = self.adapt_image(image), self.adapt_text(text)
-        temperature = self.temperature if temperature is None else temperature
-        score = temperature * self.log_likelihood(image, text)
+        score = self.temperature * self.log_likelihood(image, text)
         target = torch.arange(len(score), device=score.device)
-        observed = (F.cross_entropy(x.detach(), target, reduction="none") for x in (score, score.T))
+        # Less what a guess would cost, so that a loss means the same in batches of any size.
+        guess = math.log(len(score))
+        observed = (F.cross_entropy(x.detach(), target, reduction="none") - guess for x in (score, score.T))
         errors = (F.mse_loss(x.uncertainty, loss) for x, loss in zip((image, text), observed, strict=True))
         return info_nce(score) + sum(errors)

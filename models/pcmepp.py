@@ -17,19 +17,18 @@ class PCMEPP(PairwiseGaussian):
     def __init__(
         self,
         dim: int,
-        mean: str = "residual",
+        mean: str = "frozen",
         width: int = 1024,
         hidden: int = 3,
-        temperature: str = "fixed",
         scale: str = "exp",
         vib: float = 1e-4,
-        pseudo: float = 0.1,
+        pseudo: float = 0.0,
         same_image: bool = True,
         start: float | None = 0.1,
         floor: float = 1e-6,
     ):
         pairwise = {"scale": scale, "first_scale": 5, "first_shift": 5, "vib": vib, "same_image": same_image}
-        super().__init__(dim, mean, width, hidden, temperature, start, floor, **pairwise)
+        super().__init__(dim, mean, width, hidden, start, floor, **pairwise)
         self.pseudo = pseudo
 
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:

@@ -30,13 +30,12 @@ class PFE(Gaussian):
         mean: str = "frozen",
         width: int = 1024,
         hidden: int = 3,
-        temperature: str = "fixed",
         variance: str = "exp",
         isotropic: bool = True,
         start: float | None = 1.0,
         floor: float = 1e-6,
     ):
-        super().__init__(dim, "frozen" if mean == "raw" else mean, width, hidden, temperature, start, floor)
+        super().__init__(dim, "frozen" if mean == "raw" else mean, width, hidden, start, floor)
         if variance not in ("exp", "softplus"):
             raise ValueError(f"variance must be exp or softplus, not '{variance}'")
         self.softplus, self.isotropic, self.raw = variance == "softplus", isotropic, mean == "raw"

@@ -26,10 +26,9 @@ class ProLIP(PairwiseGaussian):
     def __init__(
         self,
         dim: int,
-        mean: str = "residual",
+        mean: str = "frozen",
         width: int = 1024,
         hidden: int = 3,
-        temperature: str = "fixed",
         scale: str = "exp",
         vib: float = 1e-4,
         kl: str = "exact",
@@ -40,7 +39,7 @@ class ProLIP(PairwiseGaussian):
         floor: float = 1e-6,
     ):
         pairwise = {"scale": scale, "first_scale": 1 / 0.07, "first_shift": -10, "vib": vib, "same_image": same_image}
-        super().__init__(dim, mean, width, hidden, temperature, start, floor, **pairwise)
+        super().__init__(dim, mean, width, hidden, start, floor, **pairwise)
         for name, value, known in (("kl", kl, "halved"), ("inclusion_weights", inclusion_weights, "published")):
             if value not in ("exact", known):
                 raise ValueError(f"{name} must be exact or {known}, not '{value}'")

@@ -36,9 +36,6 @@ class SymmetricVMF(Adaptor):
         """Log expected likelihood kernel (N, M), up to the constant log C_D(0)."""
         return log_kernel(self.similarity(image, text), image.spread[:, None], text.spread, self.dim)
 
-    def similarity(self, image: Embedding, text: Embedding) -> Tensor:
-        return image.mean @ text.mean.T
-
 
 def log_kernel(cos: Tensor, kappa: Tensor, other: Tensor, dim: int) -> Tensor:
     """Log of the integral of the product of two von Mises-Fisher densities, less log C_dim(0), elementwise.

@@ -256,4 +256,35 @@ def test_which_score_ranks_is_a_flag(trained, capsys):
 def test_which_split_is_evaluated_is_a_flag(trained):
     evaluation.main([*RUN, "--split", "train", "--device", "cpu", "--quiet"])
     found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
-    assert (found["split"], found["images"]) == ("train", 300)
+    assert (found["split"], found["images"], found["seen_in_training"]) == ("train", 300, 300)
+
+
+def test_images_trained_on_are_not_evaluated_on_unasked(world, refusal):
+    train.main([*RUN, "--quiet", "--device", "cpu", "--set", "train.epochs=1", "data.train_split=val"])
+    said = refusal(evaluation.main, *RUN, "--device", "cpu")
+    assert "was trained on 100 of the 100 images of 'val': name with --split what to evaluate on" in said
+    evaluation.main([*RUN, "--device", "cpu", "--split", "val", "--quiet"])
+
+
+def test_images_with_an_uncertainty_are_judged_by_their_own(world):
+    run = ["--dataset", "shapes", "--method", "pfe", "--device", "cpu", "--quiet"]
+    train.main([*run, "--set", "train.epochs=2", "model.width=32"])
+    evaluation.main(run)
+    result = world / (RESULT.format("pfe") + ".json")
+    found, arrays = json.loads(result.read_text())["image_to_text"], np.load(result.with_suffix(".npz"))
+    assert found["levels_by"] == "query image"
+    doubt, limit = arrays["image_uncertainty"], arrays["image_limit"]
+    for level, rows in zip(found["levels"], np.array_split(np.argsort(doubt, kind="stable"), 10), strict=True):
+        assert level["uncertainty"] == pytest.approx([doubt[rows].min(), doubt[rows].max()])
+        assert level["bayes_recall"] == pytest.approx(limit[rows].mean())
+
+
+def test_the_posterior_of_clip_has_the_logit_scale_of_its_model_or_the_calibrated_one(world):
+    scale = Pairs("shapes", "shapes-tiny", "val").meta["logit_scale"]
+    for fraction, tag in (("0", "own"), ("0.2", "calibrated")):
+        run = ["--dataset", "shapes", "--method", "clip", "--tag", tag, "--device", "cpu", "--quiet"]
+        train.main([*run, "--val-fraction", fraction])
+        evaluation.main(run)
+        found = json.loads((world / (RESULT.format(f"clip+{tag}") + ".json")).read_text())["posterior_scale"]
+        # What the backbone was trained with suits its embeddings, so that calibration stays near it.
+        assert found == pytest.approx(scale, rel=1e-5) if tag == "own" else scale / 3 < found < 3 * scale != found

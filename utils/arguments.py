@@ -4,6 +4,8 @@ import argparse
 
 from utils.config import known, load_config
 
+PRESET = "default: what is right; reference: what the public AsymVLM suite does; official: what the method's own does"
+
 
 def make_parser(description):
     """Parser that shows a script's docstring as it is written."""
@@ -23,7 +25,7 @@ def add_run_flags(parser):
     """Add what names a training run beside its data set and backbone."""
     parser.add_argument("--method", required=True, help=f"one of {', '.join(known('methods'))}")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and order; it names the run, too")
-    parser.add_argument("--preset", default="default", help="default: what is right; reference: what was published")
+    parser.add_argument("--preset", default="default", help=PRESET)
     parser.add_argument("--objective", default="native", help="native: the method's own loss; infonce: the unified one")
     parser.add_argument("--mean", default="", help="frozen, residual or learned, in place of the method's own choice")
     parser.add_argument("--tag", default="", help="a name that keeps this run apart from others of the same method")

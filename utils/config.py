@@ -17,6 +17,7 @@ import yaml
 from utils.errors import UserError
 from utils.files import write_text
 
+MEANS = ("frozen", "residual", "learned")  # what becomes of the frozen direction: --mean
 FEW = 10_000  # pairs, below which an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
 # What a run is called by: flags, never keys of a layer.
@@ -61,6 +62,7 @@ class Optim:
 class Train:
     batch_size: int = 2048  # pairs: a caption and its image
     epochs: int = 200
+    min_steps: int = 10  # of an epoch, by smaller batches where pairs are few
     val_fraction: float | None = None  # of the images, held out to pick the epoch; none: 0.1 below FEW pairs, else 0
     patience: int = 50  # epochs without a better loss of the held-out part, after which training ends
     save_every: float = 5.0  # seconds between states from which a killed run goes on
@@ -93,7 +95,8 @@ class Config:
     def _differs(self):
         """The flags in which the run differs from the method's default."""
         flags = {"preset": self.preset, "objective": self.objective, "mean": self.mean, "tag": self.tag}
-        return {name: value for name, value in flags.items() if value not in ("default", "native", "")}
+        usual = {"preset": "default", "objective": "native", "mean": "", "tag": ""}
+        return {name: value for name, value in flags.items() if value != usual[name]}
 
     @property
     def checkpoint(self):
@@ -162,7 +165,7 @@ def load_config(
         presets, on = (_mapping(own.pop(name, {}), f"{where}: {name}") for name in ("presets", "on"))
         if preset not in ("default", *presets):
             raise UserError(f"method '{method}' has no preset '{preset}'; it has {', '.join(['default', *presets])}.")
-        if tag in (*presets, "infonce", "frozen", "residual", "learned"):
+        if tag in (*presets, "infonce", *MEANS):
             raise UserError(f"--tag {tag} would name the folder of a run with that flag: choose another.")
         unknown = set(on) - set(known("datasets"))
         if unknown:
@@ -204,12 +207,15 @@ def _check(config):
         raise UserError(f"--seed must lie between 0 and {2**32 - 1}, not {config.seed}.")
     if config.objective not in ("native", "infonce"):
         raise UserError(f"--objective must be native or infonce, not '{config.objective}'.")
+    if config.mean not in ("", *MEANS):
+        raise UserError(f"--mean must be {', '.join(MEANS[:-1])} or {MEANS[-1]}, not '{config.mean}'.")
     if config.score not in ("log_likelihood", "similarity"):
         raise UserError(f"score must be log_likelihood or similarity, not '{config.score}'.")
     train = config.train
     if train.val_fraction is not None and not 0 <= train.val_fraction < 1:
         raise UserError(f"train.val_fraction must lie in [0, 1), not {train.val_fraction}.")
-    counts = {"train.batch_size": train.batch_size, "train.epochs": train.epochs, "train.patience": train.patience}
+    counts = {"train.batch_size": train.batch_size, "train.epochs": train.epochs}
+    counts |= {"train.patience": train.patience, "train.min_steps": train.min_steps}
     for name, value in (counts | {"encoder.batch_size": config.encoder.batch_size}).items():
         if not 1 <= value < 2**31:
             raise UserError(f"{name} must be at least 1 and below {2**31:,}, not {value}.")
@@ -238,7 +244,7 @@ def construct(path, options, where, **given):
 def make_adaptor(config, dim):
     """Construct the adaptor that `config` names, for embeddings of size `dim`; raises what `construct` raises."""
     options = {name: value for name, value in config.model.items() if name != "adaptor"}
-    return construct(config.model.get("adaptor", ""), options, f"configs/methods/{config.method}.yaml: model", dim=dim)
+    return construct(config.model.get("adaptor", ""), options, f"the model of method '{config.method}'", dim=dim)
 
 
 def make_source(config):
