@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from utils.config import MEANS
 
+COSINE_SCALE = 1 / 0.07  # of cosines in InfoNCE, where CLIP's own starts
+
 
 class Embedding(NamedTuple):
     """What an adaptor makes of N frozen embeddings."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Adaptor, Embedding, Mean, info_nce, perceptron
+from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, info_nce, perceptron
 
 
 class LossPrediction(Adaptor):
@@ -22,7 +22,7 @@ class LossPrediction(Adaptor):
 
     def __init__(self, dim: int, mean: str = "frozen", width: int = 1024, hidden: int = 3):
         super().__init__(temperature="exp")
-        nn.init.constant_(self.log_temperature, math.log(1 / 0.07))  # where CLIP starts: cosines alone are too flat
+        nn.init.constant_(self.log_temperature, math.log(COSINE_SCALE))  # cosines alone are too flat
         self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in ("image", "text"))
         self.image_loss, self.text_loss = (perceptron(dim, width, 1, hidden) for _ in ("image", "text"))
 

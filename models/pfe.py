@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.base import Embedding
+from models.base import COSINE_SCALE, Embedding, info_nce
 from models.gaussian import Gaussian
 
 # Entries of a tile of pairs x D. On a CPU its temporaries stay in a core's cache; an accelerator wants few launches.
@@ -19,9 +19,9 @@ CPU_TILE, DEVICE_TILE = 2**17, 2**24
 class PFE(Gaussian):
     """Gaussians trained with the mutual likelihood of matched pairs alone; nothing is a negative.
 
-    mean: `frozen`, `residual`, `learned`, or `raw`, the embedding with its length; the paper's is frozen, as its loss
-    draws learned ones together to a point. variance: `exp` or `softplus` of the perceptron's output, plus the floor.
-    isotropic: take each item's sigma^2 as its mean over D, in loss and score; costs N x M instead of N x M x D.
+    mean: `frozen` as in the paper, `residual`, `learned`, or `raw`, the embedding with its length. variance: `exp` or
+    `softplus` of the perceptron's output, plus the floor. isotropic: take each item's sigma^2 as its mean over D, in
+    loss and score; costs N x M instead of N x M x D.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class PFE(Gaussian):
         super().__init__(dim, "frozen" if mean == "raw" else mean, width, hidden, start, floor)
         if variance not in ("exp", "softplus"):
             raise ValueError(f"variance must be exp or softplus, not '{variance}'")
+        self.trains_means = mean in ("residual", "learned")
         self.softplus, self.isotropic, self.raw = variance == "softplus", isotropic, mean == "raw"
         if self.raw:
             self.image_mean = self.text_mean = nn.Identity()
@@ -61,14 +62,18 @@ class PFE(Gaussian):
         return -(lengths - 2 * image.mean @ text.mean.T) / variance - dim * variance.log()
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Negative mutual likelihood () of the matched pairs."""
+        """Negative mutual likelihood () of the matched pairs; trained means are trained by InfoNCE of their cosines.
+
+        The likelihood has no negatives, and would draw all means to a point.
+        """
         image, text = self.adapt_image(image), self.adapt_text(text)
-        squares = (image.mean - text.mean).square()
+        contrast = info_nce(COSINE_SCALE * self.similarity(image, text)) if self.trains_means else 0
+        squares = (image.mean - text.mean).detach().square()
         if self.isotropic:
             variance = (image.uncertainty + text.uncertainty)[:, None]
         else:
             variance = image.spread.exp() + text.spread.exp()
-        return (squares / variance + variance.log()).sum(dim=-1).mean()
+        return (squares / variance + variance.log()).sum(dim=-1).mean() + contrast
 
 
 class MutualLikelihood(torch.autograd.Function):

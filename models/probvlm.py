@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Adaptor, Embedding, Mean, info_nce, perceptron
+from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, info_nce, perceptron
 from models.distributions import GeneralizedGaussian
 
 EPS = 1e-4  # added to 1 / alpha and beta wherever a likelihood is formed, as in the public code
 LIKELIHOOD_WEIGHT, CROSS_WEIGHT = 5e-2, 1e-4  # next to the L1 distance; next to the intra-modal term
-COSINE_SCALE = 1 / 0.07  # of InfoNCE, where CLIP starts
 # With beta < 1 the likelihood has a cusp at a residual of zero; above this its gradient there stays integrable.
 LOWEST_BETA = 0.5
 

@@ -9,7 +9,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import Embedding
+from models.base import COSINE_SCALE, Embedding
 from models.gaussian import PairwiseGaussian, kl_to_standard_normal, match
 
 STEEPNESS = 1000  # of the sigmoid that turns two inclusions of a coordinate into a choice
@@ -38,7 +38,8 @@ class ProLIP(PairwiseGaussian):
         start: float | None = 0.1,
         floor: float = 1e-6,
     ):
-        pairwise = {"scale": scale, "first_scale": 1 / 0.07, "first_shift": -10, "vib": vib, "same_image": same_image}
+        first = {"first_scale": COSINE_SCALE, "first_shift": -10}
+        pairwise = {"scale": scale, "vib": vib, "same_image": same_image} | first
         super().__init__(dim, mean, width, hidden, start, floor, **pairwise)
         for name, value, known in (("kl", kl, "halved"), ("inclusion_weights", inclusion_weights, "published")):
             if value not in ("exact", known):
