@@ -71,7 +71,7 @@ def validate(adaptor, image, text, image_of_text, blocks):
     pairs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
     scores = [adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text)) for image, text in pairs]
     if not all(torch.isfinite(score).all() for score in scores):
-        return math.nan, math.nan
+        return math.inf, math.nan  # an epoch not to keep; overfitted densities come to this
     temperature, own = best_temperature(scores), adaptor.temperature
     total = sum(
         len(score) * (adaptor.unified_loss(*pair) + info_nce(temperature * score) - info_nce(own * score)).item()
@@ -151,9 +151,8 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
             bar.update()
         mean = total.item() / len(rows)
         val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out) if held_out else (0.0, 1.0)
-        if not math.isfinite(mean + val_loss):
-            wrong = f"{mean} (of held-out pairs {val_loss})" if held_out else mean
-            raise UserError(f"the loss of {run.folder} is {wrong} in epoch {epoch + 1}: try --set optim.lr with less.")
+        if not math.isfinite(mean):
+            raise UserError(f"the loss of {run.folder} is {mean} in epoch {epoch + 1}: try --set optim.lr with less.")
         seconds = round(time.perf_counter() - started, 3)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
         if held_out:
@@ -169,7 +168,9 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
                            schedule=schedule.state_dict(), log=log, best=best)  # fmt: skip
             saved = time.perf_counter()
     bar.close()
-    if best["adaptor"]:
+    if held_out and best["adaptor"] is None:
+        raise UserError(f"{run.folder}: no epoch gives held-out pairs finite scores: try --set optim.lr with less.")
+    if held_out:
         adaptor.load_state_dict(best["adaptor"])
     return log
 

@@ -396,10 +396,9 @@ def pcmepp_negatives():
     return tuple(results)
 
 
-def pcmepp_regularizers():
-    """R@1 by the method's score and order of the captions' uncertainty without KL and pseudo-positives, and with."""
-    settings = ["model.vib=0", "model.pseudo=0"], []
-    fits = [trained("pcmepp", "default", *options) for options in settings]
+def pcmepp_pseudo():
+    """R@1 by the method's score and order of the captions' uncertainty with pseudo-positives and without."""
+    fits = (trained("pcmepp", "default", f"model.pseudo={weight}") for weight in (0.1, 0.0))
     return tuple(f"R@1 {fit.likelihood:.1f} %, order {fit.order:+.2f}" for fit in fits)
 
 
@@ -434,17 +433,14 @@ def pcmepp_decay():
     return decayed("pcmepp", "free_scale")
 
 
-def frozen_or_corrected(method):
-    frozen, corrected = trained(method, "reference"), trained(method, "default")
-    return (
-        f"R@1 {frozen.cosine:.1f} %, order {frozen.order:+.2f}",
-        f"R@1 {corrected.likelihood:.1f} %, order {corrected.order:+.2f}",
-    )
+def corrected_or_frozen(method):
+    fits = (trained(method, "default", f"model.mean={mean}") for mean in ("residual", "frozen"))
+    return tuple(f"R@1 {fit.likelihood:.1f} %, order {fit.order:+.2f}" for fit in fits)
 
 
 def pcmepp_mean():
-    """R@1 by the cosine of frozen means and by the method's score of corrected ones; order of the uncertainties."""
-    return frozen_or_corrected("pcmepp")
+    """R@1 by the method's score and order of the captions' uncertainty with trained means and with frozen ones."""
+    return corrected_or_frozen("pcmepp")
 
 
 def prolip_pairs():
@@ -468,8 +464,8 @@ def prolip_start():
 
 
 def prolip_mean():
-    """R@1 by the cosine of frozen means and by the method's score of corrected ones; order of the uncertainties."""
-    return frozen_or_corrected("prolip")
+    """R@1 by the method's score and order of the captions' uncertainty with trained means and with frozen ones."""
+    return corrected_or_frozen("prolip")
 
 
 def prolip_kl():
@@ -498,7 +494,7 @@ ROWS = {
         *(asymvlm_normalizer, asymvlm_temperature, asymvlm_decay, asymvlm_zero, asymvlm_opposite, asymvlm_constant),
         *(probvlm_sign, probvlm_shape, probvlm_variance, probvlm_blow_up, probvlm_mean, probvlm_length),
         *(pfe_floor, pfe_length, pfe_score, pfe_isotropic),
-        *(pcmepp_pairs, pcmepp_negatives, pcmepp_regularizers, pcmepp_start, pcmepp_decay, pcmepp_mean),
+        *(pcmepp_pairs, pcmepp_negatives, pcmepp_pseudo, pcmepp_start, pcmepp_decay, pcmepp_mean),
         *(prolip_pairs, prolip_base_rate, prolip_start, prolip_mean, prolip_kl, prolip_inclusion),
     )
 }

@@ -148,7 +148,7 @@ def test_two_processes_do_not_share_a_folder(world, refusal):
 
 def test_a_diverging_run_says_so(world, refusal):
     error = refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30")
-    assert "is nan (of held-out pairs nan) in epoch 1" in error and "optim.lr" in error
+    assert "is nan in epoch 1: try --set optim.lr" in error and "optim.lr" in error
     assert not list(world.glob("checkpoints/**/adaptor.pt"))
 
 
@@ -277,3 +277,22 @@ def test_blocks_weigh_by_their_pairs():
     large, small = torch.randn(40, 40) + 2 * torch.eye(40), torch.randn(2, 2)
     alone = best_temperature([large])
     assert best_temperature([large, small]) == pytest.approx(alone, rel=0.2)
+
+
+def test_epochs_without_finite_validation_are_not_kept(world, monkeypatch, refusal):
+    folder, likelihood, calls = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0", AsymVLM.log_likelihood, []
+
+    def overflows(self, image, text):
+        calls.append(0)
+        score = likelihood(self, image, text)
+        return score if self.training or len(calls) < limit else score + torch.inf
+
+    monkeypatch.setattr(AsymVLM, "log_likelihood", overflows)
+    limit = 30
+    train.main(COMMAND)
+    losses = [float(row["val_loss"]) for row in read_log(folder)]
+    assert np.isfinite(losses[0]) and np.isinf(losses[-1])
+    shutil.rmtree(folder)
+    limit = 0
+    assert "no epoch gives held-out pairs finite scores" in refusal(train.main, *COMMAND)
+    assert not (folder / "adaptor.pt").exists()

@@ -172,6 +172,7 @@ def load_config(
             raise UserError(f"{where}: on names '{unknown.pop()}'; there is {', '.join(known('datasets'))}.")
         layers += [own, _mapping(on.get(dataset, {}), f"{where}: on"), _mapping(presets.get(preset, {}), where)]
     layers += [{"model": {"mean": mean}}] if mean else []
+    layers += [{"score": "log_likelihood"}] if objective == "infonce" else []  # what that objective trains
     layers += [_setting(text) for text in settings]
     for layer in layers:
         named = [name for name in (*NAMES, "backbone") if name in layer]
