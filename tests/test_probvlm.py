@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from golden import problem, recorded, reference
 
+from benchmarks.published import fit_shape, residuals
 from models.probvlm import LIKELIHOOD_WEIGHT, ProbVLM, exact_nll, surrogate_nll
 from utils.config import load_config, make_adaptor
 
@@ -32,28 +33,10 @@ def test_reference_preset_equals_the_public_suite():
         np.testing.assert_allclose(value, golden[name], rtol=1e-10, err_msg=name)
 
 
-def fit(nll, residual):
-    """Minimize a likelihood over one 1 / alpha and one beta for all residuals (B, 1); returns 1 / alpha, beta."""
-    logs = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logs], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = nll(residual, torch.zeros_like(residual), *logs.exp()).mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return logs.exp().tolist()
-
-
-QUANTILES = (np.arange(20_000) + 0.5) / 20_000  # residuals at these are a sample without noise
-
-
 @pytest.mark.parametrize(("law", "beta"), [(scipy.stats.laplace, 1), (scipy.stats.norm, 2)])
 def test_the_exact_likelihood_recovers_the_shape_and_the_variance(law, beta):
-    residual = torch.tensor(law(scale=0.3).ppf(QUANTILES))[:, None]
-    inverse_alpha, found = fit(exact_nll, residual)
+    residual = residuals(law(scale=0.3))
+    inverse_alpha, found = fit_shape(exact_nll, residual).tolist()
     assert abs(found - beta) < 0.01
     variance = scipy.stats.gennorm(found, scale=1 / inverse_alpha).var()
     assert abs(variance / residual.square().mean() - 1) < 0.01
@@ -61,9 +44,8 @@ def test_the_exact_likelihood_recovers_the_shape_and_the_variance(law, beta):
 
 @pytest.mark.parametrize("law", [scipy.stats.laplace, scipy.stats.norm, scipy.stats.uniform(-1, 2), scipy.stats.t(3)])
 def test_the_surrogate_prefers_one_shape_whatever_the_data(law):
-    residual = torch.tensor(law.ppf(QUANTILES))[:, None]
     # Its clamp and its offsets leave the optimum where it is to about 1e-4.
-    assert abs(fit(surrogate_nll, residual)[1] - 0.68417) < 5e-4
+    assert abs(fit_shape(surrogate_nll, residuals(law))[1] - 0.68417) < 5e-4
 
 
 @pytest.mark.parametrize("preset", ["default", "reference"])
