@@ -26,6 +26,8 @@ from utils.seed import seed_everything
 
 VAL_FRACTION = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
 
+LEAST_BATCH = 32  # pairs: with fewer there is little to contrast
+
 
 def parse(argv):
     parser = make_parser(__doc__)
@@ -83,8 +85,8 @@ def validate(adaptor, image, text, image_of_text, blocks):
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
     args = parse(argv)
-    held_out = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
-    config = run_config(args, args.dataset, args.set + held_out)
+    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
+    config = run_config(args, args.dataset, args.set + fraction)
     device = pick_device(args.device)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split)
     if config.train.val_fraction is None:
@@ -120,7 +122,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
     rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch; with none the last is kept.
     """
     config = run.config
-    batch = min(config.train.batch_size, math.ceil(len(rows) / config.train.min_steps))
+    batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch is what is left
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
@@ -150,12 +152,12 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
         mean = total.item() / len(rows)
-        val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out) if held_out else (0.0, 1.0)
         if not math.isfinite(mean):
             raise UserError(f"the loss of {run.folder} is {mean} in epoch {epoch + 1}: try --set optim.lr with less.")
         seconds = round(time.perf_counter() - started, 3)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
         if held_out:
+            val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out)
             log[-1]["val_loss"] = val_loss
             if val_loss < best["val_loss"]:
                 adaptor.given_scale.fill_(temperature)

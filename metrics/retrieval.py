@@ -54,7 +54,8 @@ def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
         better = (scores > best[:, None]).sum(dim=1)
         tied = (scores == best[:, None]).sum(dim=1) - own.long()
         log_posterior = (scale * scores).log_softmax(dim=1)
-        entropy = torch.special.entr(log_posterior.exp()).sum(dim=1)
+        # Where the posterior underflows to 0, its logarithm stays finite for the product's sake.
+        entropy = -(log_posterior.exp() * log_posterior.clamp_min(torch.finfo(scores.dtype).min)).sum(dim=1)
         if not torch.isfinite(top_score + entropy).all():
             raise FloatingPointError("a score is not finite")
         found = (better, tied, own.long(), top[0], top_score, top_score - second, entropy)

@@ -62,7 +62,7 @@ class Optim:
 class Train:
     batch_size: int = 2048  # pairs: a caption and its image
     epochs: int = 200
-    min_steps: int = 10  # of an epoch, by smaller batches where pairs are few
+    min_steps: int = 10  # of an epoch, by smaller batches where pairs are few; not below 32 pairs
     val_fraction: float | None = None  # of the images, held out to pick the epoch; none: 0.1 below FEW pairs, else 0
     patience: int = 50  # epochs without a better loss of the held-out part, after which training ends
     save_every: float = 5.0  # seconds between states from which a killed run goes on
