@@ -2,7 +2,8 @@
 
     python train.py --dataset coco --method asymvlm-psd --seed 0
 
-writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on where it stopped, to the same weights.
+writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on where it stopped, on a CPU to the same
+weights.
 """
 
 import copy
@@ -68,7 +69,7 @@ def write_log(path, rows):
 
 @torch.no_grad()
 def validate(adaptor, image, text, image_of_text, blocks):
-    """The unified loss of held-out pairs, at the temperature that suits them best in place of its own, and that one."""
+    """Give the unified loss of held-out pairs at the temperature that suits them best, and that temperature."""
     adaptor.eval()
     pairs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
     scores = [adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text)) for image, text in pairs]

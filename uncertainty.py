@@ -45,7 +45,7 @@ def pixels(name, transform):
         with PIL.Image.open(name) as image:
             return transform(image)
     except FileNotFoundError:
-        raise UserError(f"there is no image file {name}.") from None
+        raise UserError(f"there is no image file {name} (a prompt cannot end like one).") from None
     except Exception as error:  # Pillow raises a dozen kinds on a broken file
         raise UserError(f"the image {name} cannot be read ({error}).") from None
 
@@ -89,7 +89,10 @@ def main(argv=None):
             " or images with: what it knows of the cached captions is in the .npz that eval.py writes."
         )
     if encoder_fingerprint(encoder) != identity["encoder_fingerprint"]:
-        raise UserError(f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on.")
+        raise UserError(
+            f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on: restore them,"
+            " or cache and train again with --overwrite."
+        )
     from models.backbone import Backbone  # takes seconds to import: only once the rest is known to be right
 
     backbone = Backbone(encoder, device)

@@ -75,10 +75,12 @@ def figures(values, side):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="an .npz of embeddings: see datasets/arrays.py")
-    parser.add_argument("--methods", nargs="+", default=known("methods"))
-    parser.add_argument("--means", nargs="+", default=["frozen", "residual"])
+    parser.add_argument("--methods", nargs="+", default=known("methods"), help="by default all")
+    parser.add_argument("--means", nargs="+", default=["frozen", "residual"], help="of frozen, residual, learned")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for train.py")
     args = parser.parse_args(argv)
+    if not args.file.is_file():
+        raise UserError(f"there is no file {args.file}: give an .npz of embeddings.")
     splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
     run(cache_embeddings, "--dataset", "embeddings", "--root", args.file, "--quiet", "--splits", *splits)
     rows = {}

@@ -107,8 +107,8 @@ def info_nce(score: Tensor) -> Tensor:
 def best_temperature(scores: list[Tensor]) -> float:
     """The factor that gives matrices of scores (B, B), whose diagonals are matched, the least mean InfoNCE.
 
-    Temperature scaling: Guo et al. (2017), arXiv 1706.04599. Where the scores are right of every pair no factor is the
-    best, and the one is given that says no more than they show: a loss of one in the number of pairs.
+    Temperature scaling: Guo et al. (2017), arXiv 1706.04599. Where every pair is ranked right a larger factor is always
+    better; then the one is given at which the loss is one in the number of pairs, the least that so many can show.
     """
     pairs = sum(map(len, scores))
     scores = [score - score.mean() for score in scores]  # a common shift changes nothing but the digits

@@ -55,7 +55,7 @@ class ProbVLM(Adaptor):
     def __init__(
         self,
         dim: int,
-        mean: str = "residual",
+        mean: str = "frozen",
         likelihood: str = "exact",
         width: int = 1024,
         dropout: float = 0.0,

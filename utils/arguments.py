@@ -17,7 +17,9 @@ def make_parser(description):
 def add_data_flags(parser, role):
     """Add --dataset, --backbone and --device; `role` says what the data set is used for."""
     parser.add_argument("--dataset", required=True, help=f"{role}; one of {', '.join(known('datasets'))}")
-    parser.add_argument("--backbone", help=f"one of {', '.join(known('backbones'))}; by default the data set's own")
+    parser.add_argument(
+        "--backbone", help=f"one of {', '.join(known('backbones'))}; by default that of the data set trained on"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
