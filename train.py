@@ -71,13 +71,16 @@ def write_log(path, rows):
 def validate(adaptor, image, text, image_of_text, blocks):
     """Give the unified loss of held-out pairs at the temperature that suits them best, and that temperature."""
     adaptor.eval()
-    pairs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
-    scores = [adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text)) for image, text in pairs]
+    pairs = [
+        (adaptor.adapt_image(image[image_of_text[rows]].float()), adaptor.adapt_text(text[rows].float()))
+        for rows in blocks
+    ]
+    scores = [adaptor.log_likelihood(*pair) for pair in pairs]
     if not all(torch.isfinite(score).all() for score in scores):
         return math.inf, math.nan  # an epoch not to keep; overfitted densities come to this
-    temperature, own = best_temperature(scores), adaptor.temperature
+    temperature = best_temperature(scores)
     total = sum(
-        len(score) * (adaptor.unified_loss(*pair) + info_nce(temperature * score) - info_nce(own * score)).item()
+        len(score) * (info_nce(temperature * score) + adaptor.auxiliary_loss(*pair, adaptor.temperature * score)).item()
         for pair, score in zip(pairs, scores, strict=True)
     )
     return total / sum(map(len, scores)), temperature
@@ -105,9 +108,10 @@ def main(argv=None):
         adaptor.prepare(pairs)
         log, said = [], "nothing to train"
         if any(p.requires_grad for p in adaptor.parameters()):
-            log = fit(adaptor, optimizer, *pairs.to(device), rows, held_out, run, args.quiet)
-            kept = min(log, key=lambda row: row.get("val_loss", -row["epoch"]))
-            said = f"trained, loss {kept['loss']:.4f}" + (f" in epoch {kept['epoch']}, the best" if held_out else "")
+            log, kept = fit(adaptor, optimizer, *pairs.to(device), rows, held_out, run, args.quiet)
+            said = f"trained, loss {log[-1]['loss']:.4f}"
+            if held_out:
+                said += f", epoch {kept} kept" if kept else ", but kept as it was, as held-out pairs are better off so"
         elif held_out:
             _, temperature = validate(adaptor, *pairs.to(device), held_out)
             adaptor.given_scale.fill_(temperature)
@@ -118,22 +122,25 @@ def main(argv=None):
 
 
 def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, quiet):
-    """Run the training loop; returns one dict of figures per epoch.
+    """Run the training loop; returns one dict of figures per epoch, and the epoch that is kept.
 
-    rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch; with none the last is kept.
+    rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch, or 0, the start; with none the
+    last is kept.
     """
     config = run.config
     batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch is what is left
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
-    log, best = [], {"val_loss": math.inf, "epoch": 0, "adaptor": None}
+    log, best = [], {"val_loss": math.inf, "epoch": config.train.epochs, "adaptor": None}
     state = run.resume()
     if state:
         adaptor.load_state_dict(state["adaptor"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         log, best = state["log"], state["best"]
+    elif held_out:
+        best = validated(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out))
     saved = time.perf_counter()
     started = saved - (log[-1]["seconds"] if log else 0)
     bar = tqdm(total=steps * epochs, initial=steps * len(log), desc=config.variant, unit="step", disable=quiet or None)
@@ -161,21 +168,26 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
             val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out)
             log[-1]["val_loss"] = val_loss
             if val_loss < best["val_loss"]:
-                adaptor.given_scale.fill_(temperature)
-                best = {"val_loss": val_loss, "epoch": epoch, "adaptor": copy.deepcopy(adaptor.state_dict())}
+                best = validated(adaptor, epoch + 1, val_loss, temperature)
         log[-1] |= {name: p.item() for name, p in adaptor.named_parameters() if p.ndim == 0}
-        if held_out and epoch - best["epoch"] >= config.train.patience:
+        if held_out and epoch + 1 - best["epoch"] >= config.train.patience:
             break
         if epoch + 1 < epochs and time.perf_counter() - saved > config.train.save_every:
             run.save_state(adaptor=adaptor.state_dict(), optimizer=optimizer.state_dict(),
                            schedule=schedule.state_dict(), log=log, best=best)  # fmt: skip
             saved = time.perf_counter()
     bar.close()
-    if held_out and best["adaptor"] is None:
+    if held_out and best["val_loss"] == math.inf:
         raise UserError(f"{run.folder}: no epoch gives held-out pairs finite scores: try --set optim.lr with less.")
     if held_out:
         adaptor.load_state_dict(best["adaptor"])
-    return log
+    return log, best["epoch"]
+
+
+def validated(adaptor, epoch, val_loss, temperature):
+    """What is kept of an epoch that held-out pairs have judged."""
+    adaptor.given_scale.fill_(temperature)
+    return {"val_loss": val_loss, "epoch": epoch, "adaptor": copy.deepcopy(adaptor.state_dict())}
 
 
 if __name__ == "__main__":

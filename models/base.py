@@ -78,7 +78,13 @@ class Adaptor(nn.Module):
 
     def unified_loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Unified InfoNCE () of B matched pairs (B, D), (B, D) over `log_likelihood`: `--objective infonce`."""
-        return info_nce(self.temperature * self.log_likelihood(self.adapt_image(image), self.adapt_text(text)))
+        image, text = self.adapt_image(image), self.adapt_text(text)
+        score = self.temperature * self.log_likelihood(image, text)
+        return info_nce(score) + self.auxiliary_loss(image, text, score)
+
+    def auxiliary_loss(self, image: Embedding, text: Embedding, score: Tensor) -> Tensor | float:
+        """What the unified objective has beside InfoNCE (), of B adapted pairs and their scores (B, B); nothing."""
+        return 0.0
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """The method's own loss () of B matched pairs (B, D), (B, D): `--objective native`; by default the unified."""
@@ -111,8 +117,9 @@ def best_temperature(scores: list[Tensor]) -> float:
     better; then the one is given at which the loss is one in the number of pairs, the least that so many can show.
     """
     pairs = sum(map(len, scores))
-    scores = [score - score.mean() for score in scores]  # a common shift changes nothing but the digits
-    scatter = max(score.std().item() for score in scores)
+    # A common shift changes nothing but the digits. Medians, for an overfitted density may be beyond all others.
+    scores = [score - score.median() for score in scores]
+    scatter = max(score.abs().median().item() for score in scores)
     if scatter == 0:
         return 1.0
 

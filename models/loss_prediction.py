@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, info_nce, perceptron
+from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, perceptron
 
 
 class LossPrediction(Adaptor):
@@ -33,16 +33,13 @@ class LossPrediction(Adaptor):
     def adapt_text(self, text: Tensor) -> Embedding:
         return Embedding(self.text_mean(text), uncertainty=self.text_loss(text).squeeze(-1))
 
-    def unified_loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """InfoNCE, which trains means and temperature, plus the squared errors of the predicted losses.
+    def auxiliary_loss(self, image: Embedding, text: Embedding, score: Tensor) -> Tensor:
+        """Squared errors of the predicted losses.
 
         The prediction's target is detached and its input frozen, so that it changes no score (Kirchhof et al. 2024).
         """
-        image, text = self.adapt_image(image), self.adapt_text(text)
-        score = self.temperature * self.log_likelihood(image, text)
         target = torch.arange(len(score), device=score.device)
         # Less what a guess would cost, so that a loss means the same in batches of any size.
         guess = math.log(len(score))
         observed = (F.cross_entropy(x.detach(), target, reduction="none") - guess for x in (score, score.T))
-        errors = (F.mse_loss(x.uncertainty, loss) for x, loss in zip((image, text), observed, strict=True))
-        return info_nce(score) + sum(errors)
+        return sum(F.mse_loss(x.uncertainty, loss) for x, loss in zip((image, text), observed, strict=True))

@@ -196,7 +196,7 @@ def test_held_out_images_are_nobody_elses():
 
 def test_the_epoch_with_the_least_validation_loss_is_kept(world):
     # A step this long spoils what the first epochs have learned.
-    train.main([*COMMAND, "optim.lr=0.3", "train.epochs=8", "--seed", "3"])
+    train.main([*COMMAND, "optim.lr=0.3", "train.epochs=8", "model.mean=learned", "--seed", "3"])
     folder = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed3"
     losses = [float(row["val_loss"]) for row in read_log(folder)]
     adaptor, config, _ = Run(load_config("shapes", "asymvlm-psd", seed=3)).load("cpu")
@@ -210,9 +210,28 @@ def test_the_epoch_with_the_least_validation_loss_is_kept(world):
 
 
 def test_training_ends_when_validation_gains_no_more(world):
-    train.main([*COMMAND, "optim.lr=0.3", "train.epochs=30", "train.patience=3"])
+    train.main([*COMMAND, "optim.lr=0.3", "train.epochs=30", "train.patience=3", "model.mean=learned"])
     losses = [float(row["val_loss"]) for row in read_log(world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0")]
     assert len(losses) == np.argmin(losses) + 4 < 30
+
+
+def test_the_start_is_kept_where_training_only_spoils_it(world, capsys):
+    train.main([*COMMAND, "optim.lr=0.3"])
+    assert "kept as it was" in capsys.readouterr().out
+    adaptor, _, _ = Run(load_config("shapes", "asymvlm-psd")).load("cpu")
+    text = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(adaptor.adapt_text(text).mean, torch.nn.functional.normalize(text, dim=-1))
+    assert adaptor.posterior_scale != adaptor.temperature
+
+
+def test_an_overfitted_density_of_one_pair_does_not_hide_the_others(world):
+    """Differences of huge losses would cancel to any small number."""
+    torch.manual_seed(0)
+    score = torch.randn(30, 30) + 2 * torch.eye(30)
+    usual = best_temperature([score])
+    assert info_nce(usual * score) < info_nce(torch.zeros(30, 30))
+    score[3, 4] = -1e30
+    assert best_temperature([score]) == pytest.approx(usual, rel=0.05)
 
 
 def test_validation_is_without_dropout(world):
