@@ -23,7 +23,8 @@ RESULT = "results/shapes/shapes-tiny/{}/seed0/shapes-retrieval"
 
 @pytest.fixture
 def trained(world):
-    train.main([*RUN, "--quiet", "--device", "cpu", "--set", "train.epochs=6", "train.batch_size=128"])
+    short = ["--val-fraction", "0", "--set", "train.epochs=6", "train.batch_size=128"]
+    train.main([*RUN, "--quiet", "--device", "cpu", *short])
     return world
 
 
