@@ -111,7 +111,9 @@ def main(argv=None):
             log, kept = fit(adaptor, optimizer, *pairs.to(device), rows, held_out, run, args.quiet)
             said = f"trained, loss {log[-1]['loss']:.4f}"
             if held_out:
-                said += f", epoch {kept} kept" if kept else ", but kept as it was, as held-out pairs are better off so"
+                said += (
+                    f", epoch {kept} kept" if kept else "; the untrained start is kept, as the best on held-out pairs"
+                )
         elif held_out:
             _, temperature = validate(adaptor, *pairs.to(device), held_out)
             adaptor.given_scale.fill_(temperature)
