@@ -17,7 +17,7 @@ import numpy as np
 import cache_embeddings
 import eval as evaluation
 import train
-from utils.config import known, load_config, make_adaptor
+from utils.config import known, load_config
 from utils.errors import UserError, exits_cleanly
 from utils.tables import NONE
 
@@ -33,13 +33,6 @@ COLUMNS = {  # by the score that a figure is of, and where it stands in that sco
     "posterior: entropy": ("log_likelihood", "gallery_aware", "entropy"),
     "top probability": ("log_likelihood", "gallery_aware", "probability"),
 }
-
-
-def takes_mean(method):
-    """Whether a method has a mean to choose; plain CLIP has not."""
-    with contextlib.suppress(UserError):
-        return bool(make_adaptor(load_config("embeddings", method, mean="frozen"), 8))
-    return False
 
 
 def run(script, *argv):
@@ -85,7 +78,7 @@ def main(argv=None):
     run(cache_embeddings, "--dataset", "embeddings", "--root", args.file, "--quiet", "--splits", *splits)
     rows = {}
     for method in args.methods:
-        for mean in args.means if takes_mean(method) else [""]:
+        for mean in args.means if "mean" in load_config("embeddings", method).model else [""]:  # plain CLIP has none
             found = [result(method, mean, split, args.set) for split in range(SPLITS)]
             rows[f"{method}, {mean}" if mean else method] = found
     for side, title in SIDES.items():
