@@ -1,70 +1,59 @@
 """Encode a data set's images and captions with a frozen vision-language model, once.
 
     python cache_embeddings.py --dataset coco --root /data/coco
-    python cache_embeddings.py --dataset shapes
+    python cache_embeddings.py --dataset pairs --root mine.csv
     python cache_embeddings.py --dataset embeddings --root pairs.npz
+    torchrun --nproc-per-node 4 cache_embeddings.py --dataset cc3m --root /data/cc3m
 
-writes embeddings/<dataset>/<backbone>/<split>/. A killed run goes on where it stopped; a finished split is left alone.
+writes embeddings/<dataset>/<backbone>/<split>/. A killed run goes on where it stopped, with as many processes as it is
+given then; a finished split is left alone.
 """
 
-from datasets.embeddings import cache_folder, identity, read_meta, write_cache, write_given
+import contextlib
+
+from datasets.caching import identity, mismatch, usable_cores, write_cache, write_given
+from datasets.embeddings import META, cache_folder, read_meta
+from datasets.listing import list_split
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.files import locked
+from utils.ranks import Ranks
 
 
 def parse(argv):
     parser = make_parser(__doc__)
     add_data_flags(parser, "what to encode")
-    parser.add_argument("--root", help="folder of the raw data, in its publisher's layout, or the file of embeddings")
+    parser.add_argument("--root", help="folder of the raw data, in its publisher's layout, or the file of pairs")
     parser.add_argument("--splits", nargs="+", help="which splits; by default the ones trained and evaluated on")
-    on_error = "at an image that is missing or cannot be read: stop, or leave it and its captions out"
+    on_error = "at an image or a caption that is missing or cannot be read: stop, or leave it out"
     parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help=on_error)
+    features = "pooled: keep what the last projections are given, and their weights, as bayesvlm needs them"
+    parser.add_argument("--features", choices=["final", "pooled"], default="final", help=features)
+    parser.add_argument("--workers", type=int, help="processes that decode images; by default one for each core")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache that holds something else")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override any configuration key")
     return parser.parse_args(argv)
 
 
-def read_split(source, split, on_error):
-    """List a split and leave out, where told to, images whose files are absent and captions without a word."""
-    images, captions, matches = source.images(split), source.captions(split), source.matches(split)
-    embeddings = source.embeddings(split)
-    absent = {image.id: image.path for image in images if image.path is not None and not image.path.is_file()}
-    empty = {caption.id for caption in captions if not caption.text.strip()}
-    if absent and on_error == "stop":
-        first = next(iter(absent.values()))
-        raise UserError(
-            f"{len(absent):,} of the {len(images):,} images of '{split}' are absent from {first.parent} (the first is"
-            f" {first.name}): complete the folder, or leave them and their captions out with --on-error skip."
-        )
-    if empty and on_error == "stop":
-        raise UserError(f"caption {min(empty)} of '{split}' is empty: mend it, or leave it out with --on-error skip.")
-    keep_text = [caption.image_id not in absent and caption.id not in empty for caption in captions]
-    described = {caption.image_id for caption, keep in zip(captions, keep_text) if keep}
-    keep_image = [image.id in described for image in images]
-    skipped = [{"image_id": id, "path": str(path), "reason": "absent"} for id, path in absent.items()]
-    skipped += [{"text_id": id, "reason": "empty caption"} for id in sorted(empty)]
-    # An image that nothing describes can be no query and no answer.
-    silent = [image for image in images if image.id not in described and image.id not in absent]
-    skipped += [{"image_id": image.id, "path": image.place, "reason": "no caption"} for image in silent]
-    return {
-        "images": [image for image, keep in zip(images, keep_image) if keep],
-        "captions": [caption for caption, keep in zip(captions, keep_text) if keep],
-        "embeddings": None if embeddings is None else (embeddings[0][keep_image], embeddings[1][keep_text]),
-        "matches": None if matches is None else matches[keep_image][:, keep_text],
-        "chains": source.chains(split),
-        "skipped": skipped,
-    }
-
-
-def describe(folder):
+def describe(meta, folder):
     """Say in a line what a cache holds."""
-    meta = read_meta(folder)
-    skipped = f", {meta['skipped']:,} left out (skipped.jsonl)" if meta["skipped"] else ""
-    return f"{folder}: {meta['images']:,} images, {meta['captions']:,} captions, D = {meta['dim']}{skipped}"
+    texts = "captions" if "classes" not in meta else f"prompts for {len(meta['classes']):,} classes"
+    said = f"{folder}: {meta['images']:,} images, {meta['captions']:,} {texts}, D = {meta['dim']}"
+    said += f", {meta['skipped']:,} left out (skipped.jsonl)" if meta["skipped"] else ""
+    return said + (f", {meta['captions_cut']:,} captions longer than the model reads" if meta["captions_cut"] else "")
+
+
+def finished(folder, wanted, overwrite):
+    """Whether `folder` holds the wanted cache; raises UserError where it holds another that may not be replaced."""
+    if not (folder / META).is_file():
+        return False
+    made = mismatch(read_meta(folder), wanted)
+    if made and not overwrite:
+        raise UserError(f"{folder} was made {made}: replace it with --overwrite.")
+    return not made
 
 
 @exits_cleanly(interrupted=GOES_ON)
@@ -72,36 +61,40 @@ def main(argv=None):
     args = parse(argv)
     config = load_config(args.dataset, backbone=args.backbone, settings=args.set)
     config.data.root = args.root or config.data.root
-    device = pick_device(args.device)
+    ranks = Ranks()
+    device = pick_device(args.device, ranks.local)
+    workers = usable_cores() // ranks.neighbors if args.workers is None else args.workers
     source = make_source(config)
     backbone = None
-    for split in args.splits or [config.data.train_split, config.data.eval_split]:
+    for split in args.splits or dict.fromkeys([config.data.train_split, config.data.eval_split]):
+        if not ranks.first:
+            ranks.wait()  # whatever is wrong, the first process says it, once
+        listing = list_split(source, split, args.on_error)
         folder = cache_folder(config.dataset, config.backbone, split)
-        content = read_split(source, split, args.on_error)
-        if not content["captions"]:
-            raise UserError(f"nothing is left to cache of '{split}': none of its images are in {config.data.root}.")
-        wanted = identity(config, split, source, content["images"], content["captions"])
-        with locked(folder):
-            if (folder / "meta.json").is_file():
-                held = read_meta(folder)
-                if held["fingerprint"] == wanted["fingerprint"]:
-                    print(f"{describe(folder)} (already there)")
-                    continue
-                if not args.overwrite:
-                    same = held["encoder_fingerprint"] == wanted["encoder_fingerprint"]
-                    changed = "list of pairs" if same else "backbone"
-                    raise UserError(
-                        f"{folder} was made with another {changed} than asked for: replace it with --overwrite."
-                    )
-            if content["embeddings"] is not None:
-                write_given(folder, wanted, content, source)
+        wanted = identity(config, split, source, listing, args.features)
+        with locked(folder) if ranks.first else contextlib.nullcontext():
+            there = ranks.first and finished(folder, wanted, args.overwrite)
+            if ranks.first:
+                ranks.wait()
+            if ranks.told(there):
+                if ranks.first:
+                    print(f"{describe(read_meta(folder), folder)} (already there)")
+                continue
+            if listing.embeddings is not None:
+                if args.features == "pooled":
+                    raise UserError(f"'{config.dataset}' has embeddings alone, no pooled features: cache them without.")
+                if ranks.first:
+                    write_given(folder, wanted, source, listing)
             else:
                 if backbone is None:
-                    from models.backbone import Backbone  # takes seconds to import, and a second run needs none of it
+                    from models.backbone import make_backbone  # seconds to import, and a second run needs none of it
 
-                    backbone = Backbone(config.encoder, device)
-                write_cache(folder, wanted, content, backbone, args.on_error, args.quiet)
-        print(describe(folder))
+                    backbone = make_backbone(config.encoder, device)
+                options = {"on_error": args.on_error, "workers": workers, "quiet": args.quiet}
+                write_cache(folder, wanted, source, listing, backbone, ranks, **options)
+        if ranks.first:
+            print(describe(read_meta(folder), folder))
+    ranks.close()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Evaluate a trained adaptor: retrieval both ways, and how well its uncertainty tells which answers to trust.
+"""Evaluate a trained adaptor: what it finds, and how well its uncertainty tells which answers to trust.
 
     python eval.py --dataset coco --method asymvlm-psd --seed 0 --uncer_levels 10
+    python eval.py --dataset cifar10 --train-dataset coco --method asymvlm-psd --seed 0
 
-writes results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated on>-retrieval.json, and beside it an .npz of what
-was measured per query.
+Pairs are retrieved both ways, images with classes are classified by prompts (zero-shot). Writes
+results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated on>-<task>.json, and beside it an .npz of what was measured
+per query.
 """
 
 import dataclasses
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from datasets.embeddings import META, Pairs, cache_folder
+from datasets.embeddings import Pairs
 from metrics import retrieval, uncertainty
 from models.base import adapt_all
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
@@ -33,6 +37,7 @@ def parse(argv):
     add_run_flags(parser)
     parser.add_argument("--train-dataset", help="trained on; by default what is evaluated on")
     parser.add_argument("--split", help="evaluated on; by default the data set's own choice")
+    parser.add_argument("--allow-leakage", action="store_true", help="evaluate on images that were trained on, too")
     which = "which score ranks; by default the method's choice, which stands first where both are asked for"
     parser.add_argument("--score", choices=[*SCORES, "both"], help=which)
     parser.add_argument(
@@ -42,13 +47,11 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def seen_images(pairs, config, dataset):
-    """Count the images of opened pairs that a run was trained on, if both are of one data set and still cached."""
-    folder = cache_folder(config.dataset, config.backbone, config.data.train_split)
-    if dataset != config.dataset or not (folder / META).is_file():
+def seen_images(pairs, seen):
+    """Count the images of opened pairs that a run has `seen` in training, by their sources' own ids."""
+    if pairs.meta["id_space"] != seen["id_space"]:
         return 0
-    trained_on = Pairs(config.dataset, config.backbone, config.data.train_split)
-    return len(set(trained_on.items["image"]) & set(pairs.items["image"]))
+    return int(np.isin(pairs.image_id, seen["image_id"].numpy()).sum())
 
 
 def retrieve(score, scale, image, text, image_of_text):
@@ -87,6 +90,54 @@ def judge_uncertainty(ranking, doubt, doubt_of, limit, count):
     return result | uncertainty.trend([level["recall"]["1"] for level in levels])._asdict()
 
 
+def posterior_scales(adaptor, pairs):
+    """What makes logits of each score."""
+    return {"similarity": pairs.meta["logit_scale"], "log_likelihood": adaptor.posterior_scale}
+
+
+def class_embeddings(pairs):
+    """Average the prompts of every class, (C, D): unit vectors, as is usual (Radford et al., arXiv 2103.00020, 3.1.4).
+
+    The average is as long as the prompts are on average, for methods that read something into the length.
+    """
+    text, owner = torch.from_numpy(np.array(pairs.text)).float(), torch.from_numpy(np.array(pairs.class_of_text))
+    length = text.norm(dim=-1, keepdim=True)
+    total = torch.zeros(len(pairs.classes), text.shape[1] + 1)
+    total.index_add_(0, owner, torch.cat([text / length, length], dim=-1))
+    return (F.normalize(total[:, :-1], dim=-1) * total[:, -1:] / owner.bincount()[:, None]).numpy()
+
+
+def evaluate_classes(adaptor, scores, pairs, device, count):
+    """Classify images by the prompts of their classes; returns and takes what `evaluate` does."""
+    image = adapt_all(adaptor.adapt_image, pairs.image, device)
+    prompt = adapt_all(adaptor.adapt_text, class_embeddings(pairs), device)
+    scales, row = posterior_scales(adaptor, pairs), np.arange(len(pairs.label))
+
+    def ranked(name):
+        def score(rows):
+            return getattr(adaptor, name)(image.rows(rows), prompt)
+
+        return retrieval.rank(score, len(pairs.classes), row, pairs.label, scales[name])
+
+    rankings = {name: ranked(name) for name in scores}
+    arrays = {f"image_to_class_{name}": value for name, value in rankings[scores[0]]._asdict().items()}
+    judged = {
+        name: {"score": name, "posterior_scale": scales[name], "image_to_class": judge(ranking, None)}
+        for name, ranking in rankings.items()
+    }
+    result = judged[scores[0]]
+    if len(scores) > 1:
+        result["other_score"] = judged[scores[1]]
+    for whose, doubt in (("query image", image.uncertainty), ("predicted class", prompt.uncertainty)):
+        if doubt is not None:
+            doubt = doubt.cpu().double().numpy()
+            doubt = doubt if whose == "query image" else doubt[rankings[scores[0]].top]
+            result["image_to_class"] |= judge_uncertainty(rankings[scores[0]], doubt, whose, None, count)
+            arrays["uncertainty"] = doubt
+            break
+    return result, arrays
+
+
 def evaluate(adaptor, scores, pairs, device, count):
     """Evaluate an adaptor on opened pairs; returns the figures, and per-query arrays for the .npz.
 
@@ -94,7 +145,7 @@ def evaluate(adaptor, scores, pairs, device, count):
     """
     image = adapt_all(adaptor.adapt_image, pairs.image, device)
     text = adapt_all(adaptor.adapt_text, pairs.text, device)
-    scales = {"similarity": pairs.meta["logit_scale"], "log_likelihood": adaptor.posterior_scale}
+    scales = posterior_scales(adaptor, pairs)
     rankings = {
         name: retrieve(getattr(adaptor, name), scales[name], image, text, pairs.image_of_text) for name in scores
     }
@@ -177,35 +228,44 @@ def main(argv=None):
     pairs = Pairs(args.dataset, run.config.backbone, split)
     adaptor, config, identity = run.load(device)
     pairs.must_fit(identity, run.folder)
-    seen = seen_images(pairs, config, args.dataset)
-    if seen and not args.split:
+    task = "retrieval" if pairs.classes is None else "classification"
+    seen = seen_images(pairs, run.seen)
+    if seen and not args.allow_leakage:
         raise UserError(
-            f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of '{split}': name with --split"
-            " what to evaluate on."
+            f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of {args.dataset} '{split}': name"
+            " another --split or --train-dataset, or evaluate all the same with --allow-leakage, which the result says."
         )
-    smaller = min(len(pairs.image), len(pairs.text))
-    if not 2 <= args.uncer_levels <= smaller:
-        said = f"must lie between 2 and {smaller:,}, the size of the gallery"
+    sizes = (len(pairs.image), len(pairs.text)) if task == "retrieval" else (len(pairs.image),)
+    if not 2 <= args.uncer_levels <= min(sizes):
+        said = f"must lie between 2 and {min(sizes):,}, the number of queries"
         raise UserError(f"--uncer_levels {said}, not {args.uncer_levels}.")
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
+    judge_all = evaluate if task == "retrieval" else evaluate_classes
     try:
-        result, arrays = evaluate(adaptor, scores, pairs, device, args.uncer_levels)
+        result, arrays = judge_all(adaptor, scores, pairs, device, args.uncer_levels)
     except FloatingPointError as error:
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
     about = {
-        "task": "retrieval", "evaluated_on": args.dataset, "split": split, "uncer_levels": args.uncer_levels,
+        "task": task, "evaluated_on": args.dataset, "split": split, "uncer_levels": args.uncer_levels,
         "images": len(pairs.image), "captions": len(pairs.text), "skipped": pairs.meta["skipped"],
         "seen_in_training": seen,
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
-    path = config.result(args.dataset, "retrieval")
+    path = config.result(args.dataset, task)
     path.unlink(missing_ok=True)  # its arrays are about to be others
     save_arrays(path.with_suffix(".npz"), **arrays)
     write_json(path, about | {"config": dataclasses.asdict(config) | {"score": first}} | result)
     if not args.quiet:
-        print(levels_table(about | result))
+        print(levels_table(about | result) if task == "retrieval" else accuracy_line(about | result, pairs))
     print(path)
+
+
+def accuracy_line(result, pairs):
+    """Say how many images were classified rightly."""
+    recall = result["image_to_class"]["recall"]
+    said = f"{result['images']:,} images, {len(pairs.classes):,} classes, {result['captions']:,} prompts"
+    return f"{said}: top-1 {100 * recall['1']:.2f} %, top-5 {100 * recall['5']:.2f} %"
 
 
 if __name__ == "__main__":

@@ -93,6 +93,11 @@ def main(argv=None):
     config = run_config(args, args.dataset, args.set + fraction)
     device = pick_device(args.device)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split)
+    if pairs.classes is not None:
+        raise UserError(
+            f"{pairs.folder} holds images with classes, not captions: train on pairs, and evaluate what is trained with"
+            f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
+        )
     if config.train.val_fraction is None:
         config.train.val_fraction = 0.1 if len(pairs.text) < FEW else 0.0
     rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
@@ -119,7 +124,7 @@ def main(argv=None):
             adaptor.given_scale.fill_(temperature)
             said += ", posterior calibrated"
         write_log(run.folder / "log.csv", log)
-        run.finish(adaptor)
+        run.finish(adaptor, pairs.seen)
     print(f"{run.folder}: {said}")
 
 

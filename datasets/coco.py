@@ -21,10 +21,7 @@ class Coco(Source):
     def _read(self, split):
         path = self.root / "annotations" / f"captions_{split}2017.json"
         if not path.is_file():
-            raise UserError(
-                f"COCO's annotation file {path} is missing: unpack annotations_trainval2017.zip and {split}2017.zip"
-                " from https://cocodataset.org/#download into one folder and name it with --root."
-            )
+            raise UserError(f"COCO's annotation file {path} is missing: {self.get or 'name its folder with --root'}.")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 coco = COCO(str(path))
@@ -37,7 +34,8 @@ class Coco(Source):
                 for annotation in sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"])
             ]
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError(f"{path} is not a file of COCO captions ({error!r}): download it again.") from None
+            said = f"{type(error).__name__}: {error}"  # some errors have the whole file in their repr
+            raise UserError(f"{path} is not a file of COCO captions ({said}): download it again.") from None
         if not images or not captions or len(captions) != len(coco.dataset.get("annotations", ())):
             raise UserError(f"{path} lists no images, or captions of images that it does not list: download it again.")
         return images, captions
@@ -49,3 +47,7 @@ class Coco(Source):
     def captions(self, split):
         """List the captions of `split`, by image id and own id; raises what `images` raises."""
         return self._read(split)[1]
+
+    def id_space(self, split):
+        """COCO numbers the images of all its splits, those of Karpathy as well, in one row."""
+        return "coco"

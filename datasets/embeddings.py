@@ -1,4 +1,4 @@
-"""The cache of frozen embeddings: write it (resumable, whole or absent), open it (memory-mapped), take it to a device.
+"""The cache of frozen embeddings: open it (memory-mapped), take it to a device. `datasets/caching.py` writes it.
 
 One folder per split, `embeddings/<dataset>/<backbone>/<split>/`:
 
@@ -10,33 +10,36 @@ One folder per split, `embeddings/<dataset>/<backbone>/<split>/`:
     chains.npz                          text (K, D), chain (K,), depth (K,): prompts from general to specific
     skipped.jsonl                       what --on-error skip left out, and why
     meta.json                           what the cache is; written last, so that its presence means the rest is whole
+
+In place of image_of_text.npy, a set of images with classes has
+
+    label.npy (N,), class_of_text.npy (M,)   class numbers; texts are prompts, every class in every template
+    human.npy (N, C)                    shares of human answers, where they are known
+
+and with --features pooled there are
+
+    image_pooled.npy, text_pooled.npy   float16, what the model's last projections were given
+    projection.npz                      their weights (D, P) and biases (D,): embedding = weight @ pooled + bias, and in
+                                        a few families a residual, the rest
 """
 
-import contextlib
-import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import os
-import shutil
 import zipfile
 import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 from scipy import sparse
-from tqdm import tqdm
 
 from utils.config import HOME
 from utils.errors import UserError
-from utils.files import atomic, read_json, save_array, save_arrays, write_json, write_lines
+from utils.files import read_json
 
-FLUSH = 256  # images, or four times as many captions, between two records of progress
 WORKING = "unfinished"  # folder inside the split's folder that holds what a killed run had done
-META, PROGRESS = "meta.json", "progress.json"
+META = "meta.json"
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -56,23 +59,21 @@ def cache_folder(dataset, backbone, split):
 
 
 def encoder_fingerprint(encoder):
-    """Identify a backbone by architecture and weights, without loading it: 16 hex digits."""
+    """Identify a backbone by architecture, weights and what it is given, without loading it: 16 hex digits."""
     digest = hashlib.sha256(f"{encoder.model} {encoder.pretrained is None}".encode())
     if encoder.architecture:
         digest.update((HOME / encoder.architecture).read_bytes())
+    for part in (encoder.tokenizer, encoder.preprocess, encoder.library != "open_clip"):
+        digest.update(repr(part).encode() if part else b"")
     if encoder.pretrained:
-        file = encoder.weights_file
-        digest.update(file.read_bytes() if file else encoder.pretrained.encode())
-    return digest.hexdigest()[:16]
-
-
-def listing_fingerprint(source, images, captions):
-    """Identify what a split lists: ids, file names, captions and the source's version, not the folder they lie in."""
-    digest = hashlib.sha256(f"{type(source).__name__} {source.version}\n".encode())
-    for image in images:
-        digest.update(f"{image.id}\t{Path(image.place).name}\n".encode())
-    for caption in captions:
-        digest.update(f"{caption.id}\t{caption.image_id}\t{caption.text}\n".encode())
+        place = encoder.weights_file
+        if place is None:
+            digest.update(encoder.pretrained.encode())
+        elif place.is_file():
+            digest.update(place.read_bytes())
+        else:
+            for file in sorted(path for path in place.iterdir() if path.is_file()):
+                digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -91,9 +92,11 @@ class Pairs:
             raise UserError(f"the cache {self.folder.absolute()} is {state}: run `{self.command}`{again}.")
         self.meta = read_meta(self.folder)
         self.image, self.text = self._array("image"), self._array("text")
-        self.image_of_text = np.asarray(self._array("image_of_text"))
+        self.image_id = np.asarray(self._array("image_id"))
+        owner = np.asarray(self._array("image_of_text" if self.classes is None else "class_of_text"))
+        self.image_of_text, self.class_of_text = (owner, None) if self.classes is None else (None, owner)
         shapes = (self.meta["images"], self.meta["dim"]), (self.meta["captions"], self.meta["dim"])
-        if (self.image.shape, self.text.shape) != shapes or len(self.image_of_text) != len(self.text):
+        if (self.image.shape, self.text.shape) != shapes or len(owner) != len(self.text):
             raise UserError(
                 f"the cache {self.folder} holds other sizes than its {META} says: delete it and run `{self.command}`."
             )
@@ -115,6 +118,21 @@ class Pairs:
     @property
     def dim(self):
         return self.meta["dim"]
+
+    @property
+    def classes(self):
+        """Names of the C classes that the images have, or None where captions describe them."""
+        return self.meta.get("classes")
+
+    @cached_property
+    def label(self):
+        """Class numbers of the images (N,)."""
+        return np.asarray(self._array("label"))
+
+    @property
+    def seen(self):
+        """What a run that is trained on these images keeps of them, to know them again."""
+        return {"id_space": self.meta["id_space"], "image_id": torch.from_numpy(np.array(self.image_id))}
 
     @property
     def identity(self):
@@ -184,191 +202,3 @@ def hold_out(image_of_text, fraction, seed, block=1024, most=5):
     blocks = [rows[out & (number == k)].split(block) for k in range(number[out].max() + 1)]
     # A block of one pair has no wrong answer to learn from.
     return rows[~out], [part for parts in blocks for part in parts if len(part) > 1][:most]
-
-
-def write_cache(folder, identity, split, backbone, on_error="stop", quiet=False):
-    """Encode a split into `folder`, going on from where an earlier call was killed; the caller holds the folder's lock.
-
-    identity: dict that says what the cache is; work found unfinished is gone on with if its `fingerprint` is equal.
-    split: dict of images, captions, matches, chains and skipped. backbone: encodes. on_error: `stop` raises a UserError
-    at an image that cannot be read; `skip` leaves it and its captions out.
-    """
-    images, captions = split["images"], split["captions"]
-    work = folder / WORKING
-    (folder / META).unlink(missing_ok=True)
-    progress = _progress(work, identity["fingerprint"])
-
-    def store(name, rows):
-        """Open the array of what is encoded so far, and the bar that shows it."""
-        new = {"mode": "w+", "dtype": np.float16, "shape": (rows, backbone.dim)}
-        array = np.lib.format.open_memmap(work / f"{name}.npy", **({"mode": "r+"} if progress[name] else new))
-        return array, tqdm(total=rows, initial=progress[name], desc=name, unit=name, disable=quiet or None)
-
-    def record(array, bar, name, done):
-        array.flush()
-        bar.update(done - progress[name])
-        progress[name] = done
-        write_json(work / PROGRESS, progress)
-
-    if on_error == "stop" and progress["unreadable"]:  # left by a run that skipped, and perhaps mended since
-        first = min(map(int, progress["unreadable"]))
-        progress |= {"image": first - first % backbone.config.batch_size, "unreadable": {}}
-    image, bar = store("image", len(images))
-    with bar:
-        for start, encoded, unreadable in _encoded_images(images, progress["image"], backbone):
-            if unreadable and on_error == "stop":
-                row, reason = next(iter(unreadable.items()))
-                raise UserError(
-                    f"the image {images[int(row)].path} cannot be read ({reason}): mend or remove it, or leave such"
-                    " images and their captions out with --on-error skip."
-                )
-            done = start + len(encoded)
-            image[start:done] = encoded
-            progress["unreadable"].update(unreadable)
-            if done // FLUSH > start // FLUSH or done == len(images):
-                record(image, bar, "image", done)
-    text, bar = store("text", len(captions))
-    with bar:
-        for start in range(progress["text"], len(captions), 4 * FLUSH):
-            block = [caption.text for caption in captions[start : start + 4 * FLUSH]]
-            text[start : start + len(block)] = _encoded_texts(block, backbone)
-            record(text, bar, "text", start + len(block))
-    _finish(folder, identity, split, backbone, image, text, progress["unreadable"])
-    shutil.rmtree(work)
-
-
-def write_given(folder, identity, split, source):
-    """Write a split whose source gives its embeddings into `folder`; the caller holds the folder's lock.
-
-    identity, split: as for `write_cache`, split with embeddings. source: has their model's logit_scale and logit_bias.
-    """
-    (folder / META).unlink(missing_ok=True)
-    _finish(folder, identity, split, source, *split["embeddings"], unreadable={})
-
-
-def _progress(work, fingerprint):
-    """Read how far a killed run with the same fingerprint came, and what it could not read; or begin anew."""
-    file = work / PROGRESS
-    with contextlib.suppress(*UNREADABLE):
-        progress = read_json(file)
-        if progress["fingerprint"] == fingerprint:
-            return progress
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    return {"fingerprint": fingerprint, "image": 0, "text": 0, "unreadable": {}}
-
-
-class _Decoded(torch.utils.data.Dataset):
-    """Image files as the transform sees them, with the reason in place of those that cannot be read."""
-
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        try:
-            with PIL.Image.open(self.images[index].path) as image:
-                return self.transform(image)
-        except Exception as error:  # Pillow raises a dozen kinds on a broken file
-            return f"{type(error).__name__}: {error}"
-
-
-def _encoded_images(images, first, backbone):
-    """Yield (first row, float16 (n, D), {row as a string: reason}) batch by batch, from row `first` on."""
-    remaining = images[first:]
-    size = backbone.config.batch_size
-    workers = min(8, os.cpu_count() or 1) if len(remaining) > 4 * size else 0
-    loader = torch.utils.data.DataLoader(
-        _Decoded(remaining, backbone.transform), batch_size=size, num_workers=workers, collate_fn=list
-    )
-    for number, batch in enumerate(loader):
-        start = first + number * size
-        unreadable = {str(start + i): item for i, item in enumerate(batch) if isinstance(item, str)}
-        good = [i for i, item in enumerate(batch) if not isinstance(item, str)]
-        encoded = np.zeros((len(batch), backbone.dim), dtype=np.float16)
-        if good:
-            encoded[good] = _half(backbone.encode_images(torch.stack([batch[i] for i in good])))
-        yield start, encoded, unreadable
-
-
-def _encoded_texts(texts, backbone):
-    """Encode strings, shortest first so that a batch is cut to about its own length; float16 (n, D) in given order."""
-    order = np.argsort([len(text) for text in texts], kind="stable")
-    encoded = np.empty((len(texts), backbone.dim), dtype=np.float16)
-    for rows in np.array_split(order, max(1, len(order) // (4 * backbone.config.batch_size))):
-        if len(rows):
-            encoded[rows] = _half(backbone.encode_texts([texts[row] for row in rows]))
-    return encoded
-
-
-def _half(encoded):
-    """Turn embeddings into the float16 of the cache; raises UserError where that cannot hold them."""
-    encoded = encoded.half().cpu().numpy()
-    if not np.isfinite(encoded).all():
-        raise UserError("the backbone gives embeddings that are not finite in float16: are its weights whole?")
-    return encoded
-
-
-def _finish(folder, identity, split, backbone, image, text, unreadable):
-    """Write the cache's files from all that is encoded, less the rows that could not be read; meta.json comes last.
-
-    backbone: what encoded, or the source that gave the embeddings.
-    """
-    images, captions = split["images"], split["captions"]
-    keep_image = np.array([str(row) not in unreadable for row in range(len(images))])
-    row_of_id = {item.id: row for row, item in enumerate(images)}
-    image_of_text = np.array([row_of_id[caption.image_id] for caption in captions])
-    keep_text = keep_image[image_of_text]
-    if not keep_text.any():
-        raise UserError(f"nothing is left to cache in {folder}: no image of the split could be read.")
-    for name in ("matches.npz", "chains.npz"):  # a cache that is replaced may have had them where this one has none
-        (folder / name).unlink(missing_ok=True)
-    save_array(folder / "image.npy", image[keep_image])
-    save_array(folder / "text.npy", text[keep_text])
-    save_array(folder / "image_of_text.npy", (np.cumsum(keep_image) - 1)[image_of_text][keep_text])
-    save_array(folder / "image_id.npy", np.array([item.id for item in images])[keep_image])
-    save_array(folder / "text_id.npy", np.array([caption.id for caption in captions])[keep_text])
-    items = [("image", item.place) for item, keep in zip(images, keep_image) if keep]
-    items += [("text", caption.text) for caption, keep in zip(captions, keep_text) if keep]
-    prompts = [(i, depth, prompt) for i, chain in enumerate(split["chains"]) for depth, prompt in enumerate(chain)]
-    items += [("prompt", prompt) for _, _, prompt in prompts]
-    write_lines(folder / "items.jsonl", [{"kind": kind, "value": value} for kind, value in items])
-    if split["matches"] is not None:
-        with atomic(folder / "matches.npz") as partial, open(partial, "wb") as file:
-            sparse.save_npz(file, split["matches"][keep_image][:, keep_text])
-    if prompts:
-        chain, depth, texts = zip(*prompts)
-        save_arrays(folder / "chains.npz", text=_encoded_texts(texts, backbone), chain=chain, depth=depth)
-    skipped = split["skipped"] + [
-        {"image_id": images[int(row)].id, "path": str(images[int(row)].path), "reason": reason}
-        for row, reason in unreadable.items()
-    ]
-    write_lines(folder / "skipped.jsonl", skipped)
-    about = {
-        "dim": image.shape[1],
-        "images": int(keep_image.sum()),
-        "captions": int(keep_text.sum()),
-        "skipped": len(skipped),
-        "logit_scale": backbone.logit_scale,
-        "logit_bias": backbone.logit_bias,
-        "files": sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".npz", ".jsonl")),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "pillow")},
-        "complete": True,
-    }
-    write_json(folder / META, identity | about)
-
-
-def identity(config, split, source, images, captions):
-    """Say what a cache is before it is written: names, the backbone's and the listing's fingerprint, and one of all."""
-    said = {
-        "dataset": config.dataset,
-        "split": split,
-        "backbone": config.backbone,
-        "encoder": dataclasses.asdict(config.encoder),
-        "encoder_fingerprint": encoder_fingerprint(config.encoder),
-        "listing_fingerprint": listing_fingerprint(source, images, captions),
-    }
-    digest = hashlib.sha256(f"{said['encoder_fingerprint']} {said['listing_fingerprint']} {split}".encode())
-    return said | {"fingerprint": digest.hexdigest()[:16]}

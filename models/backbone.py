@@ -1,16 +1,132 @@
-"""The frozen vision-language model: the only importer of open_clip."""
+"""The frozen vision-language model: the only importer of open_clip.
+
+N images of H x W pixels, M texts of L tokens, D embedding size. Embeddings are float32, as the model gives them, not
+normalized.
+"""
 
 import contextlib
 import logging
+import zipfile
+from functools import cached_property
 
 import open_clip
 import torch
 
+from models.pixels import Transform
+from models.pooled import LastMap
 from utils.config import HOME
 from utils.errors import UserError
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+PREPROCESS = {  # what may be said of an image's way to the model; no choices: a number for each color
+    "mean": (),
+    "std": (),
+    "interpolation": ("bicubic", "bilinear"),
+    "resize_mode": ("shortest", "longest", "squash"),
+}
+EXTRA = "pip install -r requirements-extra.txt"
 
-class Backbone:
+
+def make_backbone(encoder, device="cpu"):
+    """Construct the backbone of an Encoder's library; raises UserError for an unknown one, and what that one raises."""
+    if encoder.library == "open_clip":
+        return Backbone(encoder, device)
+    if encoder.library == "transformers":
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            raise UserError(f"backbones of the library transformers need it: {EXTRA}.") from None
+        from models.huggingface import HuggingFace  # takes seconds to import
+
+        return HuggingFace(encoder, device)
+    raise UserError(f"encoder.library is open_clip or transformers, not '{encoder.library}'.")
+
+
+class Frozen:
+    """A frozen model of either library; a subclass runs its towers, `_image` and `_text`, and has the tokenizer.
+
+    preprocess: what is known of the pixels' way to the model: PREPROCESS and `size`; the encoder's own go before. Raises
+    UserError for settings that cannot be.
+    """
+
+    def __init__(self, config, device, model, preprocess, dim):
+        self.config, self.device, self.dim = config, torch.device(device), dim
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        if config.precision not in ("auto", *PRECISIONS):
+            raise UserError(f"encoder.precision is auto or one of {', '.join(PRECISIONS)}, not '{config.precision}'.")
+        auto = "float16" if self.device.type == "cuda" else "float32"
+        self.precision = auto if config.precision == "auto" else config.precision
+        settings = open_clip.transform.PreprocessCfg(**preprocess | _checked(config.preprocess))
+        # The model's own transform ends in: to RGB, to floats, normalized.
+        *steps, _, _, _ = open_clip.transform.image_transform_v2(settings, is_train=False).transforms
+        self.transform = Transform(steps)
+        self._mean, self._std = (
+            torch.tensor(x, dtype=torch.float32, device=self.device)[:, None, None] for x in (settings.mean, settings.std)
+        )
+
+    def normalize(self, pixels):
+        """Bring uint8 pixels, (N, 3, H, W), to the device and to the numbers that the model was trained on, float32."""
+        return pixels.to(self.device).float().div_(255).sub_(self._mean).div_(self._std)
+
+    def tokenize(self, texts):
+        """Turn M strings into tokens, (M, L) int64."""
+        return self.tokenizer(texts)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels):
+        """Encode uint8 pixels as `transform` gives them, (N, 3, H, W), to embeddings (N, D)."""
+        return self._run(self._image, self.normalize(pixels)).float()
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens):
+        """Encode tokens, (M, L), to embeddings (M, D)."""
+        return self._run(self._text, tokens).float()
+
+    def encode_texts(self, texts):
+        """Encode M strings to embeddings (M, D)."""
+        return self.encode_tokens(self.tokenize(texts))
+
+    @torch.inference_mode()
+    def pooled_images(self, pixels):
+        """Encode as `encode_images` to a Pooled; raises UserError for an image tower without a last linear map."""
+        pixels = self.normalize(pixels)
+        return self._last_map("image").read(lambda: self._run(self._image, pixels))
+
+    @torch.inference_mode()
+    def pooled_tokens(self, tokens):
+        """Encode as `encode_tokens` to a Pooled; raises UserError for a text tower without a last linear map."""
+        return self._last_map("text").read(lambda: self._run(self._text, tokens))
+
+    def pooled_texts(self, texts):
+        """Encode as `encode_texts` to a Pooled; raises what `pooled_tokens` raises."""
+        return self.pooled_tokens(self.tokenize(texts))
+
+    @property
+    def projection(self):
+        """The last linear map of either tower, {"image": Projection, "text": Projection}; raises as pooling does."""
+        return {tower: self._last_map(tower).projection for tower in ("image", "text")}
+
+    def _last_map(self, tower):
+        return LastMap(self.model, tower, self.config.model)
+
+    def _run(self, encode, batch):
+        with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
+            return encode(batch)
+
+    def _load_tokenizer(self, name, load):
+        """Call `load`; raises UserError that names the tokenizer and the way out where it fails."""
+        try:
+            return quietly(load)
+        except ImportError:
+            raise UserError(f"the tokenizer {name} of {self.config.model} needs transformers: {EXTRA}.") from None
+        except Exception as error:  # whatever the hub's client or a tokenizer's parser raised
+            raise UserError(
+                f"the tokenizer {name} of {self.config.model} cannot be had ({said(error)}): check the connection, or"
+                " name a folder that holds it with --set encoder.tokenizer=FOLDER."
+            ) from None
+
+
+class Backbone(Frozen):
     """A frozen open_clip model, its image transform and its tokenizer.
 
     config: an Encoder. Raises UserError for an architecture that open_clip does not know, weights that cannot be had,
@@ -18,59 +134,72 @@ class Backbone:
     """
 
     def __init__(self, config, device="cpu"):
-        self.config, self.device = config, torch.device(device)
         weights = config.weights_file
         if config.architecture:
             open_clip.add_model_config(HOME / config.architecture)
         if config.model not in open_clip.list_models():
             raise UserError(f"open_clip has no architecture '{config.model}'; `open_clip.list_models()` lists them.")
-        if config.pretrained and not weights:
+        archive = weights is not None and _is_jit_archive(weights)
+        if archive:
+            _must_activate(config, True)
+        elif config.pretrained and not weights:
             _must_be_known(config)
         torch.manual_seed(0)  # random weights, where asked for, are the same everywhere
-        logging.disable(logging.CRITICAL)  # a download that fails is told of below, once
         try:
             # The text tower as a module of its own is what can be cut to a batch's longest caption.
-            self.model, _, self.transform = open_clip.create_model_and_transforms(
-                config.model,
-                pretrained=str(weights) if weights else config.pretrained,
-                device=self.device,
-                force_custom_text=True,
+            model = quietly(
+                lambda: open_clip.create_model(
+                    config.model,
+                    pretrained=str(weights) if weights else config.pretrained,
+                    device=torch.device(device),
+                    force_custom_text=True,
+                    pretrained_text=False,  # of a Hugging Face text tower: random is random
+                    weights_only=not archive,  # torch loads these archives by itself, and only so
+                )
             )
         except Exception as error:  # open_clip raises whatever its downloader or torch raised
-            said = " ".join(str(error).split()).split(". ")[0][:300]
             way = (
                 "check the connection, name a local file with --set encoder.pretrained=FILE, or try random weights with"
             )
             way = "are they of this architecture?" if weights else f"{way} --backbone ViT-B-32-random."
             what = f"the weights '{config.pretrained}' of {config.model}"
-            raise UserError(f"{what} do not load ({said}): {way}") from None
-        finally:
-            logging.disable(logging.NOTSET)
-        self.model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(config.model)
-        self.dim = self.encode_texts([""]).shape[1]
+            raise UserError(f"{what} do not load ({said(error)}): {way}") from None
+        preprocess = _settings(config) | {"size": model.visual.image_size}
+        super().__init__(config, device, model, preprocess, open_clip.get_model_config(config.model)["embed_dim"])
 
-    @torch.inference_mode()
-    def encode_images(self, pixels):
-        """Encode transformed images, (N, 3, H, W), to embeddings as the model gives them, (N, D), not normalized."""
-        return self.model.encode_image(pixels.to(self.device)).float()
-
-    @torch.inference_mode()
-    def encode_texts(self, texts):
-        """Encode N strings to embeddings as the model gives them, (N, D), not normalized."""
-        tokens = self.tokenizer(texts)
-        length = self._length(tokens)
-        with self.cut_to(length):
-            return self.model.encode_text(tokens[:, :length].to(self.device)).float()
+    @cached_property
+    def tokenizer(self):
+        """The tokenizer, loaded at first use; raises UserError where it cannot be had."""
+        text = open_clip.get_model_config(self.config.model)["text_cfg"]
+        if not self.config.tokenizer:
+            own = text.get("hf_tokenizer_name", "of open_clip")
+            return self._load_tokenizer(own, lambda: open_clip.get_tokenizer(self.config.model))
+        options = {"context_length": text.get("context_length", 77), "tokenizer_mode": text.get("tokenizer_mode")}
+        options |= text.get("tokenizer_kwargs", {})
+        name = self.config.tokenizer
+        return self._load_tokenizer(name, lambda: open_clip.tokenizer.HFTokenizer(name, **options))
 
     def reads_whole(self, text):
         """Whether a string fits into the text tower's window (True where that cannot be told); the rest is cut."""
         encode = getattr(self.tokenizer, "encode", None)
         return encode is None or len(encode(text)) + 2 <= self.tokenizer.context_length
 
+    def _image(self, pixels):
+        return self.model.encode_image(pixels, normalize=False)  # CoCa's would
+
+    def _text(self, tokens):
+        length = self._length(tokens)
+        with self.cut_to(length):
+            return self.model.encode_text(tokens[:, :length].to(self.device), normalize=False)
+
     def _length(self, tokens):
-        """How many tokens of (N, L) can matter: a causal tower that pools at the end token never sees what follows."""
-        if getattr(self.model.text, "pool_type", None) == "argmax" and self.model.text.attn_mask is not None:
+        """How many tokens of (M, L) can matter: a causal tower that pools at the end token never sees what follows.
+
+        CoCa's pools at a token of its own after the last, whose position would move.
+        """
+        text = self.model.text
+        causal = getattr(text, "attn_mask", None) is not None
+        if causal and text.pool_type == "argmax" and text.cls_emb is None:
             return int(tokens.argmax(dim=1).max()) + 1
         return tokens.shape[1]
 
@@ -79,13 +208,14 @@ class Backbone:
         """Let the text tower take `length` tokens inside the block: open_clip slices the positions, not the mask."""
         text = self.model.text
         mask = getattr(text, "attn_mask", None)
-        if mask is not None:
-            text.attn_mask = mask[:length, :length]
+        if mask is None or text.cls_emb is not None:
+            yield
+            return
+        text.attn_mask = mask[:length, :length]
         try:
             yield
         finally:
-            if mask is not None:
-                text.attn_mask = mask
+            text.attn_mask = mask
 
     @property
     def logit_scale(self):
@@ -99,6 +229,46 @@ class Backbone:
         return None if bias is None else bias.item()
 
 
+def said(error):
+    """The gist of what a library raised, in one line."""
+    return " ".join(str(error).split()).split(". ")[0][:300]
+
+
+def quietly(load):
+    """Call `load` without its logging: a download that fails is told of once, by who catches it."""
+    logging.disable(logging.CRITICAL)
+    try:
+        return load()
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _checked(preprocess):
+    """Give encoder.preprocess back; raises UserError for a key that nothing reads and for a value that cannot be."""
+    for key, value in preprocess.items():
+        if key not in PREPROCESS:
+            raise UserError(f"encoder.preprocess has no '{key}'; it has {', '.join(PREPROCESS)}.")
+        choices = PREPROCESS[key]
+        three = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        if not (value in choices if choices else three):
+            raise UserError(
+                f"encoder.preprocess: {key} is {' or '.join(choices) or 'a list of three numbers'}, not {value}."
+            )
+    return preprocess
+
+
+def _settings(config):
+    """What open_clip says of the pixels: of this tag, or for a file or random weights what the architecture's agree on.
+
+    By itself open_clip takes a file's to be OpenAI's, whatever the architecture.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(config.model)
+    tags = [config.pretrained] if config.pretrained in tags else tags
+    said = [open_clip.pretrained.get_pretrained_cfg(config.model, tag) for tag in tags]
+    values = {key: [settings.get(key) for settings in said] for key in PREPROCESS}
+    return {key: found[0] for key, found in values.items() if found and found.count(found[0]) == len(found)}
+
+
 def _must_be_known(config):
     """Raise a UserError unless open_clip has these weights, trained with the activation of this architecture."""
     tags = open_clip.list_pretrained_tags_by_model(config.model)
@@ -108,7 +278,21 @@ def _must_be_known(config):
             f" ({', '.join(tags) or 'it has none'})."
         )
     # open_clip only warns, and only once the weights are down.
-    wanted = open_clip.pretrained.get_pretrained_cfg(config.model, config.pretrained).get("quick_gelu", False)
-    if wanted != open_clip.get_model_config(config.model).get("quick_gelu", False):
-        fitting = config.model + "-quickgelu" if wanted else config.model.removesuffix("-quickgelu")
+    cfg = open_clip.pretrained.get_pretrained_cfg(config.model, config.pretrained)
+    _must_activate(config, cfg.get("quick_gelu", False))
+
+
+def _must_activate(config, quick):
+    """Raise a UserError if there is another architecture that has the activation of the weights: QuickGELU or not."""
+    has = open_clip.get_model_config(config.model).get("quick_gelu", False)
+    fitting = config.model.removesuffix("-quickgelu") + "-quickgelu" * quick
+    if has != quick and fitting != config.model and fitting in open_clip.list_models():
         raise UserError(f"the weights '{config.pretrained}' are not of {config.model} but of {fitting}: use that.")
+
+
+def _is_jit_archive(path):
+    """Whether a file is TorchScript: OpenAI published its weights so, and nobody else."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/")[1:2] == ["code"] for name in archive.namelist())

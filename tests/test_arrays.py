@@ -123,10 +123,10 @@ def test_a_cache_of_other_content_is_not_taken_for_this_one(here, refusal, capsy
     cache_embeddings.main(CACHE)
     assert capsys.readouterr().out.count("(already there)") == 2
     for setting in ("data.options.logit_scale=50", "data.options.seed=1"):
-        assert "another list of pairs" in refusal(cache_embeddings.main, *CACHE, "--set", setting)
+        assert "another list of images and captions" in refusal(cache_embeddings.main, *CACHE, "--set", setting)
     assert "another backbone" in refusal(cache_embeddings.main, *CACHE, "--set", "encoder.model=ViT-B-16")
     np.savez("pairs.npz", **arrays(**spoiled("text", 3, 1)))
-    assert "another list of pairs" in refusal(cache_embeddings.main, *CACHE)
+    assert "another list of images and captions" in refusal(cache_embeddings.main, *CACHE)
     cache_embeddings.main([*CACHE, "--overwrite"])
     assert "already there" not in capsys.readouterr().out
 
@@ -197,17 +197,189 @@ def test_what_cannot_be_cached_is_named(here, refusal, changes, sentence):
 
 def test_files_splits_and_options_that_are_none_are_named(here, refusal):
     np.save("one.npy", np.ones((N, D)))
+    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "one.npy")
+    assert "one.npy: it is one array of several: name the folder that holds image.npy and text.npy" in said
     (here / "text.npz").write_text("image, text")
     (here / "cut.npz").write_bytes((here / "pairs.npz").read_bytes()[:2000])
-    for name in ("one.npy", "text.npz", "cut.npz"):
+    for name in ("text.npz", "cut.npz"):
         assert f"{name}: it is no .npz" in refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", name)
     error = refusal(cache_embeddings.main, "--dataset", "embeddings")
-    assert "data/embeddings.npz is missing: name an .npz with --root" in error
+    assert "data/embeddings.npz are missing: name an .npz, a .safetensors or a folder of .npy with --root" in error
     error = refusal(cache_embeddings.main, *CACHE, "--splits", "val")
-    assert "pairs.npz has no split 'val'; it has all, train0, train1, train2, train3, train4, test0" in error
+    assert "pairs.npz has no split 'val'; it has all, train, test, train0, train1" in error
     for setting in ("folds=1", "folds=2.5", "seed=-1", "logit_scale=0", "logit_scale=.inf"):
         error = refusal(cache_embeddings.main, *CACHE, "--set", f"data.options.{setting}")
         assert "data.options: folds must be a whole number from 2 on" in error
+
+
+def test_every_layout_holds_the_same(here, refusal):
+    """A .safetensors, a folder of .npy and clip-retrieval's parts give what the .npz gives."""
+    import pyarrow
+    import safetensors.torch
+    from pyarrow import parquet
+
+    given = arrays()
+    plain = {key: torch.tensor(array) for key, array in given.items() if key != "caption"}
+    safetensors.torch.save_file(plain, "pairs.safetensors", {"caption": json.dumps(given["caption"].tolist())})
+    (here / "folder").mkdir()
+    for key, array in given.items():
+        np.save(f"folder/{key}.npy", array)
+    for name in ("pairs.safetensors", "folder"):
+        source, expected = Arrays(name), Arrays("pairs.npz")
+        for split in ("all", "test1"):
+            assert source.images(split) == expected.images(split) and source.captions(split) == expected.captions(split)
+            for side in (0, 1):
+                assert (source.embeddings(split)[side] == expected.embeddings(split)[side]).all()
+        assert source.version == expected.version
+
+    for kind in ("img_emb", "text_emb", "metadata"):
+        (here / "laion" / kind).mkdir(parents=True)
+    text, caption = given["text"][:N], given["caption"][:N].astype(object)
+    caption[3] = None
+    for part, rows in ((9, slice(0, 25)), (10, slice(25, N))):  # by number, not by name
+        np.save(f"laion/img_emb/img_emb_{part}.npy", given["image"][rows].astype(np.float16))
+        np.save(f"laion/text_emb/text_emb_{part}.npy", text[rows].astype(np.float16))
+        table = pyarrow.table({"image_path": [f"{row}.jpg" for row in range(N)][rows], "caption": caption[rows]})
+        parquet.write_table(table, f"laion/metadata/metadata_{part}.parquet")
+    source = Arrays("laion")
+    assert (source.embeddings("all")[0] == given["image"].astype(np.float16)).all()
+    assert (source.embeddings("all")[1] == text.astype(np.float16)).all()
+    assert [c.text for c in source.captions("all")] == ["" if c is None else c for c in caption]
+    (here / "laion/text_emb/text_emb_10.npy").unlink()
+    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "laion")
+    assert "img_emb_10.npy has no text_emb_10.npy beside it" in said
+    np.save("laion/text_emb/text_emb_10.npy", text[30:].astype(np.float16))
+    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "laion")
+    assert "part 10 has 10 and 15 rows" in said
+    (here / "bad.safetensors").write_bytes(b"nothing")
+    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "bad.safetensors")
+    assert "bad.safetensors: it is no .safetensors" in said
+    (here / "folder/text.npy").write_bytes(b"nothing")
+    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "folder")
+    assert "text.npy is no .npy of plain numbers" in said
+    (here / "bare").mkdir()
+    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "bare")
+    assert "bare: it has no key 'image'" in said
+
+
+def labeled(images=60, classes=6, per_class=3, **changes):
+    """Images near the prompts of their classes."""
+    rng = np.random.default_rng(0)
+    center, length = rng.normal(size=(classes, D)), rng.uniform(1, 9, (classes * per_class, 1))
+    label, class_of_text = rng.integers(0, classes, images), np.repeat(np.arange(classes), per_class)
+    values = {
+        "image": center[label] + 1.2 * rng.normal(size=(images, D)),
+        "text": (center[class_of_text] + 0.3 * rng.normal(size=(len(class_of_text), D))) * length,
+        "label": label,
+        "class_of_text": class_of_text,
+        "class_name": np.array([f"thing {number}" for number in range(classes)]),
+    }  # fmt: skip
+    return {key: value for key, value in (values | changes).items() if value is not None}
+
+
+def test_images_with_classes_are_classified(here, capsys, refusal):
+    given = labeled()
+    np.savez("labeled.npz", **given)
+    cache_embeddings.main([*CACHE, "--splits", "train0"])
+    cache = ["--dataset", "embeddings", "--quiet", "--root", "labeled.npz", "--splits"]
+    cache_embeddings.main([*cache, "all"])
+    assert "60 images, 18 prompts for 6 classes, D = 16" in capsys.readouterr().out
+    pairs = Pairs("embeddings", "given", "all")
+    assert pairs.classes[2] == "thing 2" and (pairs.label == given["label"]).all()
+    said = refusal(train.main, *RUN, "clip", "--set", "data.train_split=all")
+    assert "holds images with classes, not captions" in said
+    train.main([*RUN, "clip", "--quiet"])
+    capsys.readouterr()
+    evaluation.main([*RUN, "clip", "--split", "all", "--score", "both"])
+    # The slow way: unit prompts averaged, made unit again, one image after the other.
+    image, text = given["image"].astype(np.float16).astype(float), given["text"].astype(np.float16).astype(float)
+    hits = {1: 0, 5: 0}
+    for row, label in zip(image, given["label"], strict=True):
+        scores = []
+        for number in range(6):
+            mean = sum(x / np.linalg.norm(x) for x in text[given["class_of_text"] == number])
+            scores.append(row @ mean / np.linalg.norm(mean))
+        order = np.argsort(scores)[::-1]
+        hits = {k: hits[k] + (label in order[:k]) for k in hits}
+    found = json.loads((here / "results/embeddings/given/clip/seed0/embeddings-classification.json").read_text())
+    assert found["task"] == "classification" and (found["images"], found["captions"]) == (60, 18)
+    for k in (1, 5):
+        assert found["image_to_class"]["recall"][str(k)] == pytest.approx(hits[k] / 60)
+    assert 0.3 < hits[1] / 60 < 1
+    assert f"top-1 {100 * hits[1] / 60:.2f} %" in capsys.readouterr().out
+    arrays = np.load(here / "results/embeddings/given/clip/seed0/embeddings-classification.npz")
+    assert len(arrays["image_to_class_top"]) == 60
+
+    train.main([*RUN, "asymvlm-vmf", "--quiet", "--set", "train.epochs=2", "model.width=32"])
+    evaluation.main([*RUN, "asymvlm-vmf", "--split", "all", "--quiet"])
+    about = "results/embeddings/given/asymvlm-vmf/seed0/embeddings-classification.json"
+    assert json.loads((here / about).read_text())["image_to_class"]["levels_by"] == "predicted class"
+    assert "--uncer_levels must lie between 2 and 60" in refusal(
+        evaluation.main, *RUN, "clip", "--split", "all", "--uncer_levels", "61"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"label": None}, "'label' is missing"),
+        ({"class_of_text": None}, "'class_of_text' is missing"),
+        ({"class_of_text": np.repeat([0, 1, 2, 3, 4, 6], 3)}, "number the classes without a gap"),
+        ({"label": np.full(60, 6)}, "row 0 of 'label' is 6, a class without a text"),
+        ({"label": np.full(60, -1)}, "row 0 of 'label' is -1"),
+        ({"label": np.zeros(59, int)}, r"'label' must hold whole numbers of the shape \(60,\)"),
+        ({"class_name": np.array(["a"])}, r"'class_name' must hold strings of the shape \(6,\)"),
+    ],
+)
+def test_classes_that_cannot_be_are_named(here, refusal, changes, sentence):
+    np.savez("labeled.npz", **labeled(**changes))
+    assert re.search(sentence, refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "labeled.npz"))
+
+
+def test_zero_shot_with_published_class_embeddings(shared, tmp_path, monkeypatch, capsys):
+    """ImageNet's names as ViT-B/32 sees them under one prompt, found by those under another."""
+    monkeypatch.chdir(tmp_path)
+    with np.load(shared / "data/imagenet1000_text_vitb32.npz") as file:
+        one, other, names = file["text_a"], file["text_b"], file["names"]
+    numbers = np.arange(1000)
+    np.savez("imagenet.npz", image=one, label=numbers, text=other, class_of_text=numbers, class_name=names)
+    np.savez("pairs.npz", image=other, text=one)
+    cache_embeddings.main([*CACHE, "--splits", "train0"])
+    cache_embeddings.main(["--dataset", "embeddings", "--root", "imagenet.npz", "--splits", "all", "--quiet"])
+    train.main([*RUN, "clip", "--quiet"])
+    capsys.readouterr()
+    evaluation.main([*RUN, "clip", "--split", "all"])
+    unit = [array / np.linalg.norm(array, axis=1, keepdims=True) for array in (one, other)]
+    top = (unit[0].astype(np.float64) @ unit[1].T.astype(np.float64)).argmax(axis=1)
+    found = json.loads((tmp_path / "results/embeddings/given/clip/seed0/embeddings-classification.json").read_text())
+    right = (top == numbers).mean()
+    assert right > 0.9 and found["image_to_class"]["recall"]["1"] == pytest.approx(right, abs=0.0011)
+
+
+def test_ids_tell_test_images_that_were_trained_on(here, refusal):
+    """COCO's ids are the same whatever file and split they come in: 2017 and Karpathy's overlap is found."""
+    given = arrays(image_id=None)
+    ids = 1000 + np.arange(N)
+    np.savez("pairs.npz", coco_image_id=ids, **given)
+    train_on = ["--set", "data.train_split=all"]
+    cache_embeddings.main([*CACHE, "--splits", "all", *train_on])
+    train.main([*RUN, "clip", "--quiet", *train_on])
+    np.savez("others.npz", coco_image_id=ids + 28, **given)  # another 28 images and 12 of the same
+    cache_embeddings.main(["--dataset", "embeddings", "--root", "others.npz", "--splits", "test0", "--quiet"])
+    shared_ids = set(np.load("embeddings/embeddings/given/test0/image_id.npy")) & set(ids)
+    said = refusal(evaluation.main, *RUN, "clip")
+    assert shared_ids and f"was trained on {len(shared_ids)} of the 8 images of embeddings 'test0'" in said
+    evaluation.main([*RUN, "clip", "--quiet", "--allow-leakage", "--uncer_levels", "2"])
+    found = json.loads((here / "results/embeddings/given/clip/seed0/embeddings-retrieval.json").read_text())
+    assert found["seen_in_training"] == len(shared_ids)
+    # Ids that count something else are no evidence.
+    np.savez("others.npz", image_id=ids, **arrays(image_id=None, image=given["image"] + 1))
+    cache_embeddings.main(
+        ["--dataset", "embeddings", "--root", "others.npz", "--splits", "test0", "--quiet", "--overwrite"]
+    )
+    evaluation.main([*RUN, "clip", "--quiet", "--uncer_levels", "2"])
+    found = json.loads((here / "results/embeddings/given/clip/seed0/embeddings-retrieval.json").read_text())
+    assert found["seen_in_training"] == 0
 
 
 def test_recall_of_published_embeddings(shared, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from conftest import SMALL_WORLD
 
 import cache_embeddings
-from datasets import embeddings
+from datasets import caching, embeddings
 from datasets.coco import Coco
 from datasets.embeddings import Pairs
 from models.backbone import Backbone
@@ -81,48 +81,66 @@ def test_force_custom_text_is_the_ordinary_model():
     torch.testing.assert_close(backbone.encode_texts(texts), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_a_killed_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, stop_after):
+SMALL_BATCHES = [*SHAPES, "encoder.batch_size=16", *VAL]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A hundred images and five hundred captions in several blocks."""
+    monkeypatch.setattr(caching, "BLOCK", 32)
+    monkeypatch.setattr(caching, "TEXTS", 100)
+
+
+def interrupted_after(monkeypatch, name, limit):
+    """Act as Ctrl-C would at the call of one of the backbone's methods after `limit`."""
+    calls, original = [], getattr(Backbone, name)
+
+    def call(self, *args):
+        calls.append(0)
+        if len(calls) > limit:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(Backbone, name, call)
+
+
+@pytest.mark.parametrize(("name", "stop_after"), [("encode_tokens", 1), ("encode_tokens", 9), ("encode_images", 2)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, small_blocks, name, stop_after):
     folder = own_world / "embeddings/shapes/shapes-tiny/val"
-    whole = content(folder)
     shutil.rmtree(folder)
-    monkeypatch.setattr(embeddings, "FLUSH", 32)
-    small_batches = [*SHAPES, "encoder.batch_size=32", *VAL]
-    cache_embeddings.main(small_batches)
+    cache_embeddings.main(SMALL_BATCHES)
     unbroken = content(folder)
     shutil.rmtree(folder)
-
-    calls = []
-
-    def counted(original, limit):
-        """Count the calls of a method, and act as a kill would at the one after `limit`."""
-
-        def call(self, *args):
-            if len(calls) == limit:
-                raise KeyboardInterrupt
-            calls.append(0)
-            return original(self, *args)
-
-        return call
-
-    for name in ("encode_images", "encode_texts"):
-        calls.clear()
+    done = 0
+    for _ in range(2):
         with monkeypatch.context() as patch:
-            # The constructor measures the embedding size with one call of encode_texts.
-            patch.setattr(Backbone, name, counted(getattr(Backbone, name), stop_after))
+            interrupted_after(patch, name, stop_after)
             with pytest.raises(SystemExit):
-                cache_embeddings.main(small_batches)
+                cache_embeddings.main(SMALL_BATCHES)
         assert "the same command goes on from" in capsys.readouterr().err
         with pytest.raises(UserError, match=r"is unfinished: run .* again"):
             Pairs("shapes", "shapes-tiny", "val")
-    done = json.loads((folder / "unfinished" / "progress.json").read_text())
-    assert done["image"] == 100  # the second run went beyond the first
-    calls.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(Backbone, "encode_images", counted(Backbone.encode_images, 0))  # no image is encoded again
-        cache_embeddings.main(small_batches)
+        done, before = len(list((folder / "unfinished").glob("*.npz"))), done
+        assert done > before or stop_after == 1  # less than a block
+    cache_embeddings.main(SMALL_BATCHES)
     assert content(folder) == unbroken
-    assert unbroken["image.npy"][:128] == whole["image.npy"][:128]
+
+
+def test_finished_blocks_are_not_encoded_again(own_world, monkeypatch, small_blocks):
+    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    whole = content(folder)
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(caching, "_join", lambda *args: exec("raise KeyboardInterrupt"))
+        cache_embeddings.main(SMALL_BATCHES)
+    one = folder / "unfinished" / "image-00000002.npz"
+    one.write_bytes(one.read_bytes()[:1000])  # a damaged block is made again, alone
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, "encode_tokens", 0)
+        interrupted_after(patch, "encode_images", 2)
+        cache_embeddings.main(SMALL_BATCHES)
+    assert content(folder).keys() == whole.keys()
+    assert content(folder)["items.jsonl"] == whole["items.jsonl"]
 
 
 def test_a_second_run_leaves_it_alone(world, capsys):
@@ -133,27 +151,31 @@ def test_a_second_run_leaves_it_alone(world, capsys):
 
 
 def test_another_backbone_or_list_is_refused(world, refusal):
-    assert "made with another list of pairs" in refusal(
+    assert "made of another list of images and captions than asked for" in refusal(
         cache_embeddings.main, "--dataset", "shapes", "--splits", "val", "--set", "data.options.val_images=90"
     )
     random = ["encoder.pretrained=null"]
     assert "made with another backbone" in refusal(cache_embeddings.main, *SHAPES, *random, *VAL)
+    assert "made without the pooled features" in refusal(cache_embeddings.main, *SHAPES, *VAL, "--features", "pooled")
+    half = ["encoder.precision=bfloat16"]
+    assert "made in float32, not in bfloat16" in refusal(cache_embeddings.main, *SHAPES, *half, *VAL)
+    assert "must be auto, float32" in refusal(cache_embeddings.main, *SHAPES, "encoder.precision=int8", *VAL)
 
 
 def test_what_shapes_draws_is_part_of_what_a_cache_is(world, refusal):
     smaller = [*SHAPES, "data.options.image_size=32", *VAL]
-    assert "made with another list of pairs" in refusal(cache_embeddings.main, *smaller)
+    assert "made of another list" in refusal(cache_embeddings.main, *smaller)
 
 
 def test_replacing_a_cache_is_asked_for_and_goes_on_too(own_world, monkeypatch, capsys):
     folder = own_world / "embeddings/shapes/shapes-tiny/val"
     other = ["--dataset", "shapes", "--quiet", "--splits", "val", "--overwrite", "--set", "data.options.val_images=90"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(embeddings, "_encoded_texts", lambda *args: exec("raise KeyboardInterrupt"))
+        interrupted_after(patch, "encode_images", 0)
         cache_embeddings.main(other)
     assert not (folder / "meta.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Backbone, "encode_images", None)  # all images are encoded already
+        interrupted_after(patch, "encode_tokens", 0)  # all captions are encoded already
         cache_embeddings.main(other)
     assert "90 images, 450 captions" in capsys.readouterr().out
 
@@ -163,7 +185,8 @@ def test_two_processes_do_not_share_a_folder(world, refusal):
         assert "another process is writing" in refusal(cache_embeddings.main, *SHAPES, *VAL)
 
 
-def test_an_image_that_was_mended_is_read_again(own_world, monkeypatch, capsys):
+@pytest.mark.parametrize("then", ["stop", "skip"])
+def test_an_image_that_was_mended_is_read_again(own_world, monkeypatch, then):
     image = sorted(own_world.glob("data/shapes/*96px/val/*.jpg"))[3]
     good = image.read_bytes()
     folder = own_world / "embeddings/shapes/shapes-tiny/val"
@@ -171,10 +194,14 @@ def test_an_image_that_was_mended_is_read_again(own_world, monkeypatch, capsys):
     shutil.rmtree(folder)
     image.write_bytes(b"")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(embeddings, "_encoded_texts", lambda *args: exec("raise KeyboardInterrupt"))
+        patch.setattr(caching, "_join", lambda *args: exec("raise KeyboardInterrupt"))
+        cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted_after(patch, "encode_images", 0)  # not asked for: what is broken still is
+        patch.setattr(caching, "_join", lambda *args: exec("raise KeyboardInterrupt"))
         cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
     image.write_bytes(good)
-    cache_embeddings.main([*SHAPES, *VAL])
+    cache_embeddings.main([*SHAPES, *VAL, "--on-error", then])
     assert content(folder) == whole
 
 
@@ -252,7 +279,7 @@ def test_coco_layout(tmp_path):
     assert [(c.id, c.image_id, c.text) for c in source.captions("val")] == [
         (899, 139, "two cats"), (900, 139, "a dog"), (898, 285, "a bird"),
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"captions_train2017\.json is missing: unpack annotations_trainval2017"):
+    with pytest.raises(UserError, match=r"captions_train2017\.json is missing: name its folder with --root"):
         source.images("train")
     (tmp_path / "annotations" / "captions_val2017.json").write_text("{")
     with pytest.raises(UserError, match="is not a file of COCO captions"):

@@ -255,16 +255,20 @@ def test_which_score_ranks_is_a_flag(trained, capsys):
 
 
 def test_which_split_is_evaluated_is_a_flag(trained):
-    evaluation.main([*RUN, "--split", "train", "--device", "cpu", "--quiet"])
+    evaluation.main([*RUN, "--split", "train", "--allow-leakage", "--device", "cpu", "--quiet"])
     found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
     assert (found["split"], found["images"], found["seen_in_training"]) == ("train", 300, 300)
 
 
 def test_images_trained_on_are_not_evaluated_on_unasked(world, refusal):
     train.main([*RUN, "--quiet", "--device", "cpu", "--set", "train.epochs=1", "data.train_split=val"])
-    said = refusal(evaluation.main, *RUN, "--device", "cpu")
-    assert "was trained on 100 of the 100 images of 'val': name with --split what to evaluate on" in said
-    evaluation.main([*RUN, "--device", "cpu", "--split", "val", "--quiet"])
+    for split in ([], ["--split", "val"]):
+        said = refusal(evaluation.main, *RUN, "--device", "cpu", *split)
+        assert "was trained on 100 of the 100 images of shapes 'val': name another --split or --train-dataset" in said
+    assert not (world / (RESULT.format("asymvlm-vmf") + ".json")).exists()
+    evaluation.main([*RUN, "--device", "cpu", "--allow-leakage", "--quiet"])
+    found = json.loads((world / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    assert found["seen_in_training"] == 100
 
 
 def test_images_with_an_uncertainty_are_judged_by_their_own(world):

@@ -71,14 +71,17 @@ class Run:
         """Keep what a killed run goes on from."""
         _save(self.state_file, state | {"identity": self.identity})
 
-    def finish(self, adaptor):
-        """Keep the trained weights."""
+    def finish(self, adaptor, seen):
+        """Keep the trained weights, and which images they have seen (`Pairs.seen`)."""
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
-        _save(self.adaptor_file, {"state_dict": state, "identity": self.identity})
+        _save(self.adaptor_file, {"state_dict": state, "identity": self.identity, "seen": seen})
         self.state_file.unlink(missing_ok=True)
 
     def load(self, device):
-        """Read the trained adaptor, its configuration and identity; raises UserError where missing or damaged."""
+        """Read the trained adaptor, its configuration and identity; raises UserError where missing or damaged.
+
+        Which images it has seen is `seen` from then on.
+        """
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
             raise UserError(
@@ -88,6 +91,7 @@ class Run:
         trained = Config.load(self.folder / "config.yaml")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])
         try:
+            self.seen = saved["seen"]
             adaptor.load_state_dict(saved["state_dict"])
         except BROKEN as error:
             said = str(error).splitlines()[-1].strip()

@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.files import write_text
 
 MEANS = ("frozen", "residual", "learned")  # what becomes of the frozen direction: --mean
+PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 FEW = 10_000  # pairs, below which an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
 # What a run is called by: flags, never keys of a layer.
@@ -30,22 +31,29 @@ class Data:
     root: str = ""  # folder of the raw data
     train_split: str = "train"
     eval_split: str = "val"
+    get: str = ""  # where the raw data is to be had, for messages
     options: dict = field(default_factory=dict)  # keyword arguments of the source
 
 
 @dataclass
 class Encoder:
-    model: str = ""  # open_clip architecture
-    # open_clip tag, or a weights file seen from here or from the suite; none: random; elsewhere: not to be had here
+    library: str = "open_clip"  # or transformers
+    model: str = ""  # open_clip architecture, or the name or folder of a Hugging Face model
+    # open_clip tag, or a weights file (of transformers: a folder) seen from here or from the suite; transformers: hub;
+    # none: random; elsewhere: not to be had here
     pretrained: str | None = None
-    architecture: str | None = None  # open_clip JSON to register first
+    architecture: str | None = None  # JSON of the architecture: for open_clip to register, or config of transformers
+    tokenizer: str | None = None  # Hugging Face name or folder, where it is not the model's own
+    preprocess: dict = field(default_factory=dict)  # mean, std, interpolation, resize_mode, where not the weights' own
     batch_size: int = 256  # images encoded at once; captions four times as many
+    precision: str = "auto"  # float32, bfloat16 or float16; auto: float16 on CUDA, else float32
 
     @property
     def weights_file(self):
-        """Path of the weights if they are a file, else None."""
+        """Path of the weights if they are a file, or the folder of a Hugging Face model; else None."""
         places = [Path(self.pretrained), HOME / self.pretrained] if self.pretrained else []
-        return next((path for path in places if path.is_file()), None)
+        folders = self.library == "transformers"
+        return next((path for path in places if path.is_file() or (folders and path.is_dir())), None)
 
 
 @dataclass
@@ -210,6 +218,9 @@ def _check(config):
         raise UserError(f"--objective must be native or infonce, not '{config.objective}'.")
     if config.mean not in ("", *MEANS):
         raise UserError(f"--mean must be {', '.join(MEANS[:-1])} or {MEANS[-1]}, not '{config.mean}'.")
+    if config.encoder.precision not in PRECISIONS:
+        said = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+        raise UserError(f"encoder.precision must be {said}, not '{config.encoder.precision}'.")
     if config.score not in ("log_likelihood", "similarity"):
         raise UserError(f"score must be log_likelihood or similarity, not '{config.score}'.")
     train = config.train
@@ -251,7 +262,10 @@ def make_adaptor(config, dim):
 def make_source(config):
     """Construct the source of pairs that `config` names; raises what `construct` raises."""
     data = config.data
-    return construct(data.source, data.options, f"configs/datasets/{config.dataset}.yaml: data.options", root=data.root)
+    where = f"configs/datasets/{config.dataset}.yaml: data.options"
+    source = construct(data.source, data.options, where, root=data.root)
+    source.get = data.get
+    return source
 
 
 def _named(kind, name):

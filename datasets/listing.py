@@ -1,0 +1,110 @@
+"""What a split is made of before anything is encoded: its images and captions, less what must be left out."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from datasets import Caption, Classes, Image
+from utils.errors import UserError
+
+
+@dataclass
+class Listing:
+    """Images (N,) and captions (M,) of a split in row order, with what the source knows of them."""
+
+    images: list[Image]
+    captions: list[Caption]  # of a set with classes: the prompts, class by class
+    id_space: str
+    classes: Classes | None = None
+    embeddings: tuple | None = None  # (N, D) and (M, D), where the source gives them
+    matches: sparse.csc_array | None = None
+    chains: list[list[str]] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)  # what is left out, and why
+
+
+def list_split(source, split, on_error="stop"):
+    """List a split, leaving out, where told to, images whose files are absent and captions that cannot be read.
+
+    on_error: stop raises a UserError at the first of them, skip leaves them (and the captions of such images) out.
+    """
+    images, classes = source.images(split), source.classes(split)
+    captions = source.captions(split) or ([] if classes is None else _prompts(classes))
+    embeddings, matches = source.embeddings(split), source.matches(split)
+    present = {path: path.is_file() for path in {image.path for image in images if image.path is not None}}
+    absent = {image.id for image in images if not present.get(image.path, True)}
+    reasons = {caption.id: reason for caption in captions if (reason := _fault(caption.text))}
+    if len({image.id for image in images}) < len(images):
+        raise UserError(f"two images of '{split}' have the same id: give each image one id.")
+    if absent and on_error == "stop":
+        first = next(image for image in images if image.id in absent)
+        raise UserError(
+            f"{len(absent):,} of the {len(images):,} images of '{split}' are absent from {first.path.parent} (the first"
+            f" is {first.path.name}): complete the folder, or leave them and their captions out with --on-error skip."
+        )
+    if reasons and on_error == "stop":
+        id, reason = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1:,} more)" * (len(reasons) > 1)
+        raise UserError(f"caption {id} of '{split}' {reason}{more}: mend it, or leave it out with --on-error skip.")
+    skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
+    skipped += [{"text_id": id, "reason": reason} for id, reason in reasons.items()]
+    if classes is None:
+        keep_text = np.array([c.image_id not in absent and c.id not in reasons for c in captions], dtype=bool)
+        described = {caption.image_id for caption, keep in zip(captions, keep_text) if keep}
+        # An image that nothing describes can be no query and no answer.
+        silent = [image for image in images if image.id not in described and image.id not in absent]
+        skipped += [{"image_id": image.id, "path": image.place, "reason": "no caption"} for image in silent]
+    else:
+        keep_text, described = np.full(len(captions), True), {image.id for image in images} - absent
+    keep_image = np.array([image.id in described for image in images], dtype=bool)
+    if not (keep_image.any() and keep_text.any()):
+        raise UserError(f"nothing is left to cache of '{split}': none of its {len(images):,} images can be used.")
+    if classes is not None:
+        human = None if classes.human is None else classes.human[keep_image]
+        classes = classes._replace(label=np.asarray(classes.label)[keep_image], human=human)
+    return Listing(
+        images=[image for image, keep in zip(images, keep_image) if keep],
+        captions=[caption for caption, keep in zip(captions, keep_text) if keep],
+        id_space=source.id_space(split),
+        classes=classes,
+        embeddings=None if embeddings is None else (embeddings[0][keep_image], embeddings[1][keep_text]),
+        matches=None if matches is None else matches[keep_image][:, keep_text],
+        chains=source.chains(split),
+        skipped=skipped,
+    )
+
+
+def _prompts(classes):
+    """Say every class in every template."""
+    said = [
+        (number, form.replace("{}", name)) for number, name in enumerate(classes.names) for form in classes.templates
+    ]
+    return [Caption(row, number, prompt) for row, (number, prompt) in enumerate(said)]
+
+
+def _fault(text):
+    """Say why no tokenizer can read a caption, or nothing."""
+    if not text.strip():
+        return "is empty"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "is not valid Unicode (it holds half of a surrogate pair)"
+    return ""
+
+
+def fingerprint(source, listing):
+    """Identify what a split lists: ids, file names, captions, classes and the source's version; 16 hex digits.
+
+    Not the folder they lie in: moved data are the same data.
+    """
+    digest = hashlib.sha256(f"{type(source).__name__} {source.version}\n".encode())
+    for image in listing.images:
+        digest.update(f"{image.id}\t{Path(image.place).name}\n".encode("utf-8", "surrogateescape"))
+    for caption in listing.captions:
+        digest.update(f"{caption.id}\t{caption.image_id}\t{caption.text}\n".encode())
+    if listing.classes is not None:
+        digest.update(np.asarray(listing.classes.label, dtype=np.int64).tobytes())
+        if listing.classes.human is not None:
+            digest.update(np.asarray(listing.classes.human, dtype=np.float64).tobytes())
+    return digest.hexdigest()[:16]

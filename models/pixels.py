@@ -1,0 +1,56 @@
+"""What an image goes through before a backbone sees it. Imports no model library: every loading process needs it."""
+
+import contextlib
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from torchvision.transforms import CenterCrop
+from torchvision.transforms.functional import pil_to_tensor
+
+LONGEST = 20  # sides beyond this multiple of the other are cut to it where the final crop keeps the center only
+
+
+class Transform:
+    """A model's own resize and crop as torchvision `steps` on PIL images: any PIL image to uint8 (3, H, W).
+
+    Raises ValueError for gray values that have no agreed range.
+    """
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, image):
+        image = well_formed(image)
+        if isinstance(self.steps[-1], CenterCrop):
+            image = _middle(image)
+        for step in self.steps:
+            image = step(image)
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def well_formed(image):
+    """Turn a PIL image upright, with 8 bits and in a mode that can be resized; raises ValueError where none is right."""
+    with contextlib.suppress(Exception):  # Pillow raises half a dozen kinds on damaged EXIF: no orientation, then
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("gray values in floating point have no agreed range: save the image with 8 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("gray values beyond 16 bits have no agreed range: save the image with 8 bits")
+        # Pillow's own conversion cuts at 255, which leaves a white image; mode I may hold 8 bits or 16.
+        wide = image.mode != "I" or values.max() > 255
+        return PIL.Image.fromarray((values >> 8 if wide else values).astype(np.uint8))
+    if image.mode in ("RGB", "L", "RGBA", "LA"):
+        return image
+    # Palettes and black-and-white would be resized without interpolation.
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _middle(image):
+    """Cut the long side of a ribbon to its middle: resized whole, 1 x 20,000 pixels would become 224 x 4,480,000."""
+    most = LONGEST * min(image.size)
+    width, height = (side if side <= most else most + (side - most) % 2 for side in image.size)  # keeps the center
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,137 @@
+"""The last linear map of a tower, and what goes into it: BayesVLM is uncertain of that map only.
+
+N images or texts, D embedding size, P size of what is pooled. An embedding is z = W phi + b + r: phi (P,) pooled by the
+tower, W (D, P) and b (D,) of its last linear map, r (D,) what SigLIP's image tower adds to that.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+class Pooled(NamedTuple):
+    embedding: Tensor  # (N, D) float32, as the model gives it, not normalized
+    pooled: Tensor  # (N, P) float32
+    residual: Tensor | None  # (N, D) float32
+
+
+class Projection(NamedTuple):
+    weight: Tensor  # (D, P) float32
+    bias: Tensor | None  # (D,) float32
+
+
+class Place(NamedTuple):
+    map: str  # a Parameter (P, D), which the tower multiplies by, or a Linear
+    residual: str = ""  # the module whose input is added to the map's output
+    then: str = ""  # the module after the map, which must do nothing
+
+
+# The first that a model has. A Linear further down stands behind those that come after it in the tower.
+PLACES = {
+    "image": (
+        Place("visual.proj"),  # open_clip's ViT, CoCa
+        Place("visual.attnpool.c_proj"),  # ResNet
+        Place("visual.head.proj"),  # timm with `linear`
+        Place("visual.head.mlp.fc2"),  # timm with `mlp`
+        Place("visual.trunk.head.fc"),  # timm with the trunk's own classifier
+        Place("visual.trunk.head"),
+        Place("visual.trunk.attn_pool.mlp.fc2", "visual.trunk.attn_pool.norm", "visual.trunk.fc_norm"),  # SigLIP
+        Place("visual_projection"),  # transformers: CLIP
+        Place("vision_model.head.mlp.fc2", "vision_model.head.layernorm"),  # SigLIP
+        Place("vision_proj"),  # BLIP
+    ),
+    "text": (
+        Place("text.text_projection"),  # open_clip
+        Place("text.proj"),  # a Hugging Face text tower with `linear`
+        Place("text.proj.2"),  # with `mlp`
+        Place("text_projection"),  # transformers: CLIP
+        Place("text_model.head"),  # SigLIP
+        Place("text_proj"),  # BLIP
+    ),
+}
+
+
+class LastMap:
+    """The last linear map of a model's `image` or `text` tower.
+
+    name: the model's, for messages. Raises UserError where the tower has none: it is never guessed.
+    """
+
+    def __init__(self, model, tower, name):
+        for place in PLACES[tower]:
+            *above, self.attribute = place.map.split(".")
+            self.owner = _at(model, above)
+            self.map = getattr(self.owner, self.attribute, None)
+            nothing_after = not place.then or isinstance(_at(model, place.then.split(".")), nn.Identity)
+            if isinstance(self.map, nn.Parameter | nn.Linear) and nothing_after:
+                self.before = place.residual and _at(model, place.residual.split("."))
+                return
+        raise UserError(
+            f"the {tower} tower of {name} does not end in a linear map, which pooled features are the input of: take"
+            " another backbone, or cache without them."
+        )
+
+    @property
+    def projection(self):
+        """W and b."""
+        if isinstance(self.map, nn.Parameter):
+            return Projection(self.map.T.float(), None)
+        bias = self.map.bias
+        return Projection(self.map.weight.float(), None if bias is None else bias.float())
+
+    def read(self, encode):
+        """Call `encode`, which runs the tower once and gives its output (N, D), and keep what went into the map."""
+        stand_in = self._stand_in()
+        if stand_in is not self.map:
+            setattr(self.owner, self.attribute, stand_in)
+            try:
+                pooled = encode().float()
+            finally:
+                setattr(self.owner, self.attribute, self.map)
+            return Pooled(F.linear(pooled, *self.projection), pooled, None)
+        seen = []
+        hooks = [
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            for module in (self.before, self.map)
+            if module
+        ]
+        try:
+            embedding = encode().float()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        *residual, pooled = (
+            x.float() if x.ndim == 2 else x[:, 0].float() for x in seen
+        )  # (N, 1, P): pooled by a query
+        return Pooled(embedding, pooled, residual[0] if residual else None)
+
+    def _stand_in(self):
+        """What the map must be replaced by for the tower to give phi itself: where a hook on the map cannot tell it."""
+        if isinstance(self.map, nn.Parameter):
+            return None
+        if self.attribute != "c_proj":
+            return self.map
+        # open_clip's attention pooling uses the Linear's weights and never calls it.
+        size = self.map.in_features
+        identity = nn.utils.skip_init(nn.Linear, size, size, device=self.map.weight.device)
+        nn.init.eye_(identity.weight)
+        nn.init.zeros_(identity.bias)
+        return identity
+
+
+def reconstruction_error(pooled, projection):
+    """Largest |W phi + b + r - z| / |z| over the rows of a Pooled; infinite where that is not a number."""
+    rebuilt = F.linear(pooled.pooled, *projection) + (0 if pooled.residual is None else pooled.residual)
+    error = (rebuilt - pooled.embedding).norm(dim=-1) / pooled.embedding.norm(dim=-1)
+    return torch.nan_to_num(error, nan=torch.inf).max().item()
+
+
+def _at(model, path):
+    """The module at the end of a list of names, or None."""
+    for name in path:
+        model = getattr(model, name, None)
+    return model

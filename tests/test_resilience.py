@@ -1,0 +1,280 @@
+"""What a cache must survive: kills at any moment, several processes, and whatever lies in a folder of images."""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import torch
+from conftest import SMALL_WORLD
+
+import cache_embeddings
+from datasets import caching
+from datasets.embeddings import Pairs
+from models.backbone import Backbone
+from utils.config import HOME, load_backbone
+
+SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--splits", "val", "--set", *SMALL_WORLD]
+SMALL_BATCHES = [*SHAPES, "encoder.batch_size=8"]
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def empty_world(small_world, tmp_path, monkeypatch):
+    """A working folder that sees the small world's drawings, and nothing cached of them."""
+    (tmp_path / "data").symlink_to(small_world / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
+    monkeypatch.setattr(caching, "BLOCK", 8)
+    monkeypatch.setattr(caching, "TEXTS", 32)
+    folder = empty_world / "embeddings/shapes/shapes-tiny/val"
+    command = [*SMALL_BATCHES, "--features", "pooled", "--workers", "1"]
+    loaded = Backbone(load_backbone("shapes-tiny"))  # once: most kills are to hit the encoding
+    monkeypatch.setattr("models.backbone.make_backbone", lambda *args: loaded)
+    started = time.monotonic()
+    cache_embeddings.main(command)
+    seconds, unbroken = time.monotonic() - started, content(folder)
+    shutil.rmtree(folder)
+    chance, moments = random.Random(0), []
+    fork = multiprocessing.get_context("fork")  # a process of its own, without seconds of imports
+    while len(moments) < 10:
+        process = fork.Process(target=cache_embeddings.main, args=(command,))
+        process.start()
+        time.sleep(chance.uniform(0, seconds / 3))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was done before the kill
+            shutil.rmtree(folder)
+            continue
+        assert process.exitcode == -signal.SIGKILL
+        moments.append(len(list(folder.glob("unfinished/*.npz"))))
+    assert len(set(moments)) > 3, moments  # they were killed at different stages
+    cache_embeddings.main(command)
+    assert content(folder) == unbroken
+
+
+def torchrun(ranks, *command):
+    """Start the script as several processes, as a user does; its threads are one each, as torchrun sets them."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*start, str(HOME / "cache_embeddings.py"), *command], text=True, capture_output=True,
+                          env=environment, timeout=300)  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+def test_two_ranks_write_the_bytes_of_one(empty_world):
+    folder = empty_world / "embeddings/shapes/shapes-tiny/val"
+    command = [*SHAPES, "encoder.batch_size=50", "data.options.val_images=600"]
+    cache_embeddings.main(command)
+    alone = content(folder)
+    shutil.rmtree(folder)
+    # An image that one rank alone comes upon ends both, with one sentence.
+    picture = sorted(empty_world.glob("data/shapes/*96px/val/*.jpg"))[590]
+    good = picture.read_bytes()
+    picture.write_bytes(b"")
+    found = torchrun(2, *command)
+    picture.write_bytes(good)
+    assert found.returncode != 0 and "000590.jpg cannot be read" in found.stderr, found.stderr
+    assert "Traceback (most recent call last)" not in found.stderr.split("000590.jpg")[0]
+    assert not (folder / "meta.json").exists() and list(folder.glob("unfinished/*.npz"))
+    found = torchrun(2, *command)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("600 images, 3,000 captions") == 1
+    assert content(folder) == alone
+    assert torchrun(2, *command).stdout.count("already there") == 1
+
+
+def png(width, height, data=b"", *chunks):
+    """A PNG as its header says, whatever follows."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def hostile_images():
+    """Names of files with their content and, of those that must be read, the picture that is meant (or None)."""
+    rng = np.random.default_rng(0)
+    photo = PIL.Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((80, 60), PIL.Image.BICUBIC)
+    gray, rgba = photo.convert("L"), photo.copy()
+    rgba.putalpha(gray)
+    deep = np.asarray(gray, dtype=np.uint16) * 257
+    jpeg, plain = encoded(photo, "JPEG"), encoded(photo, "PNG")
+    sideways = PIL.Image.Exif()
+    sideways[0x0112] = 6
+    turned, stripe = photo.transpose(PIL.Image.Transpose.ROTATE_90), PIL.Image.new("RGB", (20000, 1), (9, 99, 199))
+    other = PIL.ImageOps.invert(photo)
+    bomb = zlib.compress(b"\0" * 2**20)
+    read = {
+        "plain.jpg": (jpeg, photo),
+        "progressive.jpg": (encoded(photo, "JPEG", progressive=True), photo),
+        "gray.jpg": (encoded(gray, "JPEG"), gray),
+        "cmyk.jpg": (encoded(photo.convert("CMYK"), "JPEG"), photo),
+        "cmyk.tif": (encoded(photo.convert("CMYK"), "TIFF"), photo),
+        "palette.png": (encoded(photo.quantize(256), "PNG"), photo),
+        "palette with transparency.png": (encoded(photo.quantize(256), "PNG", transparency=3), photo),
+        "one bit.png": (encoded(gray.convert("1"), "PNG"), gray.convert("1")),
+        "gray and alpha.png": (encoded(rgba.convert("LA"), "PNG"), gray),
+        "alpha.png": (encoded(rgba, "PNG"), photo),
+        "16 bit.png": (encoded(PIL.Image.fromarray(deep), "PNG"), gray),
+        "16 bit.tif": (encoded(PIL.Image.fromarray(deep), "TIFF"), gray),
+        "sideways.jpg": (encoded(turned, "JPEG", exif=sideways), photo),
+        "damaged exif.jpg": (encoded(photo, "JPEG", exif=b"Exif\0\0nonsense"), photo),
+        "animated.gif": (encoded(photo.quantize(256), "GIF", save_all=True, append_images=[other]), photo),
+        "animated.webp": (encoded(photo, "WEBP", save_all=True, append_images=[other], quality=95), photo),
+        "still.webp": (encoded(photo, "WEBP", quality=95), photo),
+        "bitmap.bmp": (encoded(photo, "BMP"), photo),
+        "several pages.tif": (encoded(photo, "TIFF", save_all=True, append_images=[other]), photo),
+        "portable.ppm": (encoded(photo, "PPM"), photo),
+        "a png by the name of.jpg": (plain, photo),
+        "no suffix": (jpeg, photo),
+        "名前 \N{CAT FACE} 'quoted', \"twice\".jpg": (jpeg, photo),
+        "one pixel.png": (encoded(photo.resize((1, 1)), "PNG"), photo.resize((1, 1))),
+        "thin.png": (encoded(stripe, "PNG"), stripe.crop((0, 0, 1, 1))),
+        "tall.png": (encoded(stripe.rotate(90, expand=True), "PNG"), stripe.crop((0, 0, 1, 1))),
+        "damaged profile.jpg": (encoded(photo, "JPEG", icc_profile=b"nonsense"), photo),
+    }
+    broken = {
+        "zero bytes.jpg": b"",
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "header alone.jpg": jpeg[:20],
+        "truncated.png": plain[: len(plain) // 2],
+        "damaged.png": plain[:60] + b"\0\0\0\0" + plain[64:],
+        "truncated.gif": encoded(photo.quantize(256), "GIF")[:300],
+        "a text by the name of.jpg": b"not a picture at all\n",
+        "a page.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+        "film.mp4": b"\0\0\0\x18ftypmp42" + b"\0" * 100,
+        "phone.heic": b"\0\0\0\x18ftypheic" + b"\0" * 100,
+        "gigantic.png": png(60000, 60000),
+        "empty sides.png": png(0, 0),
+        "text bomb.png": png(8, 8, b"", struct.pack(">I", 1) + b"zTXt") + bomb,
+        "real numbers.tif": encoded(PIL.Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF"),
+    }
+    return read | {name: (data, None) for name, data in broken.items()}
+
+
+CAPTIONS = {
+    "ten thousand words": "word " * 10_000,
+    "one long word": "a" * 50_000,
+    "cats and families": "\N{CAT FACE}\u200d\N{CAT FACE} \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "from right to left": "\u05d7\u05ea\u05d5\u05dc \u202eabc\u202c",
+    "other line ends": "one\u2028two\u0085three\u001cfour\u000bfive",
+    "a null": "be\0tween",
+    "controls": "\a\b\x1b[31mred\x7f",
+    "accents": "e" + "\u0301" * 500,
+    "punctuation": "!?...,,,;;;---",
+    "nothing seen": "\u200b\u200d\ufeff",
+    "markup": "<script>alert(1)</script>&amp;&lt;",
+    "words of the tokenizer": "<start_of_text> a cat <end_of_text> a dog <|endoftext|>",
+    "quotes": 'he said "no", \\n \' "',
+    "private": "\ue000\U0010fffd",
+    "numbers": "12345678901234567890 " * 30,
+    "Chinese": "一只黑猫坐在红色的沙发上" * 20,
+}
+BAD_CAPTIONS = {"nothing": "", "blanks": " \t\n\u00a0\u2003 ", "half a pair": "cat \ud83d", "other half": "\udc31 cat"}
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """A folder of hostile files and captions, and pairs.jsonl that names them all; files and (file, caption) rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    files = hostile_images()
+    for name, (data, _) in files.items():
+        (tmp_path / "images" / name).write_bytes(data)
+    (tmp_path / "images" / "a folder.jpg").mkdir()
+    (tmp_path / "images" / "leads nowhere.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    absent = ["a folder.jpg", "leads nowhere.jpg", "never there.jpg"]
+    rows = [(name, f"a picture called {name}") for name in (*files, *absent)]
+    rows += [("plain.jpg", caption) for caption in CAPTIONS.values()]
+    rows += [("still.webp", caption) for caption in BAD_CAPTIONS.values()]
+    random.Random(0).shuffle(rows)
+    lines = [json.dumps({"image": name, "caption": caption}) for name, caption in rows]
+    (tmp_path / "images" / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return files, rows
+
+
+HOSTILE = ["--dataset", "pairs", "--root", "images/pairs.jsonl", "--backbone", "shapes-tiny", "--splits", "all"]
+
+
+def test_of_hostile_files_nothing_is_lost_and_nothing_shifts(hostile, capsys):
+    files, rows = hostile
+    assert len(files) + len(CAPTIONS) + len(BAD_CAPTIONS) >= 60
+    cache_embeddings.main([*HOSTILE, "--on-error", "skip", "--quiet", "--workers", "2"])
+    said = capsys.readouterr().out
+    pairs, backbone = Pairs("pairs", "shapes-tiny", "all"), Backbone(load_backbone("shapes-tiny"))
+    names = [place.rsplit("/", 1)[-1] for place in pairs.items["image"]]
+    assert sorted(names) == sorted(name for name, (_, meant) in files.items() if meant is not None)
+    for name, row in zip(names, pairs.image):
+        meant = backbone.encode_images(backbone.transform(files[name][1].convert("RGB"))[None])[0]
+        cosine = torch.cosine_similarity(meant, torch.tensor(row).float(), dim=0)
+        assert cosine > 0.99, (name, cosine)
+    # Every row that can be kept is: a caption with its own image, and with its own embedding.
+    kept = [(name, caption) for name, caption in rows if name in names and caption not in BAD_CAPTIONS.values()]
+    found = [(names[image], text) for image, text in zip(pairs.image_of_text, pairs.items["text"])]
+    fold = [(name, " ".join(caption.split())) for name, caption in kept]
+    assert sorted((name, " ".join(text.split())) for name, text in found) == sorted(fold)
+    for text, row in zip(pairs.items["text"], pairs.text):
+        torch.testing.assert_close(backbone.encode_texts([text])[0], torch.tensor(row).float(), rtol=5e-3, atol=5e-3)
+    lines = [json.loads(line) for line in (pairs.folder / "skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == pairs.meta["skipped"] == 15 + 3 + len(BAD_CAPTIONS) and f"{len(lines)} left out" in said
+    skipped = {line["path"].rsplit("/", 1)[-1]: line["reason"] for line in lines if "path" in line}
+    assert skipped.keys() == {name for name, (_, meant) in files.items() if meant is None} | {
+        "a folder.jpg", "leads nowhere.jpg", "never there.jpg",
+    }  # fmt: skip
+    assert all(reason and "\n" not in reason for reason in skipped.values())
+    assert skipped["never there.jpg"] == "absent" and "cannot identify image file" in skipped["zero bytes.jpg"]
+    assert f"{pairs.meta['captions_cut']} captions longer than the model reads" in said
+    assert pairs.meta["captions_cut"] == sum(not backbone.reads_whole(text) for text in pairs.items["text"]) >= 4
+
+
+def test_hostile_files_stop_it_one_by_one(hostile, refusal, tmp_path):
+    """Each thing that stops it is named; mended as the sentence says, the next is, until the cache is whole."""
+    files, rows = hostile
+    file, named = tmp_path / "images" / "pairs.jsonl", []
+    said = refusal(cache_embeddings.main, *HOSTILE, "--quiet")
+    assert "3 of the" in said and "absent" in said
+    rows = [(name, caption) for name, caption in rows if name in files]
+    bad = dict(enumerate(caption for _, caption in rows if caption in BAD_CAPTIONS.values()))
+    for _ in range(len(files) + len(bad)):
+        lines = [json.dumps({"image": name, "caption": caption}) for name, caption in rows]
+        file.write_text("\n".join(lines) + "\n")
+        try:
+            cache_embeddings.main([*HOSTILE, "--quiet"])
+            break
+        except SystemExit:
+            pass
+        row = next((row for row, (name, caption) in enumerate(rows) if caption in BAD_CAPTIONS.values()), None)
+        if row is None:
+            row = next(row for row, (name, _) in enumerate(rows) if files[name][1] is None)
+        named.append(rows.pop(row))
+    assert len(named) == len(BAD_CAPTIONS) + sum(meant is None for _, meant in files.values())
+    pairs = Pairs("pairs", "shapes-tiny", "all")
+    assert pairs.meta["skipped"] == 0 and len(pairs.text) == len(rows)

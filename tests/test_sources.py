@@ -1,0 +1,633 @@
+"""Sources of pairs: what each layout lists, in which order and under which ids, and what it refuses."""
+
+import io
+import json
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import cache_embeddings
+from datasets import fold_splits, name_id
+from datasets.coco import Coco
+from datasets.flickr import Flickr
+from datasets.karpathy import Karpathy
+from datasets.pairs import PairsFile
+from datasets.shards import Shards
+from utils.config import load_config, make_source
+from utils.errors import UserError
+
+
+def source_of(dataset, root, **options):
+    """The source as a script makes it, from its YAML."""
+    config = load_config(dataset)
+    config.data.root = str(root)
+    config.data.options |= options
+    return make_source(config)
+
+
+def ids(items):
+    return [item.id for item in items]
+
+
+def texts(source, split):
+    """What is said, {image id: captions}; checks that captions are grouped by image in the order of images."""
+    images, captions = source.images(split), source.captions(split)
+    row = {image.id: number for number, image in enumerate(images)}
+    assert len(row) == len(images) and len(set(ids(captions))) == len(captions)
+    assert (np.diff([row[caption.image_id] for caption in captions]) >= 0).all()
+    return {id: [caption.text for caption in captions if caption.image_id == id] for id in row}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        ("coco", "captions_train2017.json is missing: unpack annotations_trainval2017.zip, train2017.zip and"),
+        ("coco-karpathy", "dataset_coco.json is missing: unpack dataset_coco.json from https://cs.stanford.edu"),
+        ("flickr30k", "neither dataset_flickr30k.json nor results_20130124.token is in"),
+        ("flickr8k", "neither dataset_flickr8k.json nor Flickr8k.token.txt is in"),
+        ("cc3m", "cc3m-train-*.tar: download the shards cc3m-train-*.tar and cc3m-validation-*.tar"),
+        ("webdataset", "*.tar: name a folder of plain .tar shards, or a pattern of them, with --root"),
+    ],
+)
+def test_what_is_missing_is_said_with_where_to_get_it(tmp_path, dataset, said):
+    if ".tar" in said:
+        pytest.importorskip("webdataset")
+    with pytest.raises(UserError) as error:
+        source_of(dataset, tmp_path).images(load_config(dataset).data.train_split)
+    assert said in str(error.value) and "--root" in str(error.value) and "\n" not in str(error.value)
+
+
+# Karpathy's JSON
+
+
+def entry(id, split, year="val2014", captions=2, **more):
+    name = f"COCO_{year}_{id:012d}.jpg"
+    sentences = [{"raw": f" {split} {id}\n {i} ", "sentid": 10 * id + i, "tokens": []} for i in range(captions)]
+    return {"cocoid": id, "split": split, "filepath": year, "filename": name, "sentences": sentences} | more
+
+
+def karpathy(root, *entries, file="dataset_coco.json"):
+    (root / file).write_text(json.dumps({"images": entries, "dataset": "x"}))
+    return Karpathy(root)
+
+
+SPLITS = ("test", "restval", "train", "val", "restval", "train")
+
+
+@pytest.fixture
+def four_splits(tmp_path):
+    return karpathy(tmp_path, *(entry(90 - i, split) for i, split in enumerate(SPLITS)))
+
+
+def test_karpathy_trains_on_restval_too(four_splits):
+    assert ids(four_splits.images("train")) == [89, 88, 86, 85]  # the file's order
+    assert ids(four_splits.images("train_only")) == [88, 85]
+    assert ids(four_splits.images("restval")) == [89, 86]
+    assert ids(four_splits.images("val")) == [87]
+    assert texts(four_splits, "test") == {90: ["test 90 0", "test 90 1"]}
+    assert ids(four_splits.captions("test")) == [900, 901]
+    with pytest.raises(UserError, match="has no split 'dev'; it has restval, test, train, train_only, val"):
+        four_splits.images("dev")
+
+
+def test_karpathy_finds_images_of_2014_and_2017(tmp_path):
+    entries = [entry(1, "train", "train2014"), entry(2, "train"), entry(3, "train")]
+    names = [[image.path.relative_to(tmp_path).as_posix() for image in karpathy(tmp_path, *entries).images("train")]]
+    for path in ("train2017/000000000001.jpg", "train2017/000000000002.jpg", "val2017/000000000003.jpg"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    names.append([image.path.relative_to(tmp_path).as_posix() for image in Karpathy(tmp_path).images("train")])
+    (tmp_path / "val2017/000000000003.jpg").unlink()
+    (tmp_path / "train2014").mkdir()
+    names.append([image.path.relative_to(tmp_path).as_posix() for image in Karpathy(tmp_path).images("train")])
+    first, second, third = (f"{item['filepath']}/{item['filename']}" for item in entries)
+    assert names == [
+        [first, second, third],
+        ["train2017/000000000001.jpg", "train2017/000000000002.jpg", "val2017/000000000003.jpg"],
+        [first, "train2017/000000000002.jpg", "train2017/000000000003.jpg"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda entry: entry.pop("cocoid"),
+        lambda entry: entry.update(cocoid="7"),
+        lambda entry: entry.pop("split"),
+        lambda entry: entry.pop("filepath"),
+        lambda entry: entry.update(filename=None),
+        lambda entry: entry["sentences"][0].update(raw=None),
+        lambda entry: entry["sentences"][0].pop("sentid"),
+        lambda entry: entry.update(sentences=3),
+    ],
+)
+def test_karpathy_files_of_another_kind_are_named(tmp_path, spoil):
+    item = entry(7, "train")
+    spoil(item)
+    with pytest.raises(UserError, match=r"dataset_coco\.json is not a file of Karpathy's splits \(.*: download"):
+        karpathy(tmp_path, entry(1, "train"), item).images("train")
+
+
+def test_karpathy_files_that_hold_nothing_are_named(tmp_path):
+    for content in (b"[]", b"{", b"caf\xe9" * 1000, b""):
+        (tmp_path / "dataset_coco.json").write_bytes(content)
+        with pytest.raises(UserError, match="is not a file of Karpathy's splits") as error:
+            Karpathy(tmp_path).images("train")
+        assert len(str(error.value)) < 300
+    with pytest.raises(UserError, match="lists no images"):
+        karpathy(tmp_path).images("train")
+    with pytest.raises(UserError, match=r"lists COCO_val2014_0+7\.jpg and COCO_val2014_0+7\.jpg with one image id, 7"):
+        karpathy(tmp_path, entry(7, "train"), entry(7, "test")).images("train")
+
+
+def test_karpathy_over_real_coco_lists_what_coco_lists(shared, tmp_path):
+    root = shared / "data" / "coco"
+    coco = Coco(root)
+    listing = json.loads((root / "annotations" / "captions_val2017.json").read_text())
+    said = {}
+    for annotation in sorted(listing["annotations"], key=lambda annotation: annotation["id"]):
+        said.setdefault(annotation["image_id"], []).append({"raw": annotation["caption"], "sentid": annotation["id"]})
+    entries = [entry(id, "test", sentences=said[id]) for id in sorted(said)]
+    (tmp_path / "train2017").symlink_to(root / "train2017")
+    (tmp_path / "val2017").symlink_to(root / "val2017")
+    source = karpathy(tmp_path, *entries)
+    assert source.captions("test") == coco.captions("val")
+    assert ids(source.images("test")) == ids(coco.images("val"))
+    assert source.id_space("test") == coco.id_space("train") == "coco"
+    present = [image.path.name for image in source.images("test") if image.path.is_file()]
+    assert present == [image.path.name for image in coco.images("val") if image.path.is_file()] and len(present) == 1000
+
+
+# Flickr
+
+
+PHOTOS = {"flickr30k": ("1000092795", "36979", "65567"), "flickr8k": ("1000268201_693b08cb0e", "17_a", "3_0b")}
+FILES = {
+    "flickr30k": ("dataset_flickr30k.json", "results_20130124.token", ("train.txt", "val.txt", "test.txt")),
+    "flickr8k": (
+        "dataset_flickr8k.json",
+        "Flickr8k.token.txt",
+        [f"Flickr_8k.{split}Images.txt" for split in ("train", "dev", "test")],
+    ),
+}
+
+
+def tokens(root, dataset):
+    """The publisher's files of three photos, one per split, with what is odd about them."""
+    _, file, lists = FILES[dataset]
+    lines = [f"{photo}.jpg#{i}\tA caf\u00e9 \u0085 of {photo} , {i} .\n" for photo in PHOTOS[dataset] for i in range(2)]
+    lines.insert(2, "2258277193_586949ec62.jpg.1#0\tAn image that is none .\n")
+    lines.append("99_unlisted.jpg#0\tAn image in no split .\n")
+    (root / file).write_text("".join(lines), encoding="utf-8")
+    for photo, name in zip(PHOTOS[dataset], lists):
+        (root / name).write_text(photo + ".jpg" * (dataset == "flickr8k") + "\n")
+
+
+def flickr_json(root, dataset, photos=None):
+    entries = []
+    for number, (photo, split) in enumerate(zip(photos or PHOTOS[dataset], ("train", "val", "test"))):
+        said = [{"raw": f"A caf\u00e9 of {photo} , {i} .", "sentid": 5 * number + i} for i in range(2)]
+        entries.append({"filename": f"{photo}.jpg", "imgid": number, "split": split, "sentences": said})
+    (root / FILES[dataset][0]).write_text(json.dumps({"images": entries}))
+
+
+@pytest.mark.parametrize("dataset", ["flickr30k", "flickr8k"])
+def test_both_kinds_of_flickr_files_list_the_same_pairs(tmp_path, dataset):
+    tokens(tmp_path, dataset)
+    original = source_of(dataset, tmp_path)
+    listed = {split: (original.images(split), texts(original, split)) for split in ("train", "val", "test")}
+    flickr_json(tmp_path, dataset)
+    source = source_of(dataset, tmp_path)
+    assert listed == {split: (source.images(split), texts(source, split)) for split in ("train", "val", "test")}
+    photo = PHOTOS[dataset][0]
+    assert listed["train"][1] == {int(photo.split("_")[0]): [f"A caf\u00e9 of {photo} , {i} ." for i in range(2)]}
+    assert ids(original.captions("val")) == [3, 4] and ids(source.captions("val")) == [5, 6]
+    with pytest.raises(UserError, match="has no split 'dev'; it has test, train, val"):
+        original.images("dev")
+
+
+def test_flickr_sources_share_their_ids_and_find_their_folders(tmp_path):
+    for dataset, folder in (("flickr30k", "images"), ("flickr8k", "Flicker8k_Dataset")):
+        root = tmp_path / dataset
+        (root / folder).mkdir(parents=True)
+        flickr_json(root, dataset, ["12345" + "_ab" * (dataset == "flickr8k")])
+        source = source_of(dataset, root)
+        (image,) = source.images("train")
+        assert (image.id, source.id_space("train"), image.path.parent) == (12345, "flickr", root / folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("Flickr8k.token.txt", b"1_a.jpg#0 no tab\n", "line 1 is not 'name.jpg#0', a tab and a caption"),
+        ("Flickr8k.token.txt", b"1_a.jpg\tno number\n", "line 1 is not 'name.jpg#0', a tab and a caption"),
+        ("Flickr8k.token.txt", b"1_a.jpg#0\tcaf\xe9\n", "is not UTF-8"),
+        ("Flickr_8k.devImages.txt", b"2_a.jpg\n", "devImages.txt lists 2_a.jpg, of which .* has no caption"),
+        ("Flickr_8k.devImages.txt", b"99_unlisted.jpg\n" * 2, "lists 99_unlisted.jpg and 99_unlisted.jpg with one"),
+        ("Flickr_8k.testImages.txt", None, "testImages.txt is missing: unpack Flickr8k_Dataset.zip"),
+    ],
+)
+def test_broken_flickr_files_are_named(tmp_path, file, content, sentence):
+    tokens(tmp_path, "flickr8k")
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        source_of("flickr8k", tmp_path).images("train")
+
+
+def test_photos_that_would_share_an_id_are_refused(tmp_path):
+    flickr_json(tmp_path, "flickr8k", ["17_a", "17_b"])
+    with pytest.raises(UserError, match=r"lists 17_a\.jpg and 17_b\.jpg with one image id, 17: leave one of them out"):
+        source_of("flickr8k", tmp_path).images("train")
+    (tmp_path / "dataset_flickr8k.json").unlink()
+    (tmp_path / "Flickr8k.token.txt").write_text("17_a.jpg#0\tone\n17_b.jpg#0\ttwo\n")
+    for name, photo in zip(FILES["flickr8k"][2], ("17_a", "17_a", "17_b")):
+        (tmp_path / name).write_text(f"{photo}.jpg\n")
+    with pytest.raises(UserError, match=r"lists 17_a\.jpg and 17_b\.jpg with one image id"):
+        source_of("flickr8k", tmp_path).images("train")
+    (tmp_path / FILES["flickr8k"][2][2]).write_text("17_a.jpg\n")  # one image in all splits: told of when it matters
+    assert source_of("flickr8k", tmp_path).images("train") == source_of("flickr8k", tmp_path).images("test")
+    flickr_json(tmp_path, "flickr8k", ["cat"])
+    with pytest.raises(UserError, match=r"'cat\.jpg' in .* does not begin with a Flickr photo id"):
+        source_of("flickr8k", tmp_path).images("train")
+
+
+def test_flickr_is_constructed_as_its_yaml_says(tmp_path):
+    assert isinstance(source_of("flickr30k", tmp_path), Flickr)
+
+
+# Pairs of one's own
+
+
+ROWS = [
+    ("b.jpg", "two  cats\n on a mat", "train"),
+    ("a.jpg", 'a "dog", red', "test"),
+    ("./b.jpg", "caf\u00e9 \u2028 \N{CAT FACE}", "train"),
+    ("sub/c.jpg", "", "train"),
+    ("b.jpg", "cats", "test"),
+    ("/elsewhere/d.jpg", "word " * 10_000 + "end", "val"),
+]
+
+
+def write(path, rows=ROWS, names=("image", "caption", "split")):
+    """Write a table in the format that its name says."""
+    import csv
+
+    if path.suffix == ".jsonl":
+        lines = [json.dumps(dict(zip(names, row)), ensure_ascii=len(row[1]) % 2 == 0) + "\n\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = dict(zip(names, map(list, zip(*rows))))
+        parquet.write_table(sys.modules["pyarrow"].table(columns | {"bytes": [b"x"] * len(rows)}), path)
+    else:
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file, delimiter={".csv": ",", ".tsv": "\t"}[path.suffix]).writerows([names, *rows])
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".CSV"])
+def test_a_table_is_read_alike_in_every_format(tmp_path, suffix):
+    path = write(tmp_path / f"mine{suffix.lower()}")
+    source = source_of("pairs", path.rename(tmp_path / f"mine{suffix}"))
+    b, c = source.images("train")
+    assert (b.path, c.path) == (tmp_path / "b.jpg", tmp_path / "sub" / "c.jpg")
+    assert (b.id, c.id) == (name_id("b.jpg"), name_id("sub/c.jpg"))
+    assert texts(source, "train") == {b.id: ["two cats on a mat", "caf\u00e9 \N{CAT FACE}"], c.id: [""]}
+    assert ids(source.captions("train")) == [0, 2, 3]
+    # An image may be in two splits: whoever trains on one and tests on the other is told.
+    assert ids(source.images("test")) == [name_id("a.jpg"), b.id] and ids(source.captions("test")) == [1, 4]
+    (d,) = source.images("val")
+    assert d.path.as_posix() == "/elsewhere/d.jpg" and len(source.captions("val")[0].text.split()) == 10_001
+    with pytest.raises(UserError, match="it has no split 'dev'; it has train, test, val"):
+        source.images("dev")
+
+
+def test_images_without_a_split_are_put_into_parts(tmp_path):
+    path = write(tmp_path / "mine.csv", [(f"{i % 20}.jpg", f"caption {i}") for i in range(60)], ("path", "title"))
+    source = PairsFile(path, seed=3)
+    everything = source.images("all")
+    assert ids(everything) == [name_id(f"{i}.jpg") for i in range(20)]
+    assert ids(source.captions("all"))[:6] == [0, 20, 40, 1, 21, 41]
+    masks = fold_splits(20, 5, 3)
+    for split in ("train", "test", "test4"):
+        assert source.images(split) == [image for image, is_in in zip(everything, masks[split]) if is_in]
+    train, test = texts(source, "train"), texts(source, "test")
+    assert not train.keys() & test.keys() and {**train, **test} == texts(source, "all")
+    with pytest.raises(UserError, match="it has 20 images, too few for 21 parts"):
+        PairsFile(path, folds=21).images("train")
+    for options in ({"folds": 1}, {"seed": -1}, {"folds": "5"}):
+        with pytest.raises(UserError, match="folds must be a whole number from 2 on"):
+            source_of("pairs", path, **options)
+
+
+def test_columns_and_folder_can_be_named(tmp_path, monkeypatch):
+    names = ("image", "photo", "text", "caption", "part", "split")
+    path = write(tmp_path / "mine.csv", [("x.jpg", "a.jpg", "right", "wrong", "dev", "train")], names)
+    options = {"image_column": "photo", "caption_column": "text", "split_column": "part", "image_root": "images"}
+    monkeypatch.chdir(tmp_path)
+    source = source_of("pairs", "mine.csv", **options)
+    assert source.images("dev")[0].path == tmp_path / "images" / "a.jpg"
+    assert source.captions("dev")[0].text == "right"
+    assert source.id_space("dev") == f"files under {tmp_path / 'images'}"
+    assert source_of("pairs", path).id_space("train") == f"files under {tmp_path}"
+    assert source_of("pairs", path).captions("train")[0].text == "wrong"
+    for kind in ("image", "caption", "split"):
+        with pytest.raises(UserError, match=f"no column is called nothing; it has image, photo, .*{kind}_column=NAME"):
+            source_of("pairs", path, **{f"{kind}_column": "nothing"}).images("train")
+
+
+def test_one_file_has_one_id_however_its_path_is_written(tmp_path):
+    rows = [("a.jpg", "one"), ("sub/../a.jpg", "two"), (f"{tmp_path}/a.jpg", "three"), (" a.jpg ", "four")]
+    source = PairsFile(write(tmp_path / "mine.csv", [*rows, ("b.jpg", "x")], ("image", "caption")), folds=2)
+    assert texts(source, "all")[name_id("a.jpg")] == ["one", "two", "three", "four"]
+
+
+def test_lone_surrogates_are_left_as_they_are(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"image": "\\ud800.jpg", "caption": "a \\ud800 b", "split": "train"}')
+    source = PairsFile(tmp_path / "mine.jsonl")
+    assert source.captions("train")[0].text == "a \ud800 b" and not source.images("train")[0].path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("m.csv", b"", "it is empty"),
+        ("m.jsonl", b"\xef\xbb\xbf \n\n", "it is empty"),
+        ("m.csv", b"image,caption\n", "it holds no pairs"),
+        ("m.csv", b"image,caption\na.jpg,one\nb.jpg,caf\xe9\n", r"line 3 is not UTF-8 \(byte 0xe9\)"),
+        ("m.csv", "image,caption".encode("utf-16"), "line 1 is not UTF-8"),
+        ("m.csv", b"img;caption\n", "no column is called image or image_path .*; it has img;caption: name it with"),
+        ("m.csv", b"image,words\n", "no column is called caption or text or title; it has image, words"),
+        ("m.csv", b"image,caption,caption\n", "it has two columns 'caption'"),
+        ("m.csv", b"image,caption\n\na.jpg,red, blue\n", "line 3 has 3 fields, but the header 2: .* a comma must"),
+        ("m.tsv", b"image\tcaption\na.jpg\n", "line 2 has 1 fields, but the header 2: .* a tab must"),
+        ("m.csv", b'image,caption\na.jpg,"one\nb.jpg,two\n', "line 3 cannot be read .*: put fields that hold quotes"),
+        ("m.csv", b"image,caption\n,one\n", "'image' of line 2 is empty"),
+        ("m.csv", b"image,caption,split\na.jpg,one,\n", "'split' of line 2 is empty"),
+        ("m.csv", b"image,caption\nhttps://x.org/a.jpg,one\n", "line 2 is an address, https://x.org/a.jpg: download"),
+        ("m.jsonl", b'{"image": "a"}\n\n{"image": 1,}', "line 3 is not valid JSON"),
+        ("m.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
+        ("m.jsonl", b'["a.jpg", "one"]', "line 1 is no object"),
+        ("m.jsonl", b'{"image": "a", "caption": null}', "'caption' of line 1 is null or missing"),
+        ("m.jsonl", b'{"image": "a", "caption": "", "split": "x"}\n{"image": "b", "caption": ""}', "'split' of line 2"),
+        ("m.jsonl", b'{"image": "a", "caption": ["x"]}', r"'caption' of line 1 is no string but \['x'\]"),
+        ("m.parquet", b"PAR1", "it is no Parquet file that pyarrow reads"),
+        ("m.xlsx", b"PK", r"its name must end in \.csv, \.tsv, \.jsonl, \.parquet"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_read_are_named(tmp_path, name, content, sentence):
+    if "pyarrow" in sentence:
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as error:
+        PairsFile(tmp_path / name).images("train")
+    assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
+
+
+def test_parquet_of_another_kind_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.parquet", [("a.jpg", "one"), ("b.jpg", None)], ("image", "caption"))
+    with pytest.raises(UserError, match="'caption' of row 1 is null or missing"):
+        PairsFile(path).images("train")
+    write(path, [({"bytes": b"jpg"}, "one")], ("image", "caption"))
+    with pytest.raises(UserError, match=r"'image' of row 0 is no string but \{'bytes'"):
+        PairsFile(path).images("train")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-extra\.txt"):
+        PairsFile(path).images("train")
+
+
+def test_no_file_and_a_folder_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="it is a folder: name the file of pairs itself"):
+        source_of("pairs", tmp_path).images("train")
+    with pytest.raises(UserError, match=r"mine\.csv: it is missing: name a \.csv, \.tsv"):
+        source_of("pairs", tmp_path / "mine.csv").images("train")
+
+
+# Shards
+
+
+def jpeg(color):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (color, 0, 0)).save(file, format="JPEG")
+    return file.getvalue()
+
+
+def shard(path, members, mode="w", **format):
+    with tarfile.open(path, mode, **format) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key, color, caption):
+    return {f"{key}.jpg": jpeg(color), f"{key}.json": b'{"other": "of json"}', f"{key}.txt": caption.encode()}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards in which the same keys stand for other samples, with what webdataset leaves out."""
+    pytest.importorskip("webdataset")
+    long = "deep/" * 30 + "0" * 90
+    first = sample("000", 10, " two\n cats ") | sample("001", 20, "caf\u00e9") | sample(long, 30, "long name")
+    shard(tmp_path / "a-0.tar", first | {"__index__": b"1", "README": b"no suffix", "._x.txt": b""})
+    second = {"000.PNG": jpeg(40), "000.seg.png": b"?", "000.txt": b"png"}
+    second |= {"dir/001.JPEG": jpeg(50), "dir/001.json": b'{"caption": "of json", "alt": "other"}', "1.webp": jpeg(60)}
+    with tarfile.open(shard(tmp_path / "a-1.tar", second), "a") as tar:
+        folder = tarfile.TarInfo("folder.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    return tmp_path
+
+
+def color(image):
+    return round(image.convert("RGB").getpixel((4, 4))[0], -1)
+
+
+def test_shards_list_images_and_captions(shards):
+    source = source_of("webdataset", shards, folds=2)
+    images = source.images("all")
+    keys = ["000", "001", "deep/" * 30 + "0" * 90]
+    names = [f"a-0.tar/{key}.jpg" for key in keys] + ["a-1.tar/000.png", "a-1.tar/dir/001.jpeg", "a-1.tar/1.webp"]
+    assert [image.place for image in images] == names
+    assert ids(images) == [name_id(name.rsplit(".", 1)[0]) for name in names]
+    assert [image.path.name for image in images] == ["a-0.tar"] * 3 + ["a-1.tar"] * 3
+    said = ["two cats", "caf\u00e9", "long name", "png", "of json", ""]
+    assert [caption.text for caption in source.captions("all")] == said and ids(source.captions("all")) == ids(images)
+    assert [color(source.open(image)) for image in images] == [10, 20, 30, 40, 50, 60]
+    other = Shards(shards, caption_key="alt")
+    assert [caption.text for caption in other.captions("all")] == ["", "", "", "", "other", ""]
+
+
+def test_shards_list_what_webdataset_streams(shards):
+    import webdataset
+
+    stream = webdataset.WebDataset([str(shards / "a-0.tar"), str(shards / "a-1.tar")], shardshuffle=False)
+    source = Shards(shards)
+    images, captions = source.images("all"), source.captions("all")
+    streamed = list(stream)
+    assert len(streamed) == len(images) == 6
+    for item, image, caption in zip(streamed, images, captions):
+        assert image.name.startswith(f"{image.path.name}/{item['__key__']}.") and item["__url__"] == str(image.path)
+        kind = image.name.rsplit(".", 1)[1]
+        assert source.open(image).tobytes() == PIL.Image.open(io.BytesIO(item[kind])).tobytes()
+        if "txt" in item:
+            assert caption.text == " ".join(item["txt"].decode().split())
+
+
+def test_a_sample_has_one_id_in_every_split(shards):
+    everything = Shards(shards)
+    assert ids(Shards(f"{shards}/a-{{0..1}}.tar").images("all")) == ids(everything.images("all"))
+    assert ids(Shards(f"{shards}/a-1.tar", folds=2).images("all")) == ids(everything.images("all"))[3:]
+    assert ids(Shards(f"{shards}/*-[0].tar", folds=2).images("all")) == ids(everything.images("all"))[:3]
+    split = Shards(shards, splits={"train": "a-{0..1}.tar", "val": "./?-1.tar"})
+    assert ids(split.images("val")) == ids(split.images("train"))[3:] == ids(everything.images("all"))[3:]
+    spaces = {source.id_space(name) for source in (everything, split) for name in ("train", "val")}
+    assert spaces == {f"shards under {shards}", Shards(f"{shards}/a-*.tar").id_space("all")}
+    train, test = ids(everything.images("train")), ids(everything.images("test"))
+    masks = fold_splits(6, 5, 0)
+    assert [id in test for id in ids(everything.images("all"))] == masks["test"].tolist()
+    assert not set(train) & set(test) and ids(everything.captions("test")) == test
+    with pytest.raises(UserError, match="has no split 'dev'; it has train, val"):
+        split.images("dev")
+    with pytest.raises(UserError, match="has no split 'dev'; it has all, train, test, train0"):
+        everything.images("dev")
+    with pytest.raises(UserError, match="has 6 samples, too few for 7 parts"):
+        Shards(shards, folds=7).images("train")
+
+
+def test_cc3m_takes_its_splits_by_name(tmp_path):
+    pytest.importorskip("webdataset")
+    for name, caption in (("cc3m-train-0000", "one"), ("cc3m-train-0001", "two"), ("cc3m-validation-0000", "three")):
+        shard(tmp_path / f"{name}.tar", sample("000", 10, caption))
+    source = source_of("cc3m", tmp_path)
+    assert [caption.text for caption in source.captions("train")] == ["one", "two"]
+    assert [caption.text for caption in source.captions("val")] == ["three"]
+
+
+class Colors(torch.utils.data.Dataset):
+    def __init__(self, source, images):
+        self.source, self.images = source, images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return color(self.source.open(self.images[row]))
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_open_images(shards, start):
+    source = Shards(shards)
+    images = source.images("all")
+    data = Colors(source, images)
+    loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=1, multiprocessing_context=start)
+    assert torch.cat(list(loader)).tolist() == [10, 20, 30, 40, 50, 60]
+    assert color(pickle.loads(pickle.dumps(source)).open(images[4])) == 50
+
+
+def test_an_image_that_is_none_raises_what_pillow_raises(tmp_path):
+    pytest.importorskip("webdataset")
+    shard(tmp_path / "a.tar", {"0.jpg": b"no image", "0.txt": b"x"})
+    source = Shards(tmp_path)
+    with pytest.raises(PIL.UnidentifiedImageError):
+        source.open(source._samples("*.tar")[0][0])
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ({"0.txt": b"x", "0.cls": b"1"}, r"the sample '0' of .*a\.tar has no \.jpg, \.jpeg, .* but \.txt, \.cls: take"),
+        ({"0.jpg": b"", "1.jpg": b"", "0.txt": b""}, "the sample '0' of .* has no"),
+        ({"0.jpg": b"", "1.jpg": b"", "0.png": b""}, "has two samples of the key '0'"),
+        ({"0.jpg": b"", "0.JPG": b""}, r"a\.tar has the file 0\.JPG twice"),
+        ({"0.jpg": b"", "0.txt": b"caf\xe9"}, r"a\.tar: 0\.txt is not UTF-8"),
+        ({"0.jpg": b"", "0.json": b"{"}, r"a\.tar: 0\.json is not an object of JSON"),
+        ({"0.jpg": b"", "0.json": b"[]"}, r"a\.tar: 0\.json is not an object of JSON"),
+        ({"0.jpg": b"", "0.json": b'{"caption": ["x"]}'}, r"a\.tar: 0\.json is not an object of JSON"),
+        ({}, r"\*\.tar holds no samples"),
+    ],
+)
+def test_shards_that_hold_something_else_are_named(tmp_path, members, sentence):
+    pytest.importorskip("webdataset")
+    shard(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=sentence) as error:
+        Shards(tmp_path).images("all")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_shards_are_named(tmp_path):
+    pytest.importorskip("webdataset")
+    path = shard(tmp_path / "a.tar", {"0.jpg": jpeg(1), "0.txt": b"one", "1.jpg": jpeg(2), "1.txt": b"two"})
+    whole = path.read_bytes()
+    assert len(Shards(tmp_path, folds=2).images("all")) == 2
+    with tarfile.open(path) as tar:
+        second = tar.getmember("1.jpg")
+    spoiled = bytearray(whole)
+    spoiled[second.offset : second.offset + 20] = b"\xff" * 20
+    # Cut in an image, in a header, between two members; a header damaged in the middle; nothing; something else.
+    cut = [whole[: second.offset_data + 100], whole[: second.offset + 200], whole[: second.offset]]
+    for content in (*cut, bytes(spoiled), b"", b"no tar " * 200):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.tar is no whole tar \(.*\): download or make it again"):
+            Shards(tmp_path).images("all")
+
+
+def test_shards_that_are_not_there_or_not_plain_are_named(tmp_path, monkeypatch):
+    pytest.importorskip("webdataset")
+    for url in ("pipe:curl -s https://x.org/a.tar", "https://x.org/a-{0..9}.tar", "s3://bucket/a.tar", "gs://x/a.tar"):
+        with pytest.raises(UserError, match="are not on this computer: download them"):
+            source_of("webdataset", url)
+        with pytest.raises(UserError, match="are not on this computer: download them"):
+            Shards(tmp_path, splits={"train": url})
+    shard(tmp_path / "a-0.tar", sample("000", 10, "one"))
+    with pytest.raises(UserError, match=r"there is no shard .*a-1\.tar: name a folder of plain \.tar shards"):
+        source_of("webdataset", tmp_path / "a-{0..2}.tar").images("all")
+    with pytest.raises(UserError, match=r"the pattern a-\{0 cannot be read .*: close its braces"):
+        source_of("webdataset", tmp_path / "a-{0").images("all")
+    with pytest.raises(UserError, match="splits must give a pattern of shards for each split"):
+        source_of("webdataset", tmp_path, splits=["a-0.tar"])
+    shard(tmp_path / "b.tar", sample("000", 10, "one"), "w:gz")
+    with pytest.raises(UserError, match=r"b\.tar is compressed, so that nothing can be read from its middle: gunzip"):
+        Shards(tmp_path / "b.tar").images("all")
+    for mode in ("w:xz", "w:bz2"):
+        shard(tmp_path / "b.tar", sample("000", 10, "one"), mode)
+        with pytest.raises(UserError, match=r"b\.tar is no whole tar"):
+            Shards(tmp_path / "b.tar").images("all")
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-extra\.txt"):
+        Shards(tmp_path).images("all")
+
+
+# All the way
+
+
+def test_pairs_of_ones_own_are_cached_by_one_command(tmp_path, monkeypatch, refusal, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        PIL.Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(f"{number}.png")
+    rows = [(f"{row % 6}.png", f"caption {row}" * (row != 8)) for row in range(12)]
+    write(tmp_path / "mine.csv", rows, ("image", "caption"))
+    command = ["--dataset", "pairs", "--root", "mine.csv", "--backbone", "shapes-tiny", "--quiet", "--splits", "all"]
+    assert "caption 8 of 'all' is empty" in refusal(cache_embeddings.main, *command)
+    cache_embeddings.main([*command, "--on-error", "skip"])
+    assert "6 images, 11 captions" in capsys.readouterr().out
+    folder = tmp_path / "embeddings" / "pairs" / "shapes-tiny" / "all"
+    assert np.load(folder / "text_id.npy").tolist() == [0, 6, 1, 7, 2, 3, 9, 4, 10, 5, 11]
+
+
+def test_shards_are_cached_by_one_command(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["--dataset", "webdataset", "--root", str(shards), "--backbone", "shapes-tiny", "--quiet"]
+    cache_embeddings.main([*command, "--splits", "all", "--on-error", "skip"])
+    assert "5 images, 5 captions" in capsys.readouterr().out
