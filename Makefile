@@ -35,6 +35,7 @@ lint: .venv/dev
 
 bench: .venv/dev
 	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.caching
 
 .venv/demo: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=python3.12")'

@@ -93,9 +93,9 @@ def main(argv=None):
             f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on: restore them,"
             " or cache and train again with --overwrite."
         )
-    from models.backbone import Backbone  # takes seconds to import: only once the rest is known to be right
+    from models.backbone import make_backbone  # takes seconds to import: only once the rest is known to be right
 
-    backbone = Backbone(encoder, device)
+    backbone = make_backbone(encoder, device)
     if backbone.dim != identity["dim"]:  # embeddings computed elsewhere, cached under a backbone's name
         raise UserError(
             f"{run.folder} was trained on embeddings of size {identity['dim']}, but backbone '{config.backbone}' gives"

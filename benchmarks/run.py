@@ -142,6 +142,12 @@ CASES = {case.__name__: case for case in (batches, normalizers, evaluation, pair
 MEMORY = ("evaluation", "pairwise")  # cases whose memory is of interest, too
 
 
+def machine(device):
+    """Say what is measured on."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
+
+
 def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
@@ -188,8 +194,7 @@ def main(argv=None):
         call()
         print(max(0.0, resident("VmHWM") - before))
         return
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, medians of {REPEATS}")
+    print(f"{machine(device)}, medians of {REPEATS}")
     for case in args.cases or CASES:
         ours, textbook = CASES[case](device)
         result, expected = ours(), textbook()  # the first calls, untimed, show that both do the same

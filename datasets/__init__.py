@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
+from utils.errors import UserError
+
 
 class Image(NamedTuple):
     id: int  # the source's own id
@@ -93,11 +95,20 @@ def name_id(name):
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
-def fold_splits(count, folds, seed):
-    """Split `count` images at random: {split: mask (count,)}.
+def check_folds(folds, seed):
+    """Raise ValueError for options of `fold_splits` that cannot be."""
+    if not (isinstance(folds, int) and folds >= 2 and isinstance(seed, int) and seed >= 0):
+        raise ValueError("folds must be a whole number from 2 on, seed one from 0 on")
+
+
+def fold_splits(count, folds, seed, where):
+    """Split `count` images of `where` at random: {split: mask (count,)}; raises UserError where they are too few.
 
     `test0`, ... are the parts and `train0`, ... what each leaves; `train` and `test` are those of part 0, `all` is all.
     """
+    if count < folds:
+        way = "give more, or fewer parts with --set data.options.folds=2"
+        raise UserError(f"{where} has {count} images, too few for {folds} parts: {way}.")
     fold = np.empty(count, dtype=np.int64)
     for number, rows in enumerate(np.array_split(np.random.default_rng(seed).permutation(count), folds)):
         fold[rows] = number

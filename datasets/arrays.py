@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from datasets import Caption, Classes, Image, Source, fold_splits
+from datasets import Caption, Classes, Image, Source, check_folds, fold_splits
 from datasets.embeddings import UNREADABLE
 from utils.errors import UserError
 
@@ -42,8 +42,9 @@ class Arrays(Source):
     logit_bias = None
 
     def __init__(self, root, folds=5, seed=0, logit_scale=100.0):
-        if not (isinstance(folds, int) and folds >= 2 and seed >= 0 and 0 < logit_scale < np.inf):
-            raise ValueError("folds must be a whole number from 2 on, seed one from 0 on, logit_scale above 0")
+        check_folds(folds, seed)
+        if not 0 < logit_scale < np.inf:
+            raise ValueError("logit_scale must be a number above 0")
         self.file, self.logit_scale = Path(root), logit_scale
         arrays = self._read()
         self.image, self.text = (self._rows(arrays, key) for key in ("image", "text"))
@@ -58,10 +59,7 @@ class Arrays(Source):
         else:
             self.image_of_text = self._image_of_text(arrays, images, texts)
         self.ids = self._ids(arrays, images)
-        if images < folds:
-            way = "give more images, or fewer parts with --set data.options.folds=2."
-            raise self._error(f"'image' has {images} rows, too few for {folds} parts: {way}")
-        self.splits = fold_splits(images, folds, seed)
+        self.splits = fold_splits(images, folds, seed, self.file)
         content = hashlib.sha256(self.image)
         content.update(self.text)
         self.version = f"{content.hexdigest()} {logit_scale}"

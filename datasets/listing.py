@@ -88,7 +88,9 @@ def _fault(text):
     """Say why no tokenizer can read a caption, or nothing."""
     if not text.strip():
         return "is empty"
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         return "is not valid Unicode (it holds half of a surrogate pair)"
     return ""
 

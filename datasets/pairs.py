@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import chain, compress
 from pathlib import Path
 
-from datasets import Caption, Image, Source, fold_splits, name_id
+from datasets import Caption, Image, Source, check_folds, fold_splits, name_id
 from utils.errors import UserError
 
 # What columns are called, where an option does not say.
@@ -36,8 +36,7 @@ class PairsFile(Source):
     """
 
     def __init__(self, root, image_root="", image_column="", caption_column="", split_column="", folds=5, seed=0):
-        if not (isinstance(folds, int) and folds >= 2 and isinstance(seed, int) and seed >= 0):
-            raise ValueError("folds must be a whole number from 2 on, seed one from 0 on")
+        check_folds(folds, seed)
         self.file, self.folds, self.seed = Path(root), folds, seed
         self.folder = Path(image_root or self.file.parent).resolve()
         self.columns = {"image": image_column, "caption": caption_column, "split": split_column}
@@ -88,10 +87,7 @@ class PairsFile(Source):
         if columns[2]:
             return splits
         pairs = splits[""]
-        if len(pairs) < self.folds:
-            way = "give more images, a column 'split', or fewer parts with --set data.options.folds=2"
-            raise self._error(f"it has {len(pairs)} images, too few for {self.folds} parts: {way}.")
-        masks = fold_splits(len(pairs), self.folds, self.seed)
+        masks = fold_splits(len(pairs), self.folds, self.seed, self.file)
         return {split: list(compress(pairs, mask)) for split, mask in masks.items()}
 
     def _image(self, written, where):

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from datasets import Caption, Image, Source, fold_splits, name_id
+from datasets import Caption, Image, Source, check_folds, fold_splits, name_id
 from utils.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -32,8 +32,7 @@ class Shards(Source):
     """
 
     def __init__(self, root, splits=None, caption_key="", folds=5, seed=0):
-        if not (isinstance(folds, int) and folds >= 2 and isinstance(seed, int) and seed >= 0):
-            raise ValueError("folds must be a whole number from 2 on, seed one from 0 on")
+        check_folds(folds, seed)
         if not isinstance(splits, dict | None):
             raise ValueError("splits must give a pattern of shards for each split")
         self.root, self.splits, self.caption_key = str(root), splits or {}, caption_key
@@ -69,15 +68,12 @@ class Shards(Source):
         return f"shards under {self.folder.resolve()}"
 
     def _chosen(self, split):
-        known = self.splits or fold_splits(len(self._samples(self.pattern)[0]), self.folds, self.seed)
+        known = self.splits or fold_splits(len(self._samples(self.pattern)[0]), self.folds, self.seed, self.root)
         if split not in known:
             raise UserError(f"{self.root} has no split '{split}'; it has {', '.join(known)}.")
         if self.splits:
             return self._samples(self.splits[split])
         images, captions = self._samples(self.pattern)
-        if len(images) < self.folds:
-            way = "give more, or fewer parts with --set data.options.folds=2"
-            raise UserError(f"{self.root} has {len(images)} samples, too few for {self.folds} parts: {way}.")
         return list(compress(images, known[split])), list(compress(captions, known[split]))
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)

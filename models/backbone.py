@@ -61,7 +61,8 @@ class Frozen:
         *steps, _, _, _ = open_clip.transform.image_transform_v2(settings, is_train=False).transforms
         self.transform = Transform(steps)
         self._mean, self._std = (
-            torch.tensor(x, dtype=torch.float32, device=self.device)[:, None, None] for x in (settings.mean, settings.std)
+            torch.tensor(x, dtype=torch.float32, device=self.device)[:, None, None]
+            for x in (settings.mean, settings.std)
         )
 
     def normalize(self, pixels):
@@ -110,7 +111,9 @@ class Frozen:
         return LastMap(self.model, tower, self.config.model)
 
     def _run(self, encode, batch):
-        with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
+        if self.precision == "float32":
+            return encode(batch)
+        with torch.autocast(self.device.type, getattr(torch, self.precision)):
             return encode(batch)
 
     def _load_tokenizer(self, name, load):

@@ -14,6 +14,7 @@ from models.backbone import Frozen, quietly, said
 from utils.config import HOME
 from utils.errors import UserError
 
+transformers.logging.disable_progress_bar()  # of reading files that lie here
 BILINEAR = 2  # Pillow's number, as processors store it
 
 
@@ -166,7 +167,9 @@ def _processor(place, config, size):
         return {}
     shortest = own.size.get("shortest_edge")
     if (shortest or own.size.get("height")) != size:
-        raise UserError(f"the image processor of {config.model} resizes to {dict(own.size)}, but its model takes {size}.")
+        raise UserError(
+            f"the image processor of {config.model} resizes to {dict(own.size)}, but its model takes {size}."
+        )
     return {
         "mean": tuple(own.image_mean),
         "std": tuple(own.image_std),

@@ -186,7 +186,7 @@ def test_a_backbone_of_another_size_is_not_asked(here, refusal):
             "it is no .npz of plain arrays .*: write it with numpy.savez",
         ),
         (spoiled("caption", 3, " "), "caption 3 of 'all' is empty"),
-        (FOUR | {"image_of_text": None}, "'image' has 4 rows, too few for 5 parts: give more images, or fewer parts"),
+        (FOUR | {"image_of_text": None}, "has 4 images, too few for 5 parts: give more, or fewer parts"),
     ],
 )
 def test_what_cannot_be_cached_is_named(here, refusal, changes, sentence):
@@ -209,7 +209,8 @@ def test_files_splits_and_options_that_are_none_are_named(here, refusal):
     assert "pairs.npz has no split 'val'; it has all, train, test, train0, train1" in error
     for setting in ("folds=1", "folds=2.5", "seed=-1", "logit_scale=0", "logit_scale=.inf"):
         error = refusal(cache_embeddings.main, *CACHE, "--set", f"data.options.{setting}")
-        assert "data.options: folds must be a whole number from 2 on" in error
+        which = "logit_scale must be a number above 0" if "scale" in setting else "folds must be a whole number from 2 on"
+        assert f"data.options: {which}" in error
 
 
 def test_every_layout_holds_the_same(here, refusal):

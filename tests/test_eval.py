@@ -14,6 +14,7 @@ import eval as evaluation
 import train
 import uncertainty
 from datasets.embeddings import Pairs
+from datasets.shapes import VALUES, Shapes
 from utils.checkpoint import Run
 from utils.config import load_config
 
@@ -293,3 +294,24 @@ def test_the_posterior_of_clip_has_the_logit_scale_of_its_model_or_the_calibrate
         found = json.loads((world / (RESULT.format(f"clip+{tag}") + ".json")).read_text())["posterior_scale"]
         # What the backbone was trained with suits its embeddings, so that calibration stays near it.
         assert found == pytest.approx(scale, rel=1e-5) if tag == "own" else scale / 3 < found < 3 * scale != found
+
+
+def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained, refusal, capsys):
+    """Zero-shot: a folder per shape, cached with the same backbone, evaluated with what was trained on captions."""
+    source = Shapes("data/shapes", train_images=300, val_images=100)
+    for image, scene in zip(source.images("val"), source.scenes("val"), strict=True):
+        folder = trained / "drawn" / VALUES[0][scene[0]]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image.path, folder)
+    names = ["--dataset", "folder", "--backbone", "shapes-tiny", "--device", "cpu"]
+    cache_embeddings.main([*names, "--root", "drawn", "--quiet"])
+    assert "100 images, 6 prompts for 6 classes" in capsys.readouterr().out
+    said = refusal(train.main, *names, "--method", "clip", "--set", "data.train_split=all")
+    assert "holds images with classes, not captions" in said
+    evaluation.main([*names, "--train-dataset", "shapes", "--method", "asymvlm-vmf"])
+    said = capsys.readouterr().out
+    found = json.loads(
+        (trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.json").read_text()
+    )
+    assert found["image_to_class"]["recall"]["1"] > 0.6 and "top-1" in said  # a guess: 0.17
+    assert found["image_to_class"]["levels_by"] == "predicted class" and found["seen_in_training"] == 0

@@ -316,12 +316,12 @@ def test_images_without_a_split_are_put_into_parts(tmp_path):
     everything = source.images("all")
     assert ids(everything) == [name_id(f"{i}.jpg") for i in range(20)]
     assert ids(source.captions("all"))[:6] == [0, 20, 40, 1, 21, 41]
-    masks = fold_splits(20, 5, 3)
+    masks = fold_splits(20, 5, 3, "here")
     for split in ("train", "test", "test4"):
         assert source.images(split) == [image for image, is_in in zip(everything, masks[split]) if is_in]
     train, test = texts(source, "train"), texts(source, "test")
     assert not train.keys() & test.keys() and {**train, **test} == texts(source, "all")
-    with pytest.raises(UserError, match="it has 20 images, too few for 21 parts"):
+    with pytest.raises(UserError, match="has 20 images, too few for 21 parts"):
         PairsFile(path, folds=21).images("train")
     for options in ({"folds": 1}, {"seed": -1}, {"folds": "5"}):
         with pytest.raises(UserError, match="folds must be a whole number from 2 on"):
@@ -494,14 +494,14 @@ def test_a_sample_has_one_id_in_every_split(shards):
     spaces = {source.id_space(name) for source in (everything, split) for name in ("train", "val")}
     assert spaces == {f"shards under {shards}", Shards(f"{shards}/a-*.tar").id_space("all")}
     train, test = ids(everything.images("train")), ids(everything.images("test"))
-    masks = fold_splits(6, 5, 0)
+    masks = fold_splits(6, 5, 0, "here")
     assert [id in test for id in ids(everything.images("all"))] == masks["test"].tolist()
     assert not set(train) & set(test) and ids(everything.captions("test")) == test
     with pytest.raises(UserError, match="has no split 'dev'; it has train, val"):
         split.images("dev")
     with pytest.raises(UserError, match="has no split 'dev'; it has all, train, test, train0"):
         everything.images("dev")
-    with pytest.raises(UserError, match="has 6 samples, too few for 7 parts"):
+    with pytest.raises(UserError, match="has 6 images, too few for 7 parts"):
         Shards(shards, folds=7).images("train")
 
 

@@ -30,6 +30,8 @@ def levels_table(result):
     size = f"{result['images']:,} images, {result['captions']:,} captions"
     ranked = f", ranked by {SCORES[result['score']]}" if "score" in result else ""
     lines = [f"{result['variant']} on {result['evaluated_on']} ({size}){ranked}"]
+    if result.get("seen_in_training"):
+        lines.append(f"  leakage: {result['seen_in_training']:,} of the images were trained on")
     for name, title in (("text_to_image", "text->image"), ("image_to_text", "image->text")):
         part = result[name]
         limit = f"  (Bayes-optimal R@1 {100 * part['bayes_recall']:.1f})" if "bayes_recall" in part else ""
@@ -275,6 +277,8 @@ def _row(variant, runs):
     found = {column.key: [column.read(run.values) for run in runs] for column in COLUMNS}
     cells = {key: Cell(*mean_sd(values)) for key, values in found.items() if None not in values}
     objective = "infonce" if is_unified(runs) else "native"
+    seen = max(run.values.get("seen_in_training", 0) for run in runs)
+    variant += f" (trained on {seen:,} of the images)" * bool(seen)
     return Row(variant, runs[0].path.parent.parent, len(runs), cells, objective)
 
 

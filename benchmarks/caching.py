@@ -1,0 +1,152 @@
+"""Where the time of caching goes: `python -m benchmarks.caching [--images FOLDER] [--backbone NAME]`.
+
+Decoding, the transform and the encoders apart, then the whole, beside the textbook loop in the same run: one process
+that opens, transforms and encodes batch by batch and gives every caption all 77 tokens. From the parts follows where
+the bound is: how many workers keep the encoder busy, and what it waits for with fewer.
+"""
+
+import argparse
+import functools
+import io
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torchvision.transforms as T
+
+from benchmarks.run import machine, seconds
+from datasets import Caption, Image, Source
+from datasets.caching import BlockEncoder, Blocks, usable_cores
+from models.backbone import make_backbone
+from utils.config import load_backbone
+from utils.device import pick_device
+from utils.ranks import Ranks
+
+CAPTION = "two dogs run over a green field in the rain, number {}"
+REPEATS = 3
+
+
+class Folder(Source):
+    """Image files, five captions each."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def images(self, split):
+        return [Image(row, file) for row, file in enumerate(self.files)]
+
+    def captions(self, split):
+        return [Caption(row, row // 5, CAPTION.format(row)) for row in range(5 * len(self.files))]
+
+
+def photographs(folder, count):
+    """Save smooth noise as JPEGs of COCO's size, 640 x 480 and about 100 kB, where no real images are at hand."""
+    rng = np.random.default_rng(0)
+    for row in range(count):
+        coarse = PIL.Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480))
+        noisy = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (480, 640, 3))
+        PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{row:06d}.jpg", quality=90)
+
+
+def cached(source, backbone, workers, kind):
+    """Encode all images or captions of a source into blocks, as cache_embeddings.py does."""
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = BlockEncoder(Blocks(Path(folder), {}), backbone, Ranks(), workers=workers, quiet=True)
+        if kind == "images":
+            encoder.images(source, source.images(""))
+        else:
+            encoder.texts("text", [caption.text for caption in source.captions("")])
+
+
+def textbook(source, backbone, normalized, kind):
+    """What a first script does: open, transform, encode; captions padded to the window."""
+    size = backbone.config.batch_size
+    with torch.inference_mode():
+        if kind == "images":
+            images = source.images("")
+            for start in range(0, len(images), size):
+                batch = [normalized(PIL.Image.open(image.path)) for image in images[start : start + size]]
+                backbone.model.encode_image(torch.stack(batch).to(backbone.device)).float().cpu()
+        else:
+            texts = [caption.text for caption in source.captions("")]
+            for start in range(0, len(texts), size):
+                tokens = backbone.tokenize(texts[start : start + size])
+                backbone.model.encode_text(tokens.to(backbone.device)).float().cpu()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", help="folder of JPEGs; by default drawn ones of COCO's size")
+    parser.add_argument("--count", type=int, default=256, help="how many of them")
+    parser.add_argument("--backbone", default="ViT-B-32-random")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--workers", type=int, default=usable_cores())
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    config = load_backbone(args.backbone)
+    config.precision, config.batch_size = args.precision, 64
+    backbone = make_backbone(config, device)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.images is None:
+            photographs(Path(folder), args.count)
+        files = sorted(Path(args.images or folder).glob("*.jpg"))[: args.count]
+        measure(Folder(files), backbone, args.workers, device)
+
+
+def measure(source, backbone, workers, device):
+    files = [image.path for image in source.images("")]
+    contents = [file.read_bytes() for file in files]
+    pictures = [PIL.Image.open(io.BytesIO(content)).convert("RGB") for content in contents[:64]]
+    pixels = torch.stack([backbone.transform(picture) for picture in pictures])
+    tokens = backbone.tokenize([CAPTION.format(row) for row in range(64)])
+    transform = backbone.transform
+
+    mean, std = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
+    normalized = T.Compose(
+        [*transform.steps, lambda picture: picture.convert("RGB"), T.ToTensor(), T.Normalize(mean, std)]
+    )
+
+    def rate(call, count):
+        call()
+        times = [seconds(call, device) for _ in range(REPEATS)]
+        return count / statistics.median(times)
+
+    print(
+        machine(device),
+        f"{len(files)} JPEGs of {np.mean([len(c) for c in contents]) / 1000:.0f} kB,",
+        "items per second:",
+    )
+    decode = rate(lambda: [PIL.Image.open(io.BytesIO(c)).convert("RGB") for c in contents[:64]], 64)
+    print(f"  decode, one process             {decode:9.1f}")
+    print(f"  transform, one process          {rate(lambda: [transform(p) for p in pictures], 64):9.1f}")
+    both = rate(lambda: [transform(PIL.Image.open(io.BytesIO(c))) for c in contents[:64]], 64)
+    print(f"  both, one process               {both:9.1f}")
+    encode = rate(lambda: backbone.encode_images(pixels), 64)
+    print(f"  encode images                   {encode:9.1f}  ({backbone.config.model}, {backbone.precision})")
+    print(f"  encode captions                 {rate(lambda: backbone.encode_tokens(tokens), 64):9.1f}")
+    for kind, count in (("images", len(files)), ("captions", 5 * len(files))):
+        calls = (
+            functools.partial(cached, source, backbone, workers, kind),
+            functools.partial(textbook, source, backbone, normalized, kind),
+        )
+        times = [[seconds(call, device) for call in calls] for _ in range(REPEATS)]  # interleaved
+        ours, theirs = (count / statistics.median(column) for column in zip(*times, strict=True))
+        print(f"  whole, {kind:8}                 {ours:9.1f}  textbook loop {theirs:9.1f}: {ours / theirs:.1f} times")
+    print(
+        f"  {encode / both:.1f} workers keep the encoder busy; there are {workers} (of {usable_cores()} cores):",
+        end=" ",
+    )
+    if device.type == "cpu":
+        print("they and the encoder share the cores, so that the bound is the sum of both.")
+    elif workers < encode / both:
+        print(f"the bound is decoding, {workers * both:.0f} a second; more workers than cores add nothing.")
+    else:
+        print("the bound is the encoder.")
+
+
+if __name__ == "__main__":
+    main()
