@@ -10,9 +10,10 @@ given then; a finished split is left alone.
 """
 
 import contextlib
+import shutil
 
 from datasets.caching import identity, mismatch, usable_cores, write_cache, write_given
-from datasets.embeddings import META, cache_folder, read_meta
+from datasets.embeddings import META, WORKING, cache_folder, read_meta
 from datasets.listing import list_split
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
@@ -53,6 +54,8 @@ def finished(folder, wanted, overwrite):
     made = mismatch(read_meta(folder), wanted)
     if made and not overwrite:
         raise UserError(f"{folder} was made {made}: replace it with --overwrite.")
+    if not made:
+        shutil.rmtree(folder / WORKING, ignore_errors=True)  # a kill at the very end may have left it
     return not made
 
 

@@ -30,7 +30,7 @@ REPEATS = 3
 
 
 class Folder(Source):
-    """Image files, five captions each."""
+    """Image files, a caption each."""
 
     def __init__(self, files):
         self.files = files
@@ -39,7 +39,7 @@ class Folder(Source):
         return [Image(row, file) for row, file in enumerate(self.files)]
 
     def captions(self, split):
-        return [Caption(row, row // 5, CAPTION.format(row)) for row in range(5 * len(self.files))]
+        return [Caption(row, row, CAPTION.format(row)) for row in range(len(self.files))]
 
 
 def photographs(folder, count):
@@ -128,13 +128,13 @@ def measure(source, backbone, workers, device):
     encode = rate(lambda: backbone.encode_images(pixels), 64)
     print(f"  encode images                   {encode:9.1f}  ({backbone.config.model}, {backbone.precision})")
     print(f"  encode captions                 {rate(lambda: backbone.encode_tokens(tokens), 64):9.1f}")
-    for kind, count in (("images", len(files)), ("captions", 5 * len(files))):
+    for kind in ("images", "captions"):
         calls = (
             functools.partial(cached, source, backbone, workers, kind),
             functools.partial(textbook, source, backbone, normalized, kind),
         )
         times = [[seconds(call, device) for call in calls] for _ in range(REPEATS)]  # interleaved
-        ours, theirs = (count / statistics.median(column) for column in zip(*times, strict=True))
+        ours, theirs = (len(files) / statistics.median(column) for column in zip(*times, strict=True))
         print(f"  whole, {kind:8}                 {ours:9.1f}  textbook loop {theirs:9.1f}: {ours / theirs:.1f} times")
     print(
         f"  {encode / both:.1f} workers keep the encoder busy; there are {workers} (of {usable_cores()} cores):",

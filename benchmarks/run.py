@@ -128,7 +128,9 @@ def captions(device):
     """Encode 64 captions with ViT-B/32's text tower: cut to the longest caption, against the full 77 tokens."""
     from models.backbone import Backbone
 
-    backbone = Backbone(load_backbone("ViT-B-32-random"), device)
+    config = load_backbone("ViT-B-32-random")
+    config.precision = "float32"  # as the textbook's
+    backbone = Backbone(config, device)
     texts = [f"two dogs run over a green field in the rain {number}" for number in range(64)]
 
     def textbook():

@@ -92,9 +92,10 @@ class HuggingFace(Frozen):
         name = self.config.tokenizer or self.place
         if name is None:
             raise UserError(
-                f"{self.config.model} has random weights and so no tokenizer: name one with --set encoder.tokenizer=FOLDER."
+                f"{self.config.model} with random weights has no tokenizer: name one, --set encoder.tokenizer=FOLDER."
             )
-        return self._load_tokenizer(name, lambda: transformers.AutoTokenizer.from_pretrained(name))
+        ends = self.family.padding == "max_length"
+        return self._load_tokenizer(name, lambda: transformers.AutoTokenizer.from_pretrained(name), ends)
 
     @property
     def window(self):
@@ -131,7 +132,7 @@ class HuggingFace(Frozen):
 
 
 def _place(config):
-    """Where the weights are: a folder or a name on the hub; None: nowhere, random. Raises UserError for anything else."""
+    """Where the weights are: a folder, a name on the hub, or None: random; raises UserError for anything else."""
     if config.pretrained is None and config.architecture is None:
         raise UserError(f"random weights of {config.model} need its configuration: --set encoder.architecture=FILE.")
     if config.pretrained in (None, "hub"):

@@ -3,12 +3,23 @@
 import contextlib
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
+from PIL.Image import Transpose
 from torchvision.transforms import CenterCrop
 from torchvision.transforms.functional import pil_to_tensor
 
 LONGEST = 20  # sides beyond this multiple of the other are cut to it where the final crop keeps the center only
+
+UPRIGHT = {  # what turns an image of each EXIF orientation upright; 1 is upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 class Transform:
@@ -30,9 +41,12 @@ class Transform:
 
 
 def well_formed(image):
-    """Turn a PIL image upright, with 8 bits and in a mode that can be resized; raises ValueError where none is right."""
-    with contextlib.suppress(Exception):  # Pillow raises half a dozen kinds on damaged EXIF: no orientation, then
-        image = PIL.ImageOps.exif_transpose(image)
+    """Turn a PIL image upright, with 8 bits, in a mode that can be resized; raises ValueError where that cannot be."""
+    turn = None
+    with contextlib.suppress(Exception):  # Pillow raises many kinds on damaged EXIF, which then says nothing
+        turn = UPRIGHT.get(image.getexif().get(PIL.ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise ValueError("gray values in floating point have no agreed range: save the image with 8 bits")
     if image.mode.startswith("I"):

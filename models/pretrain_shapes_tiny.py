@@ -28,9 +28,8 @@ SHIFT = 2  # pixels of the model's 64: less than the drawing's own jitter in pla
 
 def pixels(images, backbone):
     """Load image files as the backbone sees them, (N, 3, H, W)."""
-    return torch.stack(
-        [backbone.transform(Image.open(image.path)) for image in tqdm(images, desc="load", disable=None)]
-    )
+    loaded = [backbone.transform(Image.open(image.path)) for image in tqdm(images, desc="load", disable=None)]
+    return backbone.normalize(torch.stack(loaded)).cpu()
 
 
 def shifted(batch):

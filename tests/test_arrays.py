@@ -209,8 +209,8 @@ def test_files_splits_and_options_that_are_none_are_named(here, refusal):
     assert "pairs.npz has no split 'val'; it has all, train, test, train0, train1" in error
     for setting in ("folds=1", "folds=2.5", "seed=-1", "logit_scale=0", "logit_scale=.inf"):
         error = refusal(cache_embeddings.main, *CACHE, "--set", f"data.options.{setting}")
-        which = "logit_scale must be a number above 0" if "scale" in setting else "folds must be a whole number from 2 on"
-        assert f"data.options: {which}" in error
+        must_be = "folds must be a whole number from 2 on" if "scale" not in setting else "logit_scale must be"
+        assert f"data.options: {must_be}" in error
 
 
 def test_every_layout_holds_the_same(here, refusal):

@@ -10,10 +10,11 @@ from types import MethodType
 import numpy as np
 import open_clip
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from models.backbone import Backbone, make_backbone
 from models.pooled import Pooled, Projection, reconstruction_error
@@ -59,11 +60,17 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
+def both(request):
+    """The same shrunk model in float32 and in bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_clip.timm_model.timm, "create_model", shallow)
         patch.setitem(open_clip.factory._MODEL_CONFIGS, request.param, shrunk(request.param))
-        return Backbone(Encoder(model=request.param))
+        return [Backbone(Encoder(model=request.param, precision=p)) for p in ("auto", "bfloat16")]
+
+
+@pytest.fixture
+def family(both):
+    return both[0]
 
 
 def tiny(kind):
@@ -129,19 +136,19 @@ def test_cutting_is_exact_in_every_family(family):
     assert cut == (tokens.shape[1] if sees_all else 9)
 
 
-def test_bfloat16_is_close_in_every_family(family):
-    pixels, tokens = some_pixels(family), some_tokens(family.model.text.context_length)
-    exact = family.encode_images(pixels), family.encode_tokens(tokens)
-    assert family.precision == "float32"
-    family.precision = "bfloat16"
-    rounded = family.encode_images(pixels), family.encode_tokens(tokens)
-    pooled = family.pooled_images(pixels), family.pooled_tokens(tokens)
-    errors = [reconstruction_error(p, family.projection[tower]) for tower, p in zip(("image", "text"), pooled)]
-    family.precision = "float32"
-    for a, b in zip(exact, rounded, strict=True):
-        assert b.dtype == torch.float32 and not a.equal(b)
-        assert torch.cosine_similarity(a, b).min() > 0.999
-    assert max(errors) < 1e-2
+def test_bfloat16_is_close_in_every_family(both):
+    exact, rounded = both
+    assert (exact.precision, rounded.precision) == ("float32", "bfloat16")
+    pixels, tokens = some_pixels(exact), some_tokens(exact.model.text.context_length)
+    for tower, encode, pool, given in (
+        ("image", "encode_images", "pooled_images", pixels),
+        ("text", "encode_tokens", "pooled_tokens", tokens),
+    ):
+        a, b = getattr(exact, encode)(given), getattr(rounded, encode)(given)
+        assert b.dtype == torch.float32 and not a.equal(b) and torch.cosine_similarity(a, b).min() > 0.999
+        pooled = getattr(rounded, pool)(given)
+        assert {x.dtype for x in pooled if x is not None} == {torch.float32}
+        assert reconstruction_error(pooled, rounded.projection[tower]) < 1e-2
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -200,7 +207,7 @@ def test_transformers_load_from_a_folder(hugging, tmp_path):
     encoder.preprocess = {"resize_mode": "squash"}
     assert "CenterCrop" not in str(make_backbone(encoder).transform.steps)
     path.write_text(json.dumps(processor | {"size": {"shortest_edge": 40}}))
-    with pytest.raises(UserError, match="resizes to .*40.*, but its model takes 32"):
+    with pytest.raises(UserError, match=r"resizes to .*40.*, but its model takes 32"):
         make_backbone(encoder)
 
 
@@ -238,7 +245,7 @@ def test_the_check_can_fail():
 def test_a_wrong_projection_is_seen(small, name):
     backbone = small(name)
     pooled, (weight, bias) = backbone.pooled_images(some_pixels(backbone)), backbone.projection["image"]
-    assert reconstruction_error(pooled, Projection(weight + 0.01 * weight.std(), bias)) > 1e-4
+    assert reconstruction_error(pooled, Projection(weight + 0.01 * weight.flip(1), bias)) > 1e-4
 
 
 def test_attention_pooling_that_calls_its_linear(small):
@@ -261,13 +268,15 @@ def test_attention_pooling_that_calls_its_linear(small):
     torch.testing.assert_close(before[:2], after[:2], rtol=1e-4, atol=1e-5)
 
 
-def text_folder(folder):
-    """Write a tiny Hugging Face tokenizer to a folder, beside the configuration of a tiny BERT."""
+def text_folder(folder, ends=True):
+    """Write a tiny Hugging Face tokenizer that pads on the left to a folder, and the configuration of a tiny BERT."""
     vocabulary = {word: number for number, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing("$A [EOS]", special_tokens=[("[EOS]", 2)])
+    settings = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "padding_side": "left"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     transformers.BertConfig(vocab_size=1000, max_position_embeddings=77, **sizes).save_pretrained(folder)
     return str(folder)
@@ -282,7 +291,7 @@ def test_hugging_face_text_towers_of_open_clip(tmp_path, monkeypatch, proj, dim)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "bert-tiny", config)
     backbone = make_backbone(Encoder(model="bert-tiny"))
     texts = ["a photo of a cat", "a dog"]
-    assert backbone.tokenize(texts)[1].tolist() == [3, 7] + [0] * 10
+    assert backbone.tokenize(texts)[1].tolist() == [3, 7, 2] + [0] * 9
     if proj:
         assert max(errors(backbone, backbone.tokenize(texts))) < 1e-4
         assert reconstruction_error(backbone.pooled_texts(texts), backbone.projection["text"]) < 1e-4
@@ -318,16 +327,21 @@ def test_tokenizers_that_cannot_be_had(small, monkeypatch, tmp_path):
         patch.setitem(sys.modules, "transformers", None)
         make_backbone(Encoder(library="transformers"))
     backbone = small("ViT-B-16-SigLIP", tokenizer=text_folder(tmp_path))
-    assert backbone.tokenize(["A photo, of a dog!"]).tolist() == [[3, 4, 5, 3, 7] + [0] * 59]  # canonicalized, padded
+    assert backbone.tokenize(["A photo, of a dog!"]).tolist() == [
+        [3, 4, 5, 3, 7, 2] + [0] * 58
+    ]  # canonicalized, padded
     assert backbone.encode_texts(["a cat"]).shape == (1, 768)
+    backbone = small("ViT-B-16-SigLIP", tokenizer=text_folder(tmp_path / "endless", ends=False))
+    with pytest.raises(UserError, match="does not put one end token after a text, as the model was trained"):
+        backbone.encode_texts(["a cat"])
 
 
 def test_tokens_of_transformers(hugging, tmp_path):
-    with pytest.raises(UserError, match="random weights and so no tokenizer"):
+    with pytest.raises(UserError, match="with random weights has no tokenizer"):
         hugging.tokenize(["a cat"])
     hugging.config.tokenizer = text_folder(tmp_path)
     texts = ["a cat", "a photo of a dog", "a " * 30]
-    assert hugging.tokenize(texts[:2]).shape == (2, 16 if hugging.config.model == "siglip" else 5)
+    assert hugging.tokenize(texts[:2]).shape == (2, 16 if hugging.config.model == "siglip" else 6)
     assert hugging.tokenize(texts).shape == (3, 16)
     assert [hugging.reads_whole(text) for text in texts] == [True, True, False]
     alone, among = hugging.encode_texts(texts[:1]), hugging.encode_texts(texts)[:1]
@@ -363,17 +377,21 @@ def test_settings_that_cannot_be_are_named(small):
         ({"preprocess": {"crop": 1}}, "encoder.preprocess has no 'crop'; it has mean, std, interpolation, resize_mode"),
         ({"preprocess": {"mean": 0.5}}, "encoder.preprocess: mean is a list of three numbers, not 0.5"),
         ({"preprocess": {"resize_mode": "pad"}}, "resize_mode is shortest or longest or squash, not pad"),
-        ({"precision": "half"}, "encoder.precision is auto or one of float32, bfloat16, float16, not 'half'"),
     ):
         with pytest.raises(UserError, match=message):
             small("ViT-B-32", **settings)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of tracing
 def test_archives_of_openai_want_quickgelu(small, tmp_path):
     torch.manual_seed(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32-quickgelu", shrunk("ViT-B-32-quickgelu"))
         plain = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    plain.__dict__["attn_mask"] = plain._buffers.pop("attn_mask")  # a constant of OpenAI's archives, which have others
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(plain).pop(name, None)
+        plain.register_buffer(name, torch.tensor(0))
     pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
     path = str(tmp_path / "ViT-B-32.pt")
     torch.jit.trace(plain, (torch.zeros(1, 3, 224, 224), some_tokens()[:1]), check_trace=False).save(path)
@@ -421,11 +439,23 @@ def stored(image, kind, **options):
 def test_photographs_are_turned_upright(transform):
     upright = photo(60, 40)
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter, clockwise
-    lying = stored(upright.transpose(PIL.Image.Transpose.ROTATE_90), "PNG", exif=exif)
-    assert transform(lying).equal(transform(upright))
-    damaged = stored(upright, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
-    assert transform(damaged).equal(transform(upright))
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        lying = stored(upright, "PNG", exif=exif)
+        assert transform(lying).equal(transform(PIL.ImageOps.exif_transpose(lying))), orientation
+    assert not transform(lying).equal(transform(upright))
+    assert transform(stored(upright, "PNG", exif=b"Exif\0\0MM\xd7*\0\0\0\x08")).equal(transform(upright))  # damaged
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_half_an_image_is_not_taken_for_one(transform, kind):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    photo(200, 200).save(file, kind, exif=exif)
+    half = io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2])
+    with pytest.raises(OSError), PIL.Image.open(half) as image:
+        transform(image)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
@@ -469,12 +499,11 @@ def test_the_first_frame_is_taken(transform, kind):
 def test_ribbons_are_cut_before_they_are_resized(transform, small):
     for size in ((1, 20_000), (20_000, 1), (1, 1)):
         assert transform(photo(*size)).shape == (3, 224, 224)
-    ribbon = photo(1000, 30)
-    whole = PIL.Image.new("RGB", (224, 224))
+    ribbon = whole = photo(1000, 30)
     for step in transform.steps:
-        ribbon_resized = step(ribbon if step is transform.steps[0] else ribbon_resized)
-    whole = torch.from_numpy(np.array(ribbon_resized)).permute(2, 0, 1)
-    assert (transform(ribbon).int() - whole.int()).abs().max() <= 1
+        whole = step(whole)
+    whole = torch.from_numpy(np.array(whole)).permute(2, 0, 1)
+    assert (transform(ribbon).int() - whole.int()).abs().max() <= 3  # of 255: the resize begins at another phase
     squash = small("ViT-B-16-SigLIP").transform
     assert squash(ribbon).equal(torch.from_numpy(np.array(squash.steps[0](ribbon))).permute(2, 0, 1))  # all is kept
 
@@ -483,7 +512,7 @@ def test_a_loading_process_needs_no_model_library(transform, tmp_path):
     (tmp_path / "transform").write_bytes(pickle.dumps(transform))
     code = (
         "import pickle, sys, PIL.Image; transform = pickle.load(open(sys.argv[1], 'rb'));"
-        " print(transform(PIL.Image.new('RGB', (9, 9))).shape, {'open_clip', 'timm', 'transformers'} & set(sys.modules))"
+        "print(transform(PIL.Image.new('RGB', (9, 9))).shape, {'open_clip', 'timm', 'transformers'} & {*sys.modules})"
     )
     run = [sys.executable, "-c", code, tmp_path / "transform"]
     assert subprocess.run(run, cwd=HOME, capture_output=True, text=True).stdout == "torch.Size([3, 224, 224]) set()\n"
