@@ -196,13 +196,13 @@ def test_transformers_load_from_a_folder(hugging, tmp_path):
     encoder = Encoder(library="transformers", model=kind, pretrained=str(tmp_path / "weights"))
     loaded = make_backbone(encoder)
     assert loaded.encode_images(pixels).equal(hugging.encode_images(pixels))
-    assert loaded._mean.flatten()[0].item() == pytest.approx(0.5 if kind == "siglip" else 0.48145466)
+    assert loaded.mean.flatten()[0].item() == pytest.approx(0.5 if kind == "siglip" else 0.48145466)
     processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "resample": 2}
     processor |= {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height": 32, "width": 32}}
     path = tmp_path / "weights" / "preprocessor_config.json"
     path.write_text(json.dumps(processor | {"size": {"shortest_edge": 32}}))
     loaded = make_backbone(encoder)
-    assert loaded._mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert loaded.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert "bilinear" in str(loaded.transform.steps) and "CenterCrop" in str(loaded.transform.steps)
     encoder.preprocess = {"resize_mode": "squash"}
     assert "CenterCrop" not in str(make_backbone(encoder).transform.steps)
@@ -364,12 +364,12 @@ def test_weights_in_a_file_are_normalized_as_their_architecture_is(small, tmp_pa
         backbone = small(name, pretrained=saved(random, tmp_path / "weights.pt"))
         pixels = some_pixels(backbone)
         assert backbone.encode_images(pixels).equal(random.encode_images(pixels))
-        assert backbone._mean.flatten()[0].item() == pytest.approx(mean)
+        assert backbone.mean.flatten()[0].item() == pytest.approx(mean)
         assert ("CenterCrop" in str(backbone.transform.steps)) == (mean != 0.5)
     # open_clip's tags of ViT-L-14 disagree, so that the YAML says what LAION's were trained with.
     encoder = load_backbone("ViT-L-14-laion2b")
     backbone = small("ViT-L-14", preprocess=encoder.preprocess)
-    assert backbone._mean.flatten()[0].item() == 0.5
+    assert backbone.mean.flatten()[0].item() == 0.5
 
 
 def test_settings_that_cannot_be_are_named(small):
