@@ -36,6 +36,7 @@ lint: .venv/dev
 bench: .venv/dev
 	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.caching
+	$(PY) -m benchmarks.caching --precision bfloat16
 
 .venv/demo: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=python3.12")'

@@ -6,6 +6,7 @@ the bound is: how many workers keep the encoder busy, and what it waits for with
 """
 
 import argparse
+import copy
 import functools
 import io
 import statistics
@@ -136,16 +137,17 @@ def measure(source, backbone, workers, device):
         times = [[seconds(call, device) for call in calls] for _ in range(REPEATS)]  # interleaved
         ours, theirs = (len(files) / statistics.median(column) for column in zip(*times, strict=True))
         print(f"  whole, {kind:8}                 {ours:9.1f}  textbook loop {theirs:9.1f}: {ours / theirs:.1f} times")
-    print(
-        f"  {encode / both:.1f} workers keep the encoder busy; there are {workers} (of {usable_cores()} cores):",
-        end=" ",
-    )
+    at_no_cost = copy.copy(backbone)
+    at_no_cost.encode_images = lambda pixels: torch.ones(len(pixels), backbone.dim)
+    most = rate(lambda: cached(source, at_no_cost, workers, "images"), len(files))
+    share = 100 * most / (max(1, workers) * both)
+    print(f"  whole, encoded at no cost       {most:9.1f}  {share:.0f} % of {max(1, workers)} x both")
     if device.type == "cpu":
-        print("they and the encoder share the cores, so that the bound is the sum of both.")
-    elif workers < encode / both:
-        print(f"the bound is decoding, {workers * both:.0f} a second; more workers than cores add nothing.")
+        print("  The encoder shares the cores with the workers: the bound is the sum of both.")
+    elif most < encode:
+        print(f"  The bound is decoding; {encode / both:.0f} workers, and as many cores, would keep the encoder busy.")
     else:
-        print("the bound is the encoder.")
+        print("  The bound is the encoder.")
 
 
 if __name__ == "__main__":
