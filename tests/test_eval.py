@@ -256,9 +256,14 @@ def test_which_score_ranks_is_a_flag(trained, capsys):
 
 
 def test_which_split_is_evaluated_is_a_flag(trained):
+    """Each split has a result of its own."""
+    evaluation.main([*RUN, "--device", "cpu", "--quiet"])
+    result = trained / (RESULT.format("asymvlm-vmf") + ".json")
+    before = result.read_bytes()
     evaluation.main([*RUN, "--split", "train", "--allow-leakage", "--device", "cpu", "--quiet"])
-    found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    found = json.loads(result.with_name("shapes+train-retrieval.json").read_text())
     assert (found["split"], found["images"], found["seen_in_training"]) == ("train", 300, 300)
+    assert result.read_bytes() == before
 
 
 def test_images_trained_on_are_not_evaluated_on_unasked(world, refusal):

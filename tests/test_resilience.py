@@ -245,13 +245,13 @@ def test_of_hostile_files_nothing_is_lost_and_nothing_shifts(hostile, capsys):
         torch.testing.assert_close(backbone.encode_texts([text])[0], torch.tensor(row).float(), rtol=5e-3, atol=5e-3)
     lines = [json.loads(line) for line in (pairs.folder / "skipped.jsonl").read_text().splitlines()]
     assert len(lines) == pairs.meta["skipped"] == 15 + 3 + len(BAD_CAPTIONS) and f"{len(lines)} left out" in said
-    skipped = {line["path"].rsplit("/", 1)[-1]: line["reason"] for line in lines if "path" in line}
+    skipped = {line["path"].rsplit("/", 1)[-1]: line["reason"] for line in lines if "image_id" in line}
     assert skipped.keys() == {name for name, (_, meant) in files.items() if meant is None} | {
         "a folder.jpg", "leads nowhere.jpg", "never there.jpg",
     }  # fmt: skip
     assert all(reason and "\n" not in reason for reason in skipped.values())
-    assert skipped["never there.jpg"] == "absent" and "cannot identify image file" in skipped["zero bytes.jpg"]
-    assert f"{pairs.meta['captions_cut']} captions longer than the model reads" in said
+    assert skipped["never there.jpg"] == "absent" and skipped["zero bytes.jpg"] == "it is no image that Pillow can read"
+    assert f"{pairs.meta['captions_cut']} cut to the length that the model reads" in said
     assert pairs.meta["captions_cut"] == sum(not backbone.reads_whole(text) for text in pairs.items["text"]) >= 4
 
 

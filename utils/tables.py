@@ -42,6 +42,8 @@ def levels_table(result):
             if "bayes_recall" in part["levels"][0]:
                 limits = " ".join(f"{100 * level['bayes_recall']:5.1f}" for level in part["levels"])
                 lines.append(f"    {limits}  Bayes-optimal")
+            if part["levels"][0]["uncertainty"][0] == part["levels"][-1]["uncertainty"][1]:
+                lines.append("    all are equally uncertain, so that the levels mean nothing")
             lines.append(f"    S {part['s']:.3f}   R2 {part['r2']:.3f}   -S*R2 {part['minus_s_r2']:.3f}")
         if "auroc" in part:
             lines.append(f"    AUROC of the right answer, {_doubt_of(part)}: {_auroc(part['auroc'])}")
