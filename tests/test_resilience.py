@@ -57,11 +57,13 @@ def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
     fork = multiprocessing.get_context("fork")  # a process of its own, without seconds of imports
     while len(moments) < 10:
         process = fork.Process(target=cache_embeddings.main, args=(command,))
+        started = time.monotonic()
         process.start()
-        time.sleep(chance.uniform(0, seconds / 3))
+        process.join(chance.uniform(0, seconds))
         process.kill()
         process.join()
-        if process.exitcode == 0:  # it was done before the kill
+        if process.exitcode == 0:  # it was done before the kill, sooner than the first run
+            seconds = min(seconds, time.monotonic() - started)
             shutil.rmtree(folder)
             continue
         assert process.exitcode == -signal.SIGKILL
