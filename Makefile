@@ -22,7 +22,7 @@ checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt: configs/methods/%.yaml $(CACH
 	$(PY) train.py --dataset shapes --method $* --overwrite
 	touch $@
 
-$(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py | .venv/demo
+$(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
 	$(PY) cache_embeddings.py --dataset shapes --overwrite
 	touch $@
 

@@ -17,6 +17,7 @@ import sys
 from datasets.caching import identity, mismatch, usable_cores, write_cache, write_given
 from datasets.embeddings import META, WORKING, cache_folder, read_meta
 from datasets.listing import list_split
+from models import make_backbone
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device
@@ -104,8 +105,6 @@ def main(argv=None):
                 if backbone is None:
                     if not args.quiet and ranks.first and sys.stderr.isatty():
                         print(f"loading {config.encoder.model} ...", file=sys.stderr)
-                    from models.backbone import make_backbone  # seconds to import, and a second run needs none of it
-
                     backbone = ranks.in_turn(functools.partial(make_backbone, config.encoder, device))
                 options = {"on_error": args.on_error, "workers": workers, "quiet": args.quiet}
                 write_cache(folder, wanted, source, listing, backbone, ranks, **options)

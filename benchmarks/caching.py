@@ -21,7 +21,7 @@ import torchvision.transforms as T
 from benchmarks.run import machine, seconds
 from datasets import Caption, Image, Source
 from datasets.caching import BlockEncoder, Blocks, usable_cores
-from models.backbone import make_backbone
+from models import make_backbone
 from utils.config import load_backbone
 from utils.device import pick_device
 from utils.ranks import Ranks

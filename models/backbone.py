@@ -27,25 +27,6 @@ PREPROCESS = {  # what may be said of an image's way to the model; no choices: a
 EXTRA = "pip install -r requirements-extra.txt"
 
 
-def make_backbone(encoder, device="cpu"):
-    """Construct the backbone of an Encoder's library; raises UserError for an unknown one, and what that one raises."""
-    if encoder.pretrained == "elsewhere":
-        raise UserError(
-            f"the backbone '{encoder.model}' encodes nothing: it is for --dataset embeddings. Name another."
-        )
-    if encoder.library == "open_clip":
-        return Backbone(encoder, device)
-    if encoder.library == "transformers":
-        try:
-            import transformers  # noqa: F401
-        except ImportError:
-            raise UserError(f"backbones of the library transformers need it: {EXTRA}.") from None
-        from models.huggingface import HuggingFace  # takes seconds to import
-
-        return HuggingFace(encoder, device)
-    raise UserError(f"encoder.library is open_clip or transformers, not '{encoder.library}'.")
-
-
 class Frozen:
     """A frozen model of either library; a subclass runs its towers, `_image` and `_text`, and has the tokenizer.
 

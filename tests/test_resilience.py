@@ -1,5 +1,6 @@
 """What a cache must survive: kills at any moment, several processes, and whatever lies in a folder of images."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ from datasets import caching
 from datasets.embeddings import Pairs
 from models.backbone import Backbone
 from utils.config import HOME, load_backbone
+from utils.ranks import Ranks
 
 SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--splits", "val", "--set", *SMALL_WORLD]
 SMALL_BATCHES = [*SHAPES, "encoder.batch_size=8"]
@@ -46,9 +48,10 @@ def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
     monkeypatch.setattr(caching, "BLOCK", 8)
     monkeypatch.setattr(caching, "TEXTS", 32)
     folder = empty_world / "embeddings/shapes/shapes-tiny/val"
-    command = [*SMALL_BATCHES, "--features", "pooled", "--workers", "1"]
-    loaded = Backbone(load_backbone("shapes-tiny"))  # once: most kills are to hit the encoding
-    monkeypatch.setattr("models.backbone.make_backbone", lambda *args: loaded)
+    half = ["encoder.precision=bfloat16"]  # where a batch computed in another way would show
+    command = [*SMALL_BATCHES, *half, "--features", "pooled", "--workers", "1"]
+    loaded = Backbone(dataclasses.replace(load_backbone("shapes-tiny"), precision="bfloat16", batch_size=8))
+    monkeypatch.setattr(cache_embeddings, "make_backbone", lambda *args: loaded)
     started = time.monotonic()
     cache_embeddings.main(command)
     seconds, unbroken = time.monotonic() - started, content(folder)
@@ -102,6 +105,15 @@ def test_two_ranks_write_the_bytes_of_one(empty_world):
     assert found.stdout.count("600 images, 3,000 captions") == 1
     assert content(folder) == alone
     assert torchrun(2, *command).stdout.count("already there") == 1
+
+
+def test_processes_that_list_other_things_are_refused(empty_world, refusal, monkeypatch):
+    """Two machines may see two states of a folder: rows would belong to other images."""
+    monkeypatch.setattr(
+        Ranks, "told", lambda self, value: value | {"fingerprint": "of another list"} if value else value
+    )
+    assert "lists other images and captions than the first" in refusal(cache_embeddings.main, *SHAPES)
+    assert not list(empty_world.glob("embeddings/**/*.np*"))
 
 
 def png(width, height, data=b"", *chunks):
