@@ -400,3 +400,9 @@ def test_recall_of_published_embeddings(shared, tmp_path, monkeypatch):
     image_to_text = rank(lambda queries: image[queries] @ text.T, 500, pairs.image_of_text, rows)
     text_to_image = rank(lambda queries: text[queries] @ image.T, 500, rows, pairs.image_of_text)
     assert [recall_at(ranking, 1).mean() for ranking in (image_to_text, text_to_image)] == pytest.approx([0.552, 0.506])
+    # The same by the scripts, on all pairs: plain CLIP trains nothing, so that it has seen no image.
+    train.main([*RUN, "clip", "--val-fraction", "0", "--set", "data.train_split=all", "--quiet"])
+    evaluation.main([*RUN, "clip", "--split", "all", "--quiet"])
+    found = json.loads((tmp_path / "results/embeddings/given/clip/seed0/embeddings+all-retrieval.json").read_text())
+    recalls = [found[side]["recall"]["1"] for side in ("image_to_text", "text_to_image")]
+    assert recalls == pytest.approx([0.552, 0.506]) and found["seen_in_training"] == 0

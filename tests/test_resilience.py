@@ -169,6 +169,7 @@ def hostile_images():
         "a png by the name of.jpg": (plain, photo),
         "no suffix": (jpeg, photo),
         "名前 \N{CAT FACE} 'quoted', \"twice\".jpg": (jpeg, photo),
+        os.fsdecode(b"caf\xe9.jpg"): (jpeg, photo),
         "one pixel.png": (encoded(photo.resize((1, 1)), "PNG"), photo.resize((1, 1))),
         "thin.png": (encoded(stripe, "PNG"), stripe.crop((0, 0, 1, 1))),
         "tall.png": (encoded(stripe.rotate(90, expand=True), "PNG"), stripe.crop((0, 0, 1, 1))),
@@ -215,6 +216,11 @@ CAPTIONS = {
 BAD_CAPTIONS = {"nothing": "", "blanks": " \t\n\u00a0\u2003 ", "half a pair": "cat \ud83d", "other half": "\udc31 cat"}
 
 
+def shown(name):
+    """What a report calls a file, which may be called what is no Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
     """A folder of hostile files and captions, and pairs.jsonl that names them all; files and (file, caption) rows."""
@@ -226,7 +232,7 @@ def hostile(tmp_path, monkeypatch):
     (tmp_path / "images" / "a folder.jpg").mkdir()
     (tmp_path / "images" / "leads nowhere.jpg").symlink_to(tmp_path / "nowhere.jpg")
     absent = ["a folder.jpg", "leads nowhere.jpg", "never there.jpg"]
-    rows = [(name, f"a picture called {name}") for name in (*files, *absent)]
+    rows = [(name, f"a picture called {shown(name)}") for name in (*files, *absent)]
     rows += [("plain.jpg", caption) for caption in CAPTIONS.values()]
     rows += [("still.webp", caption) for caption in BAD_CAPTIONS.values()]
     random.Random(0).shuffle(rows)
@@ -244,7 +250,8 @@ def test_of_hostile_files_nothing_is_lost_and_nothing_shifts(hostile, capsys):
     cache_embeddings.main([*HOSTILE, "--on-error", "skip", "--quiet", "--workers", "2"])
     said = capsys.readouterr().out
     pairs, backbone = Pairs("pairs", "shapes-tiny", "all"), Backbone(load_backbone("shapes-tiny"))
-    names = [place.rsplit("/", 1)[-1] for place in pairs.items["image"]]
+    called = {shown(name): name for name in files}
+    names = [called[place.rsplit("/", 1)[-1]] for place in pairs.items["image"]]
     assert sorted(names) == sorted(name for name, (_, meant) in files.items() if meant is not None)
     for name, row in zip(names, pairs.image):
         meant = backbone.encode_images(backbone.transform(files[name][1].convert("RGB"))[None])[0]
