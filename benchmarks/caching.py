@@ -20,10 +20,10 @@ import torchvision.transforms as T
 
 from benchmarks.run import machine, seconds
 from datasets import Caption, Image, Source
-from datasets.caching import BlockEncoder, Blocks, usable_cores
+from datasets.caching import BlockEncoder, Blocks
 from models import make_backbone
 from utils.config import load_backbone
-from utils.device import pick_device
+from utils.device import pick_device, usable_cores
 from utils.ranks import Ranks
 
 CAPTION = "two dogs run over a green field in the rain, number {}"

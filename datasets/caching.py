@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
-import os
 import shutil
 import warnings
 
@@ -465,6 +464,8 @@ def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, un
         chain, depth, _ = zip(*steps)
         save_arrays(folder / "chains.npz", **prompts, chain=chain, depth=depth)
     skipped = listing.skipped + unreadable
+    libraries = ["torch", "open_clip_torch", "pillow"]
+    libraries += ["transformers"] * (identity["encoder"]["library"] == "transformers")
     write_lines(folder / "skipped.jsonl", skipped)
     about = {
         "images": len(images),
@@ -473,12 +474,7 @@ def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, un
         "logit_scale": model.logit_scale,
         "logit_bias": model.logit_bias,
         "files": sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".npz", ".jsonl")),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "pillow")},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
         "complete": True,
     }
     write_json(folder / META, identity | about)
-
-
-def usable_cores():
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

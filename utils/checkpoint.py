@@ -104,8 +104,9 @@ class Run:
 
 
 def _save(path, value):
-    with atomic(path) as partial:
-        torch.save(value, partial)
+    # Given a path, torch.save would write its name into the file, and with it the number of this process.
+    with atomic(path) as partial, open(partial, "wb") as file:
+        torch.save(value, file)
 
 
 def _read(path):

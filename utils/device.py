@@ -1,4 +1,6 @@
-"""Which device to compute on."""
+"""What to compute on: devices and cores."""
+
+import os
 
 import torch
 
@@ -17,3 +19,8 @@ def pick_device(name="auto", number=0):
     if name not in ("cpu", *found):
         raise UserError(f"device '{name}' does not exist here; there is {', '.join(['cpu', *found])}.")
     return torch.device(name)
+
+
+def usable_cores():
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
