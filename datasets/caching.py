@@ -44,8 +44,9 @@ def identity(config, split, source, listing, features):
         "id_space": listing.id_space,
         "encoder_fingerprint": encoder_fingerprint(config.encoder),
         "listing_fingerprint": listings.fingerprint(source, listing),
+        "files_fingerprint": listings.files_fingerprint(listing),
     }
-    parts = [str(said[name]) for name in ("layout", "encoder_fingerprint", "listing_fingerprint", "split")]
+    parts = [str(value) for name, value in said.items() if name in ("layout", "split") or name.endswith("fingerprint")]
     digest = hashlib.sha256(" ".join(parts).encode())
     return said | {"fingerprint": digest.hexdigest()[:16]}
 
@@ -139,13 +140,14 @@ def _collate(items):
     return torch.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
 
 
-def _stamp(image):
-    """What changes when somebody mends an image's file."""
-    try:
-        found = image.path.stat()
-        return f"{found.st_size} {found.st_mtime_ns}"
-    except (OSError, AttributeError):
-        return ""
+def _stamp(images):
+    """What changes when somebody mends or replaces one of the images' files."""
+    digest = hashlib.sha256()
+    for image in images:
+        with contextlib.suppress(OSError, AttributeError):  # no file, or none that can be read
+            found = image.path.stat()
+            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _next(decoded):
@@ -190,9 +192,9 @@ class BlockEncoder:
         """Encode images that `source` opens; raises UserError at one that cannot be read, if told to stop there."""
 
         def redo(rows, block):
-            """Whether an image that could not be read was mended since, or must not be left out any more."""
-            stamps = [_stamp(images[rows[i]]) for i in block["bad"]]
-            return bool(stamps) and (self.on_error == "stop" or stamps != block["stamp"].tolist())
+            """Whether a file has changed since, or one that could not be read must not be left out any more."""
+            left_out = self.on_error == "stop" and len(block["bad"])
+            return left_out or block["stamp"].item() != _stamp(images[rows.start : rows.stop])
 
         size = self.backbone.config.batch_size
         todo, bar = self._mine("image", self.image_block, len(images), redo)
@@ -221,9 +223,9 @@ class BlockEncoder:
                     good = [i for i in range(len(batch)) if i not in failed]
                     parts.append(self._encoded("image", pixels, good, len(batch)))
                     bar.update(len(batch))
-                stamps = [_stamp(images[rows[i]]) for i in bad]
                 marks = {"bad": np.array(list(bad), dtype=np.int64), "reason": np.array(list(bad.values()), dtype=str)}
-                self.blocks.write("image", number, **_joined(parts), **marks, stamp=np.array(stamps, dtype=str))
+                marks["stamp"] = np.array(_stamp(images[rows.start : rows.stop]))
+                self.blocks.write("image", number, **_joined(parts), **marks)
 
     def texts(self, kind, texts):
         """Encode strings, each that is repeated once, in batches of about equal length."""
@@ -319,9 +321,12 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
     """
     pooled = identity["features"] == "pooled"
     identity = identity | {"precision": backbone.precision}
-    plan = {name: identity[name] for name in ("fingerprint", "precision", "features")}
-    plan["batch_size"] = backbone.config.batch_size
-    if ranks.told(plan) != plan:
+    plan = {"batch_size": backbone.config.batch_size} | {
+        name: identity[name] for name in ("encoder_fingerprint", "listing_fingerprint", "precision", "features")
+    }
+    # What the files hold is no part of the plan: blocks whose files are as they were stay when one is mended.
+    mine = plan | {"files_fingerprint": identity["files_fingerprint"]}
+    if ranks.told(mine) != mine:
         raise UserError(
             f"process {ranks.rank} of {ranks.world} lists other images and captions than the first, or computes in"
             " another precision: all must see the same files, on devices of one kind or with --set encoder.precision."

@@ -1,5 +1,6 @@
 """What a split is made of before anything is encoded: its images and captions, less what must be left out."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,7 @@ def _fault(text):
 
 
 def fingerprint(source, listing):
-    """Identify what a split lists: its files' names, sizes and some first bytes, captions, classes; 16 hex digits.
+    """Identify what a split lists: files by name, captions, classes, and the source's version; 16 hex digits.
 
     Not the folder they lie in: moved data are the same data.
     """
@@ -122,11 +123,7 @@ def fingerprint(source, listing):
     row_of_id = {}
     for row, image in enumerate(listing.images):
         row_of_id[image.id] = row
-        digest.update(f"{Path(image.place).name}\t{listing.sizes.get(image.path)}\n".encode())
-    for image in listing.images[:: max(1, len(listing.images) // SAMPLE)]:
-        if image.path is not None:
-            with open(image.path, "rb") as file:
-                digest.update(file.read(2**16))
+        digest.update(f"{Path(image.place).name}\n".encode())
     for caption in listing.captions:
         owner = caption.image_id if listing.classes is not None else row_of_id[caption.image_id]
         digest.update(f"{caption.id}\t{owner}\t{caption.text}\n".encode())
@@ -135,4 +132,17 @@ def fingerprint(source, listing):
         digest.update(np.asarray(listing.classes.label, dtype=np.int64).tobytes())
         if listing.classes.human is not None:
             digest.update(np.asarray(listing.classes.human, dtype=np.float64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def files_fingerprint(listing):
+    """Identify the files that a split's images lie in: 16 hex digits of their sizes and, of some, their first bytes."""
+    digest = hashlib.sha256()
+    for image in listing.images:
+        digest.update(f"{listing.sizes.get(image.path)}\n".encode())
+    for image in listing.images[:: max(1, len(listing.images) // SAMPLE)]:
+        with contextlib.suppress(OSError):  # one that cannot be read is told of when it is its turn
+            if image.path is not None:
+                with open(image.path, "rb") as file:
+                    digest.update(file.read(2**16))
     return digest.hexdigest()[:16]

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -137,9 +136,8 @@ def _place(config):
         raise UserError(f"random weights of {config.model} need its configuration: --set encoder.architecture=FILE.")
     if config.pretrained in (None, "hub"):
         return config.pretrained and config.model
-    for folder in (Path(config.pretrained), HOME / config.pretrained):
-        if folder.is_dir():
-            return str(folder)
+    if config.weights_file and config.weights_file.is_dir():
+        return str(config.weights_file)
     raise UserError(f"encoder.pretrained is `hub`, null or a folder; there is no folder '{config.pretrained}'.")
 
 

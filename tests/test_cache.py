@@ -210,6 +210,24 @@ def test_an_image_that_was_mended_is_read_again(own_world, monkeypatch, then):
     assert content(folder) == whole
 
 
+def test_mending_an_image_keeps_the_blocks_of_the_others(own_world, monkeypatch, refusal, small_blocks):
+    image = sorted(own_world.glob("data/shapes/*96px/val/*.jpg"))[70]
+    good = image.read_bytes()
+    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    shutil.rmtree(folder)
+    cache_embeddings.main(SMALL_BATCHES)
+    unbroken = content(folder)
+    shutil.rmtree(folder)
+    image.write_bytes(b"")
+    assert "000070.jpg cannot be read" in refusal(cache_embeddings.main, *SMALL_BATCHES)
+    image.write_bytes(good)
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, "encode_tokens", 0)  # all captions are there
+        interrupted_after(patch, "encode_images", 3)  # and two of the four blocks of images
+        cache_embeddings.main(SMALL_BATCHES)
+    assert content(folder) == unbroken
+
+
 def test_weights_are_known_by_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder = load_backbone("shapes-tiny")

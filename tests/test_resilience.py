@@ -110,7 +110,7 @@ def test_two_ranks_write_the_bytes_of_one(empty_world):
 def test_processes_that_list_other_things_are_refused(empty_world, refusal, monkeypatch):
     """Two machines may see two states of a folder: rows would belong to other images."""
     monkeypatch.setattr(
-        Ranks, "told", lambda self, value: value | {"fingerprint": "of another list"} if value else value
+        Ranks, "told", lambda self, value: value | {"listing_fingerprint": "of another list"} if value else value
     )
     assert "lists other images and captions than the first" in refusal(cache_embeddings.main, *SHAPES)
     assert not list(empty_world.glob("embeddings/**/*.np*"))
