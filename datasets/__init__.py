@@ -91,6 +91,22 @@ class Source:
         return []
 
 
+class Described(Source):
+    """A source that knows each image together with its captions: it gives `pairs` instead of both lists."""
+
+    def pairs(self, split: str) -> list[tuple[Image, list[Caption]]]:
+        """List the images of `split` with their captions; raises UserError where it or its files are missing."""
+        raise NotImplementedError
+
+    def images(self, split):
+        """List the images of `split`; raises what `pairs` raises."""
+        return [image for image, _ in self.pairs(split)]
+
+    def captions(self, split):
+        """List the captions of `split`, by image; raises what `pairs` raises."""
+        return [caption for _, captions in self.pairs(split) for caption in captions]
+
+
 def name_id(name):
     """Make an id of a name: 63 bits of its SHA-256, for sources that number nothing."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1

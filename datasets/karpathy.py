@@ -9,11 +9,11 @@ import operator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from datasets import Caption, Image, Source
+from datasets import Caption, Described, Image
 from utils.errors import UserError
 
 
-class Karpathy(Source):
+class Karpathy(Described):
     """COCO captions in Karpathy's splits, in their file's order: <root>/<file>, images in <root>/train2014 and val2014.
 
     `train` has `restval` in it, as the field trains; `train_only` is without. Where a 2014 folder is absent, images are
@@ -23,19 +23,12 @@ class Karpathy(Source):
     def __init__(self, root, file="dataset_coco.json"):
         self.root, self.file = Path(root), Path(root, file)
 
-    def images(self, split):
-        """List the images of `split`; raises UserError where the split or the file is missing, or the file broken."""
-        return [image for image, _ in self._chosen(split)]
-
-    def captions(self, split):
-        """List the captions of `split`, by image; raises what `images` raises."""
-        return [caption for _, captions in self._chosen(split) for caption in captions]
-
     def id_space(self, split):
         """Images have COCO's own ids, whatever the splits."""
         return "coco"
 
-    def _chosen(self, split):
+    def pairs(self, split):
+        """List the images of `split` with their captions; raises UserError for an unknown split or a broken file."""
         listed = self._read()
         splits = {part: [part] for part, _, _ in listed}
         if "restval" in splits:

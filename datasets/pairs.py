@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import chain, compress
 from pathlib import Path
 
-from datasets import Caption, Image, Source, check_folds, fold_splits, name_id
+from datasets import Caption, Described, Image, check_folds, fold_splits, name_id
 from utils.errors import UserError
 
 # What columns are called, where an option does not say.
@@ -27,7 +27,7 @@ COLUMNS = {
 }
 
 
-class PairsFile(Source):
+class PairsFile(Described):
     """Pairs that a table lists; images in the order in which they first occur.
 
     root: the file. image_root: the folder that paths start from, by default the file's. image_column, caption_column,
@@ -41,19 +41,12 @@ class PairsFile(Source):
         self.folder = Path(image_root or self.file.parent).resolve()
         self.columns = {"image": image_column, "caption": caption_column, "split": split_column}
 
-    def images(self, split):
-        """List the images of `split`; raises UserError for an unknown split and where the file cannot be read."""
-        return [image for image, _ in self._chosen(split)]
-
-    def captions(self, split):
-        """List the captions of `split`, by image, with their rows as ids; raises what `images` raises."""
-        return [caption for _, captions in self._chosen(split) for caption in captions]
-
     def id_space(self, split):
         """An image is known by its path: two tables can name the same file."""
         return "files"
 
-    def _chosen(self, split):
+    def pairs(self, split):
+        """List images with their captions, whose ids are rows; raises UserError where the file cannot be read so."""
         splits = self._read()
         if split not in splits:
             way = "name one with --splits here, --set data.train_split=NAME in train.py and --split in eval.py"

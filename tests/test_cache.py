@@ -10,7 +10,7 @@ import torch
 from conftest import SMALL_WORLD
 
 import cache_embeddings
-from datasets import caching, embeddings
+from datasets import blocks, caching, embeddings
 from datasets.coco import Coco
 from datasets.embeddings import Pairs
 from models.backbone import Backbone
@@ -87,8 +87,8 @@ SMALL_BATCHES = [*SHAPES, "encoder.batch_size=16", *VAL]
 @pytest.fixture
 def small_blocks(monkeypatch):
     """A hundred images and five hundred captions in several blocks."""
-    monkeypatch.setattr(caching, "BLOCK", 32)
-    monkeypatch.setattr(caching, "TEXTS", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 32)
+    monkeypatch.setattr(blocks, "TEXTS", 100)
 
 
 def interrupt(*args):

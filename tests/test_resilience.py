@@ -22,7 +22,7 @@ import torch
 from conftest import SMALL_WORLD
 
 import cache_embeddings
-from datasets import caching
+from datasets import blocks
 from datasets.embeddings import Pairs
 from models.backbone import Backbone
 from utils.config import HOME, load_backbone
@@ -45,8 +45,8 @@ def empty_world(small_world, tmp_path, monkeypatch):
 
 
 def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
-    monkeypatch.setattr(caching, "BLOCK", 8)
-    monkeypatch.setattr(caching, "TEXTS", 32)
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "TEXTS", 32)
     folder = empty_world / "embeddings/shapes/shapes-tiny/val"
     half = ["encoder.precision=bfloat16"]  # where a batch computed in another way would show
     command = [*SMALL_BATCHES, *half, "--features", "pooled", "--workers", "1"]
