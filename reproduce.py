@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import report
 from datasets.embeddings import cache_folder
 from utils.arguments import PRESET, make_parser
 from utils.cells import Cell, as_set, as_words
@@ -98,6 +97,8 @@ def run(caches, jobs, done, args):
 def make_report(dataset, quiet):
     """Report what there is of a data set; returns whether that went well."""
     if any(Path("results", dataset).glob("**/*-retrieval.json")):
+        import report  # a worker, which imports this file, has no use for figures
+
         try:
             report.main(["--dataset", dataset, *["--quiet"] * quiet])
         except SystemExit:  # it has said why

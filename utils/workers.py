@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 
 from utils.config import HOME
 
+START = "spawn"  # CUDA does not live through a fork
 PATIENCE = 10  # seconds that a process has to end by itself
 
 
@@ -30,6 +31,8 @@ class Workers:
         return self
 
     def __exit__(self, *_):
+        for worker in self.workers:
+            worker.stop()
         for worker in self.workers:
             worker.end()
 
@@ -64,7 +67,7 @@ class _Worker:
             self.connection.send(steps)
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+        context = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
         given = (theirs, self.device, self.neighbors)
         self.process = context.Process(target=_work, args=given)  # no daemon: caching has processes of its own
@@ -87,18 +90,27 @@ class _Worker:
             failures = [_cause_of_death(self.process.exitcode)]
         self.job = None
         if not alive:
+            self.stop()
             self.end()
         return number, failures
 
-    def end(self):
+    def stop(self):
+        """Tell the process to end, in the middle of a job if it has one."""
         if self.process is None:
             return
-        self.connection.close()  # one that waits for work ends at this
         if self.job is not None:
             self.process.terminate()
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+
+    def end(self):
+        """Wait until the process has ended, and not for long."""
+        if self.process is None:
+            return
         self.process.join(PATIENCE)
         self.process.kill()
         self.process.join()
+        self.connection.close()
         self.process = self.connection = self.job = None
 
 
@@ -119,13 +131,18 @@ def _work(connection, device, neighbors):
         torch.set_num_threads(max(1, torch.get_num_threads() // neighbors))
         healthy = True
         while healthy:
-            failures = []
-            for number, (script, flags) in enumerate(connection.recv()):
+            failures, steps = [], connection.recv()
+            if steps is None:
+                break
+            for number, (script, flags) in enumerate(steps):
                 said, healthy = _run(script, [*flags, "--device", device])
                 failures += [said] if said else []
                 if not healthy or (said and number == 0):
                     break
             connection.send((failures, healthy))
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(0)  # all files are closed, and to take torch down in order takes a second
 
 
 def _end_with_parent():
