@@ -84,7 +84,8 @@ def run(caches, jobs, done, args):
     bar = tqdm(total=count, initial=done, unit="cell", smoothing=0, disable=args.quiet or None)
     with bar, Workers(args.devices) as workers:
         for kind, part in (("caching", caches), ("cells", jobs)):
-            bar.set_description(kind)
+            if part:
+                bar.set_description(kind)
             for number, said in workers.run(list(part.values()), bar.refresh):
                 name = list(part)[number]
                 if said:
