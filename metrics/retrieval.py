@@ -29,11 +29,33 @@ class Positives:
 
 
 def tiles(score, queries, gallery, share=1):
-    """Yield slices of Q queries with their scores (q, G), at most TILE / share of them at once."""
-    step = max(1, TILE // share // gallery)
+    """Yield slices of Q queries with their scores (q, G), TILE / share of them at most, of TILE computed at once."""
+    step = max(1, TILE // gallery)
+    part = max(1, step // share)  # products of fewer rows would take longer, and more memory
     for start in range(0, queries, step):
-        rows = slice(start, min(start + step, queries))
-        yield rows, score(rows)
+        stop = min(start + step, queries)
+        scores = score(slice(start, stop))
+        for first in range(start, stop, part):
+            last = min(first + part, stop)
+            yield slice(first, last), scores[first - start : last - start]
+
+
+class Columns(list):
+    """Arrays (Q, ...) that are filled run by run of queries.
+
+    They are made whole before: arrays of single runs, made between tiles and kept, would stand where the next tile could
+    have been, and memory would grow to many times what is held.
+    """
+
+    def __init__(self, queries):
+        self.queries = queries
+
+    def put(self, rows, *values):
+        """Fill in tensors (q, ...) for the queries in the slice `rows`."""
+        if not self:
+            self.extend(np.empty((self.queries, *x.shape[1:]), x.cpu().numpy().dtype) for x in values)
+        for column, value in zip(self, values, strict=True):
+            column[rows] = value.cpu().numpy()
 
 
 class Ranking(NamedTuple):
@@ -61,12 +83,12 @@ def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
     if gallery < 2:
         raise ValueError(f"a gallery of {gallery} cannot be ranked")
     positives = Positives(query_of_positive, item_of_positive)
-    blocks, work = [], None
+    columns, work = Columns(positives.queries), None
     for rows, scores in tiles(score, positives.queries, gallery):
         if work is None or work.shape != scores.shape:  # new memory for every tile would cost more than the counting
             # Sums of ones are exact in float32 up to 2^24, and much faster than sums of truth values.
-            work = torch.empty_like(scores, dtype=torch.float32 if gallery <= 2**24 else torch.float64)
-            weight = torch.empty_like(scores)
+            exact = torch.promote_types(scores.dtype, torch.float32 if gallery <= 2**24 else torch.float64)
+            work, weight = torch.empty_like(scores, dtype=exact), torch.empty_like(scores)
         (top_score, second), top = (x.T for x in scores.topk(2, dim=1))
         row, column = positives.among(rows, scores.device)
         # The positives' scores are the tile's own: computed apart, rounding could set one above or below itself.
@@ -78,14 +100,13 @@ def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
         logit = torch.mul(scores, scale, out=weight)
         # Where the posterior underflows to 0, its logarithm stays finite for the product's sake.
         logit.sub_(logit.amax(dim=1)[:, None]).clamp_min_(torch.finfo(scores.dtype).min)
-        likely = logit.exp()
+        likely = torch.exp(logit, out=work)
         total = likely.sum(dim=1)
         entropy = total.log() - likely.mul_(logit).sum(dim=1) / total
         if not torch.isfinite(top_score + entropy).all():
             raise FloatingPointError("a score is not finite")
-        found = (better, tied, own, top[0], top_score, top_score - second, entropy, 1 / total)
-        blocks.append([x.cpu().numpy() for x in found])
-    return Ranking(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
+        columns.put(rows, better, tied, own, top[0], top_score, top_score - second, entropy, 1 / total)
+    return Ranking(*columns)
 
 
 def recall_at(ranking, k):
@@ -141,8 +162,8 @@ def top(score, queries, gallery, k):
     """
     if not 1 <= k <= gallery:
         raise ValueError(f"{k} items cannot be listed of a gallery of {gallery}")
-    lists = []
-    for _, scores in tiles(score, queries, gallery):
+    columns = Columns(queries)
+    for rows, scores in tiles(score, queries, gallery):
         value, item = scores.topk(k, dim=1)
         if not torch.isfinite(value).all():
             raise FloatingPointError("a score is not finite")
@@ -152,8 +173,8 @@ def top(score, queries, gallery, k):
         order = value.gather(1, order).argsort(dim=1, descending=True, stable=True)
         item = item.gather(1, order)
         item[crowded] = scores[crowded].argsort(dim=1, descending=True, stable=True)[:, :k]
-        lists.append(item.cpu().numpy())
-    return np.concatenate(lists)
+        columns.put(rows, item)
+    return columns[0]
 
 
 class AtR(NamedTuple):
@@ -173,7 +194,7 @@ def at_r(score, matches):
     matches = matches.tocsr()
     if not np.diff(matches.indptr).all():
         raise ValueError("a query has no positive")
-    found = []
+    columns = Columns(matches.shape[0])
     for rows, scores in tiles(score, *matches.shape, share=8):  # for every score some ten numbers are held
         true = torch.from_numpy(matches[rows].toarray() != 0).to(scores.device)
         positives = true.sum(dim=1, keepdim=True)
@@ -200,8 +221,8 @@ def at_r(score, matches):
         above = (place - start) * (own - 1) / (size - 1).clamp_min(1)
         chance = own / size * (place < positives)
         precision = (before + 1 + above) / (place + 1)
-        found.append([(x.sum(dim=1) / positives[:, 0]).cpu().numpy() for x in (chance * precision, chance)])
-    return AtR(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        columns.put(rows, *((x.sum(dim=1) / positives[:, 0]) for x in (chance * precision, chance)))
+    return AtR(*columns)
 
 
 def ambiguity(matches):
