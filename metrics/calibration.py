@@ -55,7 +55,7 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0):
         brier = (1 - mine).square() + (squares - own_squares).clamp_min(0)
         if not torch.isfinite(nll + brier).all():
             raise FloatingPointError("a score is not finite")
-        columns.put(rows, *(x.double() for x in (best.exp(), hit, nll.clamp_min(0), brier)))
+        columns.put(rows, *(x.cpu().double() for x in (best.exp(), hit, nll.clamp_min(0), brier)))
     return Forecast(*columns)
 
 
@@ -69,7 +69,7 @@ def fit_scale(score, gallery, query_of_positive, item_of_positive):
     queries = Positives(query_of_positive, item_of_positive).queries
     with torch.inference_mode():
         _, scores = next(tiles(score, queries, gallery))
-        scatter = scores.double().std(dim=1).mean().item()
+        scatter = scores.cpu().double().std(dim=1).mean().item()
     if not math.isfinite(scatter):
         raise FloatingPointError("a score is not finite")
     if scatter == 0:

@@ -43,8 +43,8 @@ def tiles(score, queries, gallery, share=1):
 class Columns(list):
     """Arrays (Q, ...) that are filled run by run of queries.
 
-    They are made whole before: arrays of single runs, made between tiles and kept, would stand where the next tile could
-    have been, and memory would grow to many times what is held.
+    They are made whole before: arrays of single runs, made between tiles and kept, would stand where the next tile
+    could have been, and memory would grow to many times what is held.
     """
 
     def __init__(self, queries):
@@ -197,13 +197,17 @@ def at_r(score, matches):
     columns = Columns(matches.shape[0])
     for rows, scores in tiles(score, *matches.shape, share=8):  # for every score some ten numbers are held
         true = torch.from_numpy(matches[rows].toarray() != 0).to(scores.device)
-        positives = true.sum(dim=1, keepdim=True)
+        positives = true.sum(dim=1, keepdim=True).cpu()
         depth = int(positives.max())
         value, item = scores.topk(depth, dim=1)
         if not torch.isfinite(value).all():
             raise FloatingPointError("a score is not finite")
-        place = torch.arange(depth, device=scores.device).expand_as(item)
-        hits = F.pad(true.gather(1, item).cumsum(dim=1), (1, 0))  # among the first 0 .. depth places
+        tied = scores == value[:, -1:]
+        tied, tied_positives = (x.sum(dim=1, keepdim=True).cpu() for x in (tied, tied & true))
+        # Few numbers are left, and not every device has float64.
+        value, hit = value.cpu(), true.gather(1, item).cpu()
+        place = torch.arange(depth).expand_as(hit)
+        hits = F.pad(hit.cumsum(dim=1), (1, 0))  # among the first 0 .. depth places
         # Where the group of ties that a place is in starts, and the next one does.
         changes = value[:, 1:] != value[:, :-1]
         start = torch.where(F.pad(changes, (1, 0), value=True), place, 0).cummax(dim=1).values
@@ -213,9 +217,7 @@ def at_r(score, matches):
         size, own = stop - start, hits.gather(1, stop) - before
         # The last group may go on beyond the list.
         last = stop == depth
-        tied = scores == value[:, -1:]
-        size = torch.where(last, tied.sum(dim=1, keepdim=True), size).double()
-        own = torch.where(last, (tied & true).sum(dim=1, keepdim=True), own).double()
+        size, own = torch.where(last, tied, size).double(), torch.where(last, tied_positives, own).double()
         # A place in the group holds a positive with odds of own : size, and then as many of the others stand above it
         # as fall there by chance.
         above = (place - start) * (own - 1) / (size - 1).clamp_min(1)
