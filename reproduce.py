@@ -81,8 +81,8 @@ def caching(cells, settings):
 def run(caches, jobs, done, args):
     """Run the jobs that make caches, then those of the cells; returns what failed, {name: sentences}."""
     failed, count = {}, done + len(jobs)
-    bar = tqdm(total=count, initial=done, unit="cell", smoothing=0, disable=args.quiet or None)
-    with bar, Workers(args.devices) as workers:
+    options = {"unit": "cell", "smoothing": 0, "disable": args.quiet or None}
+    with Workers(args.devices) as workers, tqdm(total=count, initial=done, **options) as bar:
         for kind, part in (("caching", caches), ("cells", jobs)):
             if part:
                 bar.set_description(kind)

@@ -16,6 +16,7 @@ import train
 from utils.config import HOME
 
 SETTINGS = ["--set", "train.epochs=2", "model.width=32"]
+LONG = ["--set", "train.epochs=500", "train.save_every=0"]
 METHODS = ["asymvlm-psd", "pfe"]
 CELLS = [f"shapes/shapes-tiny/{method}/seed{seed}" for seed in (0, 1) for method in METHODS]
 
@@ -230,7 +231,7 @@ def all_gone(group):
 def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same, forked, capsys):
     process = started(command(), "results/**/*-retrieval.json")
     process.kill()  # it alone: its worker has to notice
-    process.communicate()
+    assert process.communicate()[1] == ""
     assert all_gone(process.pid)
     before = stamps()
     assert 1 <= len(before) < 4
@@ -241,7 +242,7 @@ def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same,
 
 
 def test_ctrl_c_ends_all_processes_with_one_sentence(world):
-    process = started(command(devices=["cpu", "cpu"], settings=["--set", "train.epochs=500"]), "checkpoints/**/.*.lock")
+    process = started(command(devices=["cpu", "cpu"], settings=LONG), "checkpoints/**/state.pt")
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and error.count("\n") == 1, error

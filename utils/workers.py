@@ -10,7 +10,10 @@ import sys
 import threading
 import traceback
 from collections import deque
+from multiprocessing import util
 from multiprocessing.connection import wait
+
+from tqdm import tqdm
 
 from utils.config import HOME
 
@@ -25,6 +28,7 @@ class Workers:
     """
 
     def __init__(self, devices):
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which Python complains after a kill
         self.workers = [_Worker(device, len(devices)) for device in devices]
 
     def __enter__(self):
@@ -124,10 +128,12 @@ def _cause_of_death(code):
 def _work(connection, device, neighbors):
     """Run jobs as they come, until there are none, or something goes wrong that no script foresees."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the scripts know how to end on that
+    util.Finalize(None, os._exit, (0,), exitpriority=-9)  # the last of all: to take torch down in order takes a second
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         import torch
 
+        tqdm.set_lock(threading.RLock())
         torch.set_num_threads(max(1, torch.get_num_threads() // neighbors))
         healthy = True
         while healthy:
@@ -140,9 +146,6 @@ def _work(connection, device, neighbors):
                 if not healthy or (said and number == 0):
                     break
             connection.send((failures, healthy))
-    for child in multiprocessing.active_children():
-        child.terminate()
-    os._exit(0)  # all files are closed, and to take torch down in order takes a second
 
 
 def _end_with_parent():
