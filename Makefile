@@ -12,7 +12,7 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 demo: $(CACHE)
 	$(PY) reproduce.py --datasets shapes --methods all --seeds 0 --score both --overwrite
 
-$(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py | .venv/demo
+$(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
 	$(PY) cache_embeddings.py --dataset shapes --overwrite
 	touch $@
 

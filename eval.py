@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import special
 
 from datasets.embeddings import Pairs
 from metrics import retrieval, uncertainty
@@ -28,6 +29,7 @@ from utils.tables import levels_table
 KS = (1, 5, 10)
 SIDES = ("text_to_image", "image_to_text")
 SCORES = ("log_likelihood", "similarity")
+LEVELS = 10
 EXAMPLES = 10  # most and least certain captions kept for the report
 
 
@@ -40,9 +42,8 @@ def parse(argv):
     parser.add_argument("--allow-leakage", action="store_true", help="evaluate on images that were trained on, too")
     which = "which score ranks; by default the method's choice, which stands first where both are asked for"
     parser.add_argument("--score", choices=[*SCORES, "both"], help=which)
-    parser.add_argument(
-        "--uncer_levels", "--uncer-levels", type=int, default=10, help="levels of uncertainty of equal size"
-    )
+    levels = f"levels of uncertainty of equal size; by default {LEVELS}, or as many as there are queries"
+    parser.add_argument("--uncer_levels", "--uncer-levels", type=int, help=levels)
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
     return parser.parse_args(argv)
 
@@ -135,6 +136,15 @@ def evaluate_classes(adaptor, scores, pairs, device, count):
             result["image_to_class"] |= judge_uncertainty(rankings[scores[0]], doubt, whose, None, count)
             arrays["uncertainty"] = doubt
             break
+    if pairs.human is not None:
+        shares = np.asarray(pairs.human, dtype=np.float64)
+        doubts = {"entropy": rankings[scores[0]].entropy, "query_image": image.uncertainty}
+        arrays["human_entropy"] = special.entr(shares).sum(axis=1)
+        result["image_to_class"]["spearman_human_entropy"] = {
+            name: uncertainty.spearman(np.asarray(torch.as_tensor(doubt).cpu()), arrays["human_entropy"])
+            for name, doubt in doubts.items()
+            if doubt is not None
+        }
     return result, arrays
 
 
@@ -226,6 +236,11 @@ def main(argv=None):
     device = pick_device(args.device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split)
+    if pairs.classes is not None and not run.done and args.train_dataset is None:
+        raise UserError(
+            f"{args.dataset} has images with classes, on which nothing is trained: say with --train-dataset what the"
+            " adaptor was trained on."
+        )
     adaptor, config, identity = run.load(device)
     pairs.must_fit(identity, run.folder)
     task = "retrieval" if pairs.classes is None else "classification"
@@ -235,24 +250,27 @@ def main(argv=None):
             f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of {args.dataset} '{split}': name"
             " another --split or --train-dataset, or evaluate all the same with --allow-leakage, which the result says."
         )
-    sizes = (len(pairs.image), len(pairs.text)) if task == "retrieval" else (len(pairs.image),)
-    if not 2 <= args.uncer_levels <= min(sizes):
-        said = f"must lie between 2 and {min(sizes):,}, the number of queries"
-        raise UserError(f"--uncer_levels {said}, not {args.uncer_levels}.")
+    if task == "classification" and len(pairs.classes) < 2:
+        raise UserError(f"{pairs.folder} has one class, '{pairs.classes[0]}': with no other there is nothing to tell.")
+    queries = min([len(pairs.image), *([len(pairs.text)] if task == "retrieval" else [])])
+    count = min(LEVELS, queries) if args.uncer_levels is None else args.uncer_levels
+    if not 2 <= count <= queries:
+        raise UserError(f"--uncer_levels must lie between 2 and {queries:,}, the number of queries, not {count}.")
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     judge_all = evaluate if task == "retrieval" else evaluate_classes
     try:
-        result, arrays = judge_all(adaptor, scores, pairs, device, args.uncer_levels)
+        result, arrays = judge_all(adaptor, scores, pairs, device, count)
     except FloatingPointError as error:
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
+    evaluated_on = args.dataset + f"+{split}" * (split != data.eval_split)
     about = {
-        "task": task, "evaluated_on": args.dataset, "split": split, "uncer_levels": args.uncer_levels,
+        "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
         "images": len(pairs.image), "captions": len(pairs.text), "skipped": pairs.meta["skipped"],
         "seen_in_training": seen,
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
-    path = config.result(args.dataset, task)
+    path = config.result(evaluated_on, task)
     path.unlink(missing_ok=True)  # its arrays are about to be others
     save_arrays(path.with_suffix(".npz"), **arrays)
     write_json(path, about | {"config": dataclasses.asdict(config) | {"score": first}} | result)
@@ -262,10 +280,14 @@ def main(argv=None):
 
 
 def accuracy_line(result, pairs):
-    """Say how many images were classified rightly."""
-    recall = result["image_to_class"]["recall"]
-    said = f"{result['images']:,} images, {len(pairs.classes):,} classes, {result['captions']:,} prompts"
-    return f"{said}: top-1 {100 * recall['1']:.2f} %, top-5 {100 * recall['5']:.2f} %"
+    """Say how many images were classified rightly, and how well doubts tell which."""
+    part, said = result["image_to_class"], f"{result['variant']} on {result['evaluated_on']}"
+    said += f" ({result['images']:,} images, {len(pairs.classes):,} classes, {result['captions']:,} prompts)"
+    said += f"\n  top-1 {100 * part['recall']['1']:.2f} %, top-5 {100 * part['recall']['5']:.2f} %"
+    doubts = {"entropy": part["gallery_aware"]["entropy"]}
+    doubts |= {f"uncertainty of the {part['levels_by']}": part["auroc"]} if "levels_by" in part else {}
+    told = ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in doubts.items())
+    return f"{said}\n  AUROC of the right answer, by {told}"
 
 
 if __name__ == "__main__":

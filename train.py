@@ -123,7 +123,10 @@ def main(argv=None):
             adaptor.given_scale.fill_(temperature)
             said += ", posterior calibrated"
         write_log(run.folder / "log.csv", log)
-        run.finish(adaptor, pairs.seen)
+        # What trains nothing has seen no image, but for those that its posterior is calibrated on.
+        known = rows if log else rows[:0]
+        captions = torch.cat([known, *held_out]).numpy()
+        run.finish(adaptor, pairs.seen(pairs.image_of_text[captions]))
     print(f"{run.folder}: {said}")
 
 

@@ -14,6 +14,7 @@ import PIL.Image
 import torch
 
 from datasets.embeddings import encoder_fingerprint
+from models import make_backbone
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import Encoder
@@ -93,8 +94,6 @@ def main(argv=None):
             f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on: restore them,"
             " or cache and train again with --overwrite."
         )
-    from models.backbone import make_backbone  # takes seconds to import: only once the rest is known to be right
-
     backbone = make_backbone(encoder, device)
     if backbone.dim != identity["dim"]:  # embeddings computed elsewhere, cached under a backbone's name
         raise UserError(

@@ -20,10 +20,10 @@ import torchvision.transforms as T
 
 from benchmarks.run import machine, seconds
 from datasets import Caption, Image, Source
-from datasets.caching import BlockEncoder, Blocks, usable_cores
-from models.backbone import make_backbone
+from datasets.caching import BlockEncoder, Blocks
+from models import make_backbone
 from utils.config import load_backbone
-from utils.device import pick_device
+from utils.device import pick_device, usable_cores
 from utils.ranks import Ranks
 
 CAPTION = "two dogs run over a green field in the rain, number {}"
@@ -55,7 +55,7 @@ def photographs(folder, count):
 def cached(source, backbone, workers, kind):
     """Encode all images or captions of a source into blocks, as cache_embeddings.py does."""
     with tempfile.TemporaryDirectory() as folder:
-        encoder = BlockEncoder(Blocks(Path(folder), {}), backbone, Ranks(), workers=workers, quiet=True)
+        encoder = BlockEncoder(Blocks(Path(folder)), backbone, Ranks(), workers=workers, quiet=True)
         if kind == "images":
             encoder.images(source, source.images(""))
         else:
@@ -101,9 +101,10 @@ def main(argv=None):
 def measure(source, backbone, workers, device):
     files = [image.path for image in source.images("")]
     contents = [file.read_bytes() for file in files]
-    pictures = [PIL.Image.open(io.BytesIO(content)).convert("RGB") for content in contents[:64]]
+    some = contents[:64]
+    pictures = [PIL.Image.open(io.BytesIO(content)).convert("RGB") for content in some]
     pixels = torch.stack([backbone.transform(picture) for picture in pictures])
-    tokens = backbone.tokenize([CAPTION.format(row) for row in range(64)])
+    tokens = backbone.tokenize([CAPTION.format(row) for row in range(len(some))])
     transform = backbone.transform
 
     mean, std = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
@@ -121,14 +122,14 @@ def measure(source, backbone, workers, device):
         f"{len(files)} JPEGs of {np.mean([len(c) for c in contents]) / 1000:.0f} kB,",
         "items per second:",
     )
-    decode = rate(lambda: [PIL.Image.open(io.BytesIO(c)).convert("RGB") for c in contents[:64]], 64)
+    decode = rate(lambda: [PIL.Image.open(io.BytesIO(c)).convert("RGB") for c in some], len(some))
     print(f"  decode, one process             {decode:9.1f}")
-    print(f"  transform, one process          {rate(lambda: [transform(p) for p in pictures], 64):9.1f}")
-    both = rate(lambda: [transform(PIL.Image.open(io.BytesIO(c))) for c in contents[:64]], 64)
+    print(f"  transform, one process          {rate(lambda: [transform(p) for p in pictures], len(some)):9.1f}")
+    both = rate(lambda: [transform(PIL.Image.open(io.BytesIO(c))) for c in some], len(some))
     print(f"  both, one process               {both:9.1f}")
-    encode = rate(lambda: backbone.encode_images(pixels), 64)
+    encode = rate(lambda: backbone.encode_images(pixels), len(some))
     print(f"  encode images                   {encode:9.1f}  ({backbone.config.model}, {backbone.precision})")
-    print(f"  encode captions                 {rate(lambda: backbone.encode_tokens(tokens), 64):9.1f}")
+    print(f"  encode captions                 {rate(lambda: backbone.encode_tokens(tokens), len(some)):9.1f}")
     for kind in ("images", "captions"):
         calls = (
             functools.partial(cached, source, backbone, workers, kind),

@@ -45,7 +45,8 @@ def result(method, mean, split, settings):
     """Train and evaluate one method on one split, unless that is done; returns the result file's values."""
     name = f"--dataset embeddings --method {method} --tag split{split}".split()
     name += ["--mean", mean] if mean else []
-    path = load_config("embeddings", method, mean=mean, tag=f"split{split}").result("embeddings", "retrieval")
+    config = load_config("embeddings", method, mean=mean, tag=f"split{split}")
+    path = config.result("embeddings" + f"+test{split}" * (split > 0), "retrieval")  # test0 is the default
     if not path.is_file():
         run(train, *name, "--quiet", "--set", f"data.train_split=train{split}", *settings)
         run(evaluation, *name, "--quiet", "--split", f"test{split}", "--score", "both")

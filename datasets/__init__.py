@@ -17,8 +17,9 @@ class Image(NamedTuple):
 
     @property
     def place(self):
-        """What a report calls it."""
-        return self.name or (f"image {self.id}" if self.path is None else str(self.path))
+        """What a report calls it: valid Unicode, whatever its file is called."""
+        said = self.name or (f"image {self.id}" if self.path is None else str(self.path))
+        return said.encode("utf-8", "backslashreplace").decode()
 
 
 class Caption(NamedTuple):

@@ -187,11 +187,19 @@ class Arrays(Source):
 
 
 def _read_npz(file):
+    key = ""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in KEYS if key in arrays}
+        with np.load(file, allow_pickle=False) as given:
+            arrays = {}
+            for key in KEYS:
+                if key in given:
+                    arrays[key] = given[key]
+            return arrays
     except (*UNREADABLE, AttributeError, NotImplementedError) as error:  # an .npy opens, as something else
         said = " ".join(str(error).split())
+        if "Object arrays" in said:
+            way = "make it plain, strings with numpy.array(..., dtype=str)"
+            raise UserError(f"{file}: '{key}' is an array of Python objects: {way}.") from None
         raise UserError(f"{file}: it is no .npz of plain arrays ({said}): write it with numpy.savez.") from None
 
 

@@ -10,30 +10,32 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
-import os
 import shutil
 import warnings
 
 import numpy as np
+import PIL.Image
 import torch
 from scipy import sparse
 from tqdm import tqdm
 
 from datasets import listing as listings
-from datasets.embeddings import META, UNREADABLE, WORKING, encoder_fingerprint
-from models.pooled import reconstruction_error
+from datasets.embeddings import LAYOUT, META, UNREADABLE, WORKING, encoder_fingerprint
 from utils.errors import UserError
 from utils.files import atomic, read_json, save_array, save_arrays, write_json, write_lines
 
 BLOCK = 256  # images of a block, or a whole batch if that is more
+PROOF = 16  # images or captions on which pooled features are held against the ordinary encoding
 TEXTS = 4096  # captions of a block: sorted by length, they are cut to about their own
 PLAN = "plan.json"
+GIVEN = "given"  # the precision of embeddings that were computed elsewhere
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2}  # of the reconstruction of pooled features
 
 
 def identity(config, split, source, listing, features):
     """Say what a cache is before it is written: names, the backbone's and the listing's fingerprint, and one of all."""
     said = {
+        "layout": LAYOUT,
         "dataset": config.dataset,
         "split": split,
         "backbone": config.backbone,
@@ -43,12 +45,15 @@ def identity(config, split, source, listing, features):
         "encoder_fingerprint": encoder_fingerprint(config.encoder),
         "listing_fingerprint": listings.fingerprint(source, listing),
     }
-    digest = hashlib.sha256(f"{said['encoder_fingerprint']} {said['listing_fingerprint']} {split}".encode())
+    parts = [str(said[name]) for name in ("layout", "encoder_fingerprint", "listing_fingerprint", "split")]
+    digest = hashlib.sha256(" ".join(parts).encode())
     return said | {"fingerprint": digest.hexdigest()[:16]}
 
 
 def mismatch(held, wanted):
     """Say how a finished cache was made, if not as asked for, by the identities of both; nothing if it was."""
+    if held.get("layout") != wanted["layout"]:
+        return "by another version of this suite"
     if held["encoder_fingerprint"] != wanted["encoder_fingerprint"]:
         return "with another backbone than asked for"
     if held["fingerprint"] != wanted["fingerprint"]:
@@ -56,19 +61,19 @@ def mismatch(held, wanted):
     if wanted["features"] == "pooled" and held["features"] != "pooled":
         return "without the pooled features that are asked for"
     precision = wanted["encoder"]["precision"]
-    if precision != "auto" and held["precision"] != precision:
+    if precision != "auto" and held["precision"] not in (precision, GIVEN):
         return f"in {held['precision']}, not in {precision}"
     return ""
 
 
 class Blocks:
-    """What is encoded so far of a split; `plan` says what for, and blocks of another plan are thrown away.
+    """What is encoded so far of a split, in its folder."""
 
-    Of several processes, the first opens the blocks before the others do.
-    """
-
-    def __init__(self, folder, plan):
+    def __init__(self, folder):
         self.folder = folder / WORKING
+
+    def begin(self, plan):
+        """Throw away what was encoded for another plan."""
         with contextlib.suppress(*UNREADABLE):
             if read_json(self.folder / PLAN) == plan:
                 return
@@ -122,6 +127,8 @@ class _Decoded(torch.utils.data.Dataset):
                     image.verify()  # PNG alone has checksums, which decoding does not look at
                 with self.source.open(self.images[row]) as image:
                     return self.transform(image)
+        except PIL.UnidentifiedImageError:
+            return "it is no image that Pillow can read"
         except Exception as error:  # Pillow raises a dozen kinds on a broken file
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -139,6 +146,17 @@ def _stamp(image):
         return f"{found.st_size} {found.st_mtime_ns}"
     except (OSError, AttributeError):
         return ""
+
+
+def _next(decoded):
+    """Take the next batch; raises UserError where a worker was ended from outside."""
+    try:
+        return next(decoded)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a process that decodes images was ended ({said}): free memory, or take fewer with --workers 1."
+        ) from None
 
 
 class BlockEncoder:
@@ -192,7 +210,7 @@ class BlockEncoder:
                 parts, bad = [], {}
                 for start in range(0, len(rows), size):
                     batch = rows[start : start + size]
-                    pixels, failed = next(decoded)
+                    pixels, failed = _next(decoded)
                     bad |= {start + i: reason for i, reason in failed.items()}
                     if failed and self.on_error == "stop":
                         i, reason = next(iter(failed.items()))
@@ -243,11 +261,10 @@ class BlockEncoder:
                 found["pooled"] = np.zeros((count, width), dtype=np.float16)
             return found
         if self.pooled:
+            if side not in self.proved:
+                self._prove(side, whole, pool, given)
             features = pool(given)
-            if side not in self.proved:  # held against the ordinary way once, whatever way the family is taken apart
-                features = features._replace(embedding=whole(given))
-                self.proved.add(side)
-            found["error"] = np.array(self._proved(side, features))
+            found["error"] = np.array(self._error(side, features, TOLERANCE[self.backbone.precision]))
             kept = {"embedding": features.embedding, "pooled": features.pooled}
         else:
             kept = {"embedding": whole(given)}
@@ -256,10 +273,19 @@ class BlockEncoder:
             found[name][list(rows)] = _half(values)
         return found
 
-    def _proved(self, side, features):
+    def _prove(self, side, whole, pool, given):
+        """Hold pooled features against the ordinary way to encode, once, and in float32, whatever comes after."""
+        precision, self.backbone.precision = self.backbone.precision, "float32"
+        try:
+            features = pool(given[:PROOF])._replace(embedding=whole(given[:PROOF]))
+        finally:
+            self.backbone.precision = precision
+        self._error(side, features, TOLERANCE["float32"])
+        self.proved.add(side)
+
+    def _error(self, side, features, allowed):
         """Give the error of the reconstruction; raises UserError where it is no rounding."""
-        error = reconstruction_error(features, self.backbone.projection[side])
-        allowed = TOLERANCE[self.backbone.precision]
+        error = self.backbone.reconstruction_error(side, features)
         if not error <= allowed:
             raise UserError(
                 f"the pooled {side} features of {self.backbone.config.model} do not give its embeddings (relative error"
@@ -295,23 +321,26 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
     identity = identity | {"precision": backbone.precision}
     plan = {name: identity[name] for name in ("fingerprint", "precision", "features")}
     plan["batch_size"] = backbone.config.batch_size
+    if ranks.told(plan) != plan:
+        raise UserError(
+            f"process {ranks.rank} of {ranks.world} lists other images and captions than the first, or computes in"
+            " another precision: all must see the same files, on devices of one kind or with --set encoder.precision."
+        )
+    blocks = Blocks(folder)
     if ranks.first:
-        (folder / META).unlink(missing_ok=True)
-        blocks = Blocks(folder, plan)
-    ranks.wait()
-    if not ranks.first:
-        blocks = Blocks(folder, plan)
+        blocks.begin(plan)
+    ranks.told(None)
     encoder = BlockEncoder(blocks, backbone, ranks, pooled, **options)
     prompts = [prompt for chain in listing.chains for prompt in chain]
     # Texts come first: they take less time, and a tokenizer that is missing ends the run before the images do.
     encoder.texts("text", [caption.text for caption in listing.captions])
     encoder.texts("prompt", prompts)
     encoder.images(source, listing.images)
-    ranks.wait()
+    ranks.told(None)
     if ranks.first:
         _join(folder, identity, listing, backbone, encoder, prompts)
         shutil.rmtree(blocks.folder)
-    ranks.wait()
+    ranks.told(None)
 
 
 def _join(folder, identity, listing, backbone, encoder, prompts):
@@ -340,14 +369,11 @@ def _join(folder, identity, listing, backbone, encoder, prompts):
         """Copy the kept rows of all blocks into one .npy, block by block: they may be more than the memory holds."""
         parts = arrays(kind, name)
         first = next(parts)
-        shape = (int(keep[kind].sum()), first.shape[1])
-        with atomic(folder / file) as partial:
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-            done = 0
+        header = {"descr": "<f2", "fortran_order": False, "shape": (int(keep[kind].sum()), first.shape[1])}
+        with atomic(folder / file) as partial, open(partial, "wb") as written:
+            np.lib.format.write_array_header_1_0(written, header)
             for part in itertools.chain([first], parts):
-                array[done : done + len(part)] = part
-                done += len(part)
-            array.flush()
+                written.write(part.astype("<f2").tobytes())
 
     _clear(folder)
     stored("image", "embedding", "image.npy")
@@ -372,7 +398,7 @@ def _join(folder, identity, listing, backbone, encoder, prompts):
         {"image_id": listing.images[row].id, "path": listing.images[row].place, "reason": reason}
         for row, reason in unreadable.items()
     ]
-    about = {"dim": backbone.dim, "captions_cut": cut}
+    about = {"dim": backbone.dim, "captions_cut": cut, "unreadable": len(unreadable)}
     _finish(folder, identity | about, listing, backbone, keep_image, keep_text, encoded_prompts, skipped)
 
 
@@ -381,16 +407,16 @@ def write_given(folder, identity, source, listing):
 
     source: has their model's logit_scale and logit_bias.
     """
-    (folder / META).unlink(missing_ok=True)
     _clear(folder)
     for name, rows in zip(("image", "text"), listing.embeddings, strict=True):
         save_array(folder / f"{name}.npy", rows)
-    about = {"precision": "given", "dim": listing.embeddings[0].shape[1], "captions_cut": 0}
+    about = {"precision": GIVEN, "dim": listing.embeddings[0].shape[1], "captions_cut": 0, "unreadable": 0}
     _finish(folder, identity | about, listing, source, *_kept(listing, {}), {}, [])
 
 
 def _clear(folder):
-    """Remove the arrays of a cache that is replaced: it may have had some that this one has not."""
+    """Remove a cache that is about to be replaced, its arrays too: it may have had some that this one has not."""
+    (folder / META).unlink(missing_ok=True)
     for path in folder.glob("*.np[yz]"):
         path.unlink()
 
@@ -438,6 +464,8 @@ def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, un
         chain, depth, _ = zip(*steps)
         save_arrays(folder / "chains.npz", **prompts, chain=chain, depth=depth)
     skipped = listing.skipped + unreadable
+    libraries = ["torch", "open_clip_torch", "pillow"]
+    libraries += ["transformers"] * (identity["encoder"]["library"] == "transformers")
     write_lines(folder / "skipped.jsonl", skipped)
     about = {
         "images": len(images),
@@ -446,12 +474,7 @@ def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, un
         "logit_scale": model.logit_scale,
         "logit_bias": model.logit_bias,
         "files": sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".npz", ".jsonl")),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "pillow")},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
         "complete": True,
     }
     write_json(folder / META, identity | about)
-
-
-def usable_cores():
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

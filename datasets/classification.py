@@ -1,6 +1,7 @@
 """Images in classes, as torchvision.datasets reads them: one wrapper, whose YAML says what it wraps."""
 
 import inspect
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -100,6 +101,9 @@ class Classification(Source):
         folder, options = self._place(split)
         self._must_be_one_split(split, folder)
         try:
+            if self.dataset == "ImageFolder":
+                # Every file is listed, so that one that is no image is named, and a class may have none.
+                options |= {"is_valid_file": _visible, "allow_empty": True}
             data = getattr(torchvision.datasets, self.dataset)(str(folder), **options)
             files, labels = _listed(data)
         except Exception as error:  # torchvision raises what its readers raise: of pickles, JSON, .mat and text files
@@ -182,6 +186,10 @@ def _zero_shot():
     import open_clip.zero_shot_metadata
 
     return open_clip.zero_shot_metadata
+
+
+def _visible(file):
+    return not os.path.basename(file).startswith(".")
 
 
 def _listed(data):

@@ -40,6 +40,7 @@ from utils.files import read_json
 
 WORKING = "unfinished"  # folder inside the split's folder that holds what a killed run had done
 META = "meta.json"
+LAYOUT = 2  # of the files above; raise it when they, or what makes embeddings of an image, change
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -66,14 +67,15 @@ def encoder_fingerprint(encoder):
     for part in (encoder.tokenizer, encoder.preprocess, encoder.library != "open_clip"):
         digest.update(repr(part).encode() if part else b"")
     if encoder.pretrained:
-        place = encoder.weights_file
+        place = encoder.weights_file  # a file, or a folder
         if place is None:
             digest.update(encoder.pretrained.encode())
-        elif place.is_file():
-            digest.update(place.read_bytes())
-        else:
-            for file in sorted(path for path in place.iterdir() if path.is_file()):
-                digest.update(file.name.encode() + file.read_bytes())
+        for path in sorted(place.iterdir()) if place and place.is_dir() else filter(None, [place]):
+            if path.is_file():
+                digest.update(path.name.encode() if path != place else b"")
+                with open(path, "rb") as file:
+                    while part := file.read(2**24):
+                        digest.update(part)
     return digest.hexdigest()[:16]
 
 
@@ -89,8 +91,15 @@ class Pairs:
         if not (self.folder / META).is_file():
             state = "unfinished" if (self.folder / WORKING).is_dir() else "missing"
             again = " again" * (state == "unfinished")
-            raise UserError(f"the cache {self.folder.absolute()} is {state}: run `{self.command}`{again}.")
+            others = {path.parts[-3] for path in Path("embeddings", dataset).glob(f"*/{split}/{META}")}
+            there = f" ({', '.join(sorted(others))} is there: name it with --backbone)" * bool(others)
+            raise UserError(
+                f"the cache {self.folder.absolute()} is {state}{there}: run `{self.command}`{again}, with --root if the"
+                " data lie elsewhere than their YAML says."
+            )
         self.meta = read_meta(self.folder)
+        if self.meta.get("layout") != LAYOUT:
+            raise UserError(f"{self.folder} was made by another version of this suite: `{self.command} --overwrite`.")
         self.image, self.text = self._array("image"), self._array("text")
         self.image_id = np.asarray(self._array("image_id"))
         owner = np.asarray(self._array("image_of_text" if self.classes is None else "class_of_text"))
@@ -129,10 +138,15 @@ class Pairs:
         """Class numbers of the images (N,)."""
         return np.asarray(self._array("label"))
 
-    @property
-    def seen(self):
-        """What a run that is trained on these images keeps of them, to know them again."""
-        return {"id_space": self.meta["id_space"], "image_id": torch.from_numpy(np.array(self.image_id))}
+    @cached_property
+    def human(self):
+        """Shares of human answers (N, C), or None where they are not known."""
+        return self._array("human")
+
+    def seen(self, rows):
+        """What a run that is trained on the images of `rows` keeps of them, to know them again."""
+        ids = np.unique(self.image_id[rows])
+        return {"id_space": self.meta["id_space"], "image_id": torch.from_numpy(ids)}
 
     @property
     def identity(self):

@@ -10,6 +10,8 @@ from scipy import sparse
 from datasets import Caption, Classes, Image
 from utils.errors import UserError
 
+SAMPLE = 16  # files that are looked into, to tell other pictures by the same names
+
 
 @dataclass
 class Listing:
@@ -23,6 +25,7 @@ class Listing:
     matches: sparse.csc_array | None = None
     chains: list[list[str]] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)  # what is left out, and why
+    sizes: dict = field(default_factory=dict)  # of the files that hold images, in bytes, by path
 
 
 def list_split(source, split, on_error="stop"):
@@ -33,9 +36,9 @@ def list_split(source, split, on_error="stop"):
     images, classes = source.images(split), source.classes(split)
     captions = source.captions(split) or ([] if classes is None else _prompts(classes))
     embeddings, matches = source.embeddings(split), source.matches(split)
-    present = {path: path.is_file() for path in {image.path for image in images if image.path is not None}}
-    absent = {image.id for image in images if not present.get(image.path, True)}
-    reasons = {caption.id: reason for caption in captions if (reason := _fault(caption.text))}
+    sizes = {path: _size(path) for path in dict.fromkeys(image.path for image in images if image.path is not None)}
+    absent = {image.id for image in images if image.path is not None and sizes[image.path] is None}
+    reasons = [_fault(caption.text) for caption in captions]
     if len({image.id for image in images}) < len(images):
         raise UserError(f"two images of '{split}' have the same id: give each image one id.")
     if absent and on_error == "stop":
@@ -44,14 +47,20 @@ def list_split(source, split, on_error="stop"):
             f"{len(absent):,} of the {len(images):,} images of '{split}' are absent from {first.path.parent} (the first"
             f" is {first.path.name}): complete the folder, or leave them and their captions out with --on-error skip."
         )
-    if reasons and on_error == "stop":
-        id, reason = next(iter(reasons.items()))
-        more = f" (and {len(reasons) - 1:,} more)" * (len(reasons) > 1)
-        raise UserError(f"caption {id} of '{split}' {reason}{more}: mend it, or leave it out with --on-error skip.")
+    faults = [(caption, reason) for caption, reason in zip(captions, reasons, strict=True) if reason]
+    if faults and classes is not None:
+        raise UserError(f"the prompt {faults[0][0].text!a} of '{split}' {faults[0][1]}: every class needs its prompts.")
+    places = {image.id: image.place for image in images} if faults else {}
+    if faults and on_error == "stop":
+        first, reason = faults[0]
+        more = f" (and {len(faults) - 1:,} more)" * (len(faults) > 1)
+        said = f"caption {first.id} of '{split}', of {places.get(first.image_id)}, {reason}{more}"
+        raise UserError(f"{said}: mend it, or leave it out with --on-error skip.")
     skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
-    skipped += [{"text_id": id, "reason": reason} for id, reason in reasons.items()]
+    skipped += [{"text_id": c.id, "path": places.get(c.image_id), "reason": reason} for c, reason in faults]
     if classes is None:
-        keep_text = np.array([c.image_id not in absent and c.id not in reasons for c in captions], dtype=bool)
+        kept = [c.image_id not in absent and not reason for c, reason in zip(captions, reasons, strict=True)]
+        keep_text = np.array(kept, dtype=bool)
         described = {caption.image_id for caption, keep in zip(captions, keep_text) if keep}
         # An image that nothing describes can be no query and no answer.
         silent = [image for image in images if image.id not in described and image.id not in absent]
@@ -73,7 +82,16 @@ def list_split(source, split, on_error="stop"):
         matches=None if matches is None else matches[keep_image][:, keep_text],
         chains=source.chains(split),
         skipped=skipped,
+        sizes=sizes,
     )
+
+
+def _size(path):
+    """Size of a file in bytes, or None where there is none that can be read."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:  # such as a name that no file can have
+        return None
 
 
 def _prompts(classes):
@@ -96,16 +114,24 @@ def _fault(text):
 
 
 def fingerprint(source, listing):
-    """Identify what a split lists: ids, file names, captions, classes and the source's version; 16 hex digits.
+    """Identify what a split lists: its files' names, sizes and some first bytes, captions, classes; 16 hex digits.
 
     Not the folder they lie in: moved data are the same data.
     """
     digest = hashlib.sha256(f"{type(source).__name__} {source.version}\n".encode())
-    for image in listing.images:
-        digest.update(f"{image.id}\t{Path(image.place).name}\n".encode("utf-8", "surrogateescape"))
+    row_of_id = {}
+    for row, image in enumerate(listing.images):
+        row_of_id[image.id] = row
+        digest.update(f"{Path(image.place).name}\t{listing.sizes.get(image.path)}\n".encode())
+    for image in listing.images[:: max(1, len(listing.images) // SAMPLE)]:
+        if image.path is not None:
+            with open(image.path, "rb") as file:
+                digest.update(file.read(2**16))
     for caption in listing.captions:
-        digest.update(f"{caption.id}\t{caption.image_id}\t{caption.text}\n".encode())
+        owner = caption.image_id if listing.classes is not None else row_of_id[caption.image_id]
+        digest.update(f"{caption.id}\t{owner}\t{caption.text}\n".encode())
     if listing.classes is not None:
+        digest.update(repr(listing.classes.names).encode())
         digest.update(np.asarray(listing.classes.label, dtype=np.int64).tobytes())
         if listing.classes.human is not None:
             digest.update(np.asarray(listing.classes.human, dtype=np.float64).tobytes())

@@ -50,13 +50,14 @@ class PairsFile(Source):
         return [caption for _, captions in self._chosen(split) for caption in captions]
 
     def id_space(self, split):
-        """An image is known by its path: two tables over one folder can name the same image."""
-        return f"files under {self.folder}"
+        """An image is known by its path: two tables can name the same file."""
+        return "files"
 
     def _chosen(self, split):
         splits = self._read()
         if split not in splits:
-            raise self._error(f"it has no split '{split}'; it has {', '.join(splits)}.")
+            way = "name one with --splits here, --set data.train_split=NAME in train.py and --split in eval.py"
+            raise self._error(f"it has no split '{split}'; it has {', '.join(splits)}: {way}.")
         return splits[split]
 
     def _error(self, said):
@@ -95,8 +96,7 @@ class PairsFile(Source):
         if "://" in written:
             raise self._error(f"the image of {where} is an address, {written}: download it, and name its file.")
         path = Path(os.path.normpath(self.folder / written))
-        name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-        return Image(name_id(name.as_posix()), path)
+        return Image(name_id(path.as_posix()), path)
 
     def _column(self, names, kind):
         """Find what the file calls a column; only the split may be left out."""
@@ -105,6 +105,8 @@ class PairsFile(Source):
         if column is None and (option or kind != "split"):
             wanted, has = option or " or ".join(COLUMNS[kind]), ", ".join(names)
             way = f"name it with --set data.options.{kind}_column=NAME"
+            if len(names) == 1 and ";" in names[0]:
+                way = "separate the columns by commas, or by tabs in a .tsv"
             raise self._error(f"no column is called {wanted}; it has {has:.200}: {way}.")
         return column
 

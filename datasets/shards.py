@@ -65,7 +65,7 @@ class Shards(Source):
 
     def id_space(self, split):
         """A sample is known by its shard and key."""
-        return f"shards under {self.folder.resolve()}"
+        return "shards"
 
     def _chosen(self, split):
         known = self.splits or fold_splits(len(self._samples(self.pattern)[0]), self.folds, self.seed, self.root)
@@ -84,6 +84,10 @@ class Shards(Source):
         samples = [sample for shard in bar for sample in self._listed(shard)]
         if not samples:
             raise UserError(f"{self.folder / pattern} holds no samples: name other shards.")
+        if not any(text for _, text in samples):
+            where = f"'{self.caption_key or 'caption'}' of any .json" + " nor any .txt" * (not self.caption_key)
+            way = "name the key with --set data.options.caption_key=KEY"
+            raise UserError(f"{self.folder / pattern} holds no caption in {where}: {way}.")
         return [image for image, _ in samples], [Caption(image.id, image.id, text) for image, text in samples]
 
     def _shards(self, pattern):
@@ -118,7 +122,7 @@ class Shards(Source):
                         has = ", ".join(f".{kind}" for kind in sample if not kind.startswith("__"))
                         way = "take the sample out of the shard"
                         raise UserError(f"the sample '{key}' of {path} has no .{', .'.join(IMAGES)} but {has}: {way}.")
-                    image = Image(name_id(f"{shard}/{key}"), path, f"{shard}/{key}.{kind}")
+                    image = Image(name_id(f"{path.resolve()}/{key}"), path, f"{shard}/{key}.{kind}")
                     if image.id in places:
                         raise UserError(f"{path} has two samples of the key '{key}': make the shard again.")
                     places[image.id] = sample[kind]

@@ -14,7 +14,7 @@ import open_clip
 import torch
 
 from models.pixels import Transform
-from models.pooled import LastMap
+from models.pooled import LastMap, reconstruction_error
 from utils.config import HOME
 from utils.errors import UserError
 
@@ -25,21 +25,6 @@ PREPROCESS = {  # what may be said of an image's way to the model; no choices: a
     "resize_mode": ("shortest", "longest", "squash"),
 }
 EXTRA = "pip install -r requirements-extra.txt"
-
-
-def make_backbone(encoder, device="cpu"):
-    """Construct the backbone of an Encoder's library; raises UserError for an unknown one, and what that one raises."""
-    if encoder.library == "open_clip":
-        return Backbone(encoder, device)
-    if encoder.library == "transformers":
-        try:
-            import transformers  # noqa: F401
-        except ImportError:
-            raise UserError(f"backbones of the library transformers need it: {EXTRA}.") from None
-        from models.huggingface import HuggingFace  # takes seconds to import
-
-        return HuggingFace(encoder, device)
-    raise UserError(f"encoder.library is open_clip or transformers, not '{encoder.library}'.")
 
 
 class Frozen:
@@ -105,6 +90,10 @@ class Frozen:
         """The last linear map of either tower, {"image": Projection, "text": Projection}; raises as pooling does."""
         return {tower: self._last_map(tower).projection for tower in ("image", "text")}
 
+    def reconstruction_error(self, tower, pooled):
+        """How far a Pooled of the "image" or "text" tower is from giving its embeddings: see models/pooled.py."""
+        return reconstruction_error(pooled, self.projection[tower])
+
     def _last_map(self, tower):
         return LastMap(self.model, tower, self.config.model)
 
@@ -151,12 +140,13 @@ class Backbone(Frozen):
         weights = config.weights_file
         if config.architecture:
             open_clip.add_model_config(HOME / config.architecture)
-        if config.model not in open_clip.list_models():
+        own = config.model.startswith(("hf-hub:", "local-dir:"))  # architecture and weights in one place
+        if not own and config.model not in open_clip.list_models():
             raise UserError(f"open_clip has no architecture '{config.model}'; `open_clip.list_models()` lists them.")
-        archive = weights is not None and _is_jit_archive(weights)
+        archive = weights is not None and weights.is_file() and _is_jit_archive(weights)
         if archive:
             _must_activate(config, True)
-        elif config.pretrained and not weights:
+        elif config.pretrained and not weights and not own:
             _must_be_known(config)
         torch.manual_seed(0)  # random weights, where asked for, are the same everywhere
         try:
@@ -164,7 +154,8 @@ class Backbone(Frozen):
             model = quietly(
                 lambda: open_clip.create_model(
                     config.model,
-                    pretrained=str(weights) if weights else config.pretrained,
+                    pretrained=None if own else str(weights) if weights else config.pretrained,
+                    load_weights=config.pretrained is not None,
                     device=torch.device(device),
                     force_custom_text=True,
                     pretrained_text=False,  # of a Hugging Face text tower: random is random
@@ -178,7 +169,9 @@ class Backbone(Frozen):
             way = "are they of this architecture?" if weights else f"{way} --backbone ViT-B-32-random."
             what = f"the weights '{config.pretrained}' of {config.model}"
             raise UserError(f"{what} do not load ({said(error)}): {way}") from None
-        preprocess = _settings(config) | {"size": model.visual.image_size}
+        preprocess = model.visual.preprocess_cfg if own else _settings(config)
+        preprocess = {key: value for key, value in preprocess.items() if key in PREPROCESS}
+        preprocess["size"] = model.visual.image_size
         super().__init__(config, device, model, preprocess, open_clip.get_model_config(config.model)["embed_dim"])
         if self.device.type == "cpu" and self.precision != "float32":
             _put_length_first(model)
@@ -197,9 +190,10 @@ class Backbone(Frozen):
         return self._load_tokenizer(name, lambda: open_clip.tokenizer.HFTokenizer(name, **options), ends)
 
     def reads_whole(self, text):
-        """Whether a string fits into the text tower's window (True where that cannot be told); the rest is cut."""
-        encode = getattr(self.tokenizer, "encode", None)
-        return encode is None or len(encode(text)) + 2 <= self.tokenizer.context_length
+        """Whether a string fits into the text tower's window; the rest is cut."""
+        inner = getattr(self.tokenizer, "tokenizer", None)  # of Hugging Face
+        length = len(self.tokenizer.encode(text)) + 2 if inner is None else len(inner(text, verbose=False).input_ids)
+        return length <= self.tokenizer.context_length
 
     def _image(self, pixels):
         return self.model.encode_image(pixels, normalize=False)  # CoCa's would

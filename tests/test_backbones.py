@@ -14,9 +14,12 @@ import PIL.ImageOps
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
 
-from models.backbone import Backbone, make_backbone
+from datasets.embeddings import encoder_fingerprint
+from models import make_backbone
+from models.backbone import Backbone
 from models.pooled import Pooled, Projection, reconstruction_error
 from utils.config import HOME, Encoder, known, load_backbone
 from utils.errors import UserError
@@ -271,7 +274,7 @@ def test_attention_pooling_that_calls_its_linear(small):
 def text_folder(folder, ends=True):
     """Write a tiny Hugging Face tokenizer that pads on the left to a folder, and the configuration of a tiny BERT."""
     vocabulary = {word: number for number, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if ends:
         tokenizer.post_processor = processors.TemplateProcessing("$A [EOS]", special_tokens=[("[EOS]", 2)])
@@ -517,3 +520,22 @@ def test_a_loading_process_needs_no_model_library(transform, tmp_path):
     run = [sys.executable, "-c", code, tmp_path / "transform"]
     assert subprocess.run(run, cwd=HOME, capture_output=True, text=True).stdout == "torch.Size([3, 224, 224]) set()\n"
     assert len(pickle.dumps(transform)) < 2000
+
+
+def test_a_folder_of_open_clip_is_architecture_and_weights(tmp_path):
+    """As on the hub: open_clip_config.json, which also says how pixels are prepared, beside the weights."""
+    known_one = Backbone(load_backbone("shapes-tiny"))
+    settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize_mode": "squash"}
+    about = {"model_cfg": open_clip.get_model_config("shapes-tiny"), "preprocess_cfg": settings}
+    about["model_cfg"]["custom_text"] = True
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+    torch.save(known_one.model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    encoder = Encoder(model=f"local-dir:{tmp_path}", pretrained="hub")
+    backbone = make_backbone(encoder)
+    tokens = known_one.tokenize(["a photo", "a red circle"])
+    assert backbone.dim == 64 and (backbone.encode_tokens(tokens) == known_one.encode_tokens(tokens)).all()
+    assert (backbone.tokenize(["a photo", "a red circle"]) == tokens).all()
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    first = encoder_fingerprint(encoder)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(about) + " ")
+    assert encoder_fingerprint(encoder) != first

@@ -91,6 +91,10 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(caching, "TEXTS", 100)
 
 
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
 def interrupted_after(monkeypatch, name, limit):
     """Act as Ctrl-C would at the call of one of the backbone's methods after `limit`."""
     calls, original = [], getattr(Backbone, name)
@@ -131,7 +135,7 @@ def test_finished_blocks_are_not_encoded_again(own_world, monkeypatch, small_blo
     whole = content(folder)
     shutil.rmtree(folder)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(caching, "_join", lambda *args: exec("raise KeyboardInterrupt"))
+        patch.setattr(caching, "_join", interrupt)
         cache_embeddings.main(SMALL_BATCHES)
     one = folder / "unfinished" / "image-00000002.npz"
     one.write_bytes(one.read_bytes()[:1000])  # a damaged block is made again, alone
@@ -168,20 +172,21 @@ def test_what_shapes_draws_is_part_of_what_a_cache_is(world, refusal):
 
 
 def test_replacing_a_cache_is_asked_for_and_goes_on_too(own_world, monkeypatch, capsys):
-    folder = own_world / "embeddings/shapes/shapes-tiny/val"
     other = ["--dataset", "shapes", "--quiet", "--splits", "val", "--overwrite", "--set", "data.options.val_images=90"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted_after(patch, "encode_images", 0)
         cache_embeddings.main(other)
-    assert not (folder / "meta.json").exists()
+    assert len(Pairs("shapes", "shapes-tiny", "val").image) == 100  # until the other is whole
     with monkeypatch.context() as patch:
         interrupted_after(patch, "encode_tokens", 0)  # all captions are encoded already
         cache_embeddings.main(other)
     assert "90 images, 450 captions" in capsys.readouterr().out
 
 
-def test_two_processes_do_not_share_a_folder(world, refusal):
-    with locked(world / "embeddings/shapes/shapes-tiny/val"):
+def test_two_processes_do_not_share_a_folder(own_world, refusal):
+    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    shutil.rmtree(folder)
+    with locked(folder):
         assert "another process is writing" in refusal(cache_embeddings.main, *SHAPES, *VAL)
 
 
@@ -194,11 +199,11 @@ def test_an_image_that_was_mended_is_read_again(own_world, monkeypatch, then):
     shutil.rmtree(folder)
     image.write_bytes(b"")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(caching, "_join", lambda *args: exec("raise KeyboardInterrupt"))
+        patch.setattr(caching, "_join", interrupt)
         cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted_after(patch, "encode_images", 0)  # not asked for: what is broken still is
-        patch.setattr(caching, "_join", lambda *args: exec("raise KeyboardInterrupt"))
+        patch.setattr(caching, "_join", interrupt)
         cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
     image.write_bytes(good)
     cache_embeddings.main([*SHAPES, *VAL, "--on-error", then])
@@ -325,7 +330,9 @@ def test_empty_captions_stop_or_are_left_out(tmp_path, monkeypatch, refusal, cap
     coco_folder(tmp_path / "coco", captions=("a dog", " \n ", "a bird"))
     PIL.Image.new("L", (50, 50)).save(tmp_path / "coco" / "val2017" / "000000000285.jpg")
     command = ["--dataset", "coco", "--root", "coco", "--backbone", "shapes-tiny", "--splits", "val", "--quiet"]
-    assert "caption 899 of 'val' is empty" in refusal(cache_embeddings.main, *command)
+    assert "caption 899 of 'val', of coco/val2017/000000000139.jpg, is empty" in refusal(
+        cache_embeddings.main, *command
+    )
     cache_embeddings.main([*command, "--on-error", "skip"])
     assert "2 images, 2 captions" in capsys.readouterr().out
 

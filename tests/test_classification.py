@@ -349,11 +349,15 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"\(Couldn't find any class folder in .*\): put the images"):
         (tmp_path / "bare").mkdir()
         source_of("folder", tmp_path / "bare").images("all")
+    # A class may have no image, and a file that is none is listed, for the cache to name it.
     folders("cat")(tmp_path / "images")
     (tmp_path / "images" / "dog").mkdir()
+    (tmp_path / "images" / "owl").mkdir()
     (tmp_path / "images" / "dog" / "notes.txt").write_text("no picture")
-    with pytest.raises(UserError, match=r"\(Found no valid file for the classes dog\): put the images"):
-        source_of("folder", tmp_path / "images").images("all")
+    (tmp_path / "images" / "dog" / ".DS_Store").write_text("hidden")
+    source = source_of("folder", tmp_path / "images")
+    assert source.classes("all").names == ["cat", "dog", "owl"]
+    assert [image.path.name for image in source.images("all") if image.path.parent.name == "dog"] == ["notes.txt"]
     with pytest.raises(UserError, match=r"notes\.txt \(it is no folder\)"):
         source_of("folder", tmp_path / "images" / "dog" / "notes.txt").images("all")
 

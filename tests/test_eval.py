@@ -13,6 +13,7 @@ import cache_embeddings
 import eval as evaluation
 import train
 import uncertainty
+from datasets.classification import Classification
 from datasets.embeddings import Pairs
 from datasets.shapes import VALUES, Shapes
 from utils.checkpoint import Run
@@ -256,9 +257,14 @@ def test_which_score_ranks_is_a_flag(trained, capsys):
 
 
 def test_which_split_is_evaluated_is_a_flag(trained):
+    """Each split has a result of its own."""
+    evaluation.main([*RUN, "--device", "cpu", "--quiet"])
+    result = trained / (RESULT.format("asymvlm-vmf") + ".json")
+    before = result.read_bytes()
     evaluation.main([*RUN, "--split", "train", "--allow-leakage", "--device", "cpu", "--quiet"])
-    found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    found = json.loads(result.with_name("shapes+train-retrieval.json").read_text())
     assert (found["split"], found["images"], found["seen_in_training"]) == ("train", 300, 300)
+    assert result.read_bytes() == before
 
 
 def test_images_trained_on_are_not_evaluated_on_unasked(world, refusal):
@@ -296,7 +302,7 @@ def test_the_posterior_of_clip_has_the_logit_scale_of_its_model_or_the_calibrate
         assert found == pytest.approx(scale, rel=1e-5) if tag == "own" else scale / 3 < found < 3 * scale != found
 
 
-def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained, refusal, capsys):
+def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained, refusal, capsys, monkeypatch):
     """Zero-shot: a folder per shape, cached with the same backbone, evaluated with what was trained on captions."""
     source = Shapes("data/shapes", train_images=300, val_images=100)
     for image, scene in zip(source.images("val"), source.scenes("val"), strict=True):
@@ -304,6 +310,8 @@ def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained,
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(image.path, folder)
     names = ["--dataset", "folder", "--backbone", "shapes-tiny", "--device", "cpu"]
+    shares = np.random.default_rng(0).dirichlet(np.full(6, 0.3), 100)  # as if people had been asked
+    monkeypatch.setattr(Classification, "_shares", lambda self, images, classes: shares)
     cache_embeddings.main([*names, "--root", "drawn", "--quiet"])
     assert "100 images, 6 prompts for 6 classes" in capsys.readouterr().out
     said = refusal(train.main, *names, "--method", "clip", "--set", "data.train_split=all")
@@ -315,3 +323,6 @@ def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained,
     )
     assert found["image_to_class"]["recall"]["1"] > 0.6 and "top-1" in said  # a guess: 0.17
     assert found["image_to_class"]["levels_by"] == "predicted class" and found["seen_in_training"] == 0
+    entropy = np.load(trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.npz")
+    expected = stats.spearmanr(entropy["image_to_class_entropy"], [stats.entropy(row) for row in shares]).statistic
+    assert found["image_to_class"]["spearman_human_entropy"] == {"entropy": pytest.approx(expected)}

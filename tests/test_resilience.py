@@ -1,5 +1,6 @@
 """What a cache must survive: kills at any moment, several processes, and whatever lies in a folder of images."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ from datasets import caching
 from datasets.embeddings import Pairs
 from models.backbone import Backbone
 from utils.config import HOME, load_backbone
+from utils.ranks import Ranks
 
 SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--splits", "val", "--set", *SMALL_WORLD]
 SMALL_BATCHES = [*SHAPES, "encoder.batch_size=8"]
@@ -46,9 +48,10 @@ def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
     monkeypatch.setattr(caching, "BLOCK", 8)
     monkeypatch.setattr(caching, "TEXTS", 32)
     folder = empty_world / "embeddings/shapes/shapes-tiny/val"
-    command = [*SMALL_BATCHES, "--features", "pooled", "--workers", "1"]
-    loaded = Backbone(load_backbone("shapes-tiny"))  # once: most kills are to hit the encoding
-    monkeypatch.setattr("models.backbone.make_backbone", lambda *args: loaded)
+    half = ["encoder.precision=bfloat16"]  # where a batch computed in another way would show
+    command = [*SMALL_BATCHES, *half, "--features", "pooled", "--workers", "1"]
+    loaded = Backbone(dataclasses.replace(load_backbone("shapes-tiny"), precision="bfloat16", batch_size=8))
+    monkeypatch.setattr(cache_embeddings, "make_backbone", lambda *args: loaded)
     started = time.monotonic()
     cache_embeddings.main(command)
     seconds, unbroken = time.monotonic() - started, content(folder)
@@ -57,11 +60,13 @@ def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
     fork = multiprocessing.get_context("fork")  # a process of its own, without seconds of imports
     while len(moments) < 10:
         process = fork.Process(target=cache_embeddings.main, args=(command,))
+        started = time.monotonic()
         process.start()
-        time.sleep(chance.uniform(0, seconds / 3))
+        process.join(chance.uniform(0, seconds))
         process.kill()
         process.join()
-        if process.exitcode == 0:  # it was done before the kill
+        if process.exitcode == 0:  # it was done before the kill, sooner than the first run
+            seconds = min(seconds, time.monotonic() - started)
             shutil.rmtree(folder)
             continue
         assert process.exitcode == -signal.SIGKILL
@@ -100,6 +105,15 @@ def test_two_ranks_write_the_bytes_of_one(empty_world):
     assert found.stdout.count("600 images, 3,000 captions") == 1
     assert content(folder) == alone
     assert torchrun(2, *command).stdout.count("already there") == 1
+
+
+def test_processes_that_list_other_things_are_refused(empty_world, refusal, monkeypatch):
+    """Two machines may see two states of a folder: rows would belong to other images."""
+    monkeypatch.setattr(
+        Ranks, "told", lambda self, value: value | {"fingerprint": "of another list"} if value else value
+    )
+    assert "lists other images and captions than the first" in refusal(cache_embeddings.main, *SHAPES)
+    assert not list(empty_world.glob("embeddings/**/*.np*"))
 
 
 def png(width, height, data=b"", *chunks):
@@ -155,6 +169,7 @@ def hostile_images():
         "a png by the name of.jpg": (plain, photo),
         "no suffix": (jpeg, photo),
         "名前 \N{CAT FACE} 'quoted', \"twice\".jpg": (jpeg, photo),
+        os.fsdecode(b"caf\xe9.jpg"): (jpeg, photo),
         "one pixel.png": (encoded(photo.resize((1, 1)), "PNG"), photo.resize((1, 1))),
         "thin.png": (encoded(stripe, "PNG"), stripe.crop((0, 0, 1, 1))),
         "tall.png": (encoded(stripe.rotate(90, expand=True), "PNG"), stripe.crop((0, 0, 1, 1))),
@@ -201,6 +216,11 @@ CAPTIONS = {
 BAD_CAPTIONS = {"nothing": "", "blanks": " \t\n\u00a0\u2003 ", "half a pair": "cat \ud83d", "other half": "\udc31 cat"}
 
 
+def shown(name):
+    """What a report calls a file, which may be called what is no Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
     """A folder of hostile files and captions, and pairs.jsonl that names them all; files and (file, caption) rows."""
@@ -212,7 +232,7 @@ def hostile(tmp_path, monkeypatch):
     (tmp_path / "images" / "a folder.jpg").mkdir()
     (tmp_path / "images" / "leads nowhere.jpg").symlink_to(tmp_path / "nowhere.jpg")
     absent = ["a folder.jpg", "leads nowhere.jpg", "never there.jpg"]
-    rows = [(name, f"a picture called {name}") for name in (*files, *absent)]
+    rows = [(name, f"a picture called {shown(name)}") for name in (*files, *absent)]
     rows += [("plain.jpg", caption) for caption in CAPTIONS.values()]
     rows += [("still.webp", caption) for caption in BAD_CAPTIONS.values()]
     random.Random(0).shuffle(rows)
@@ -230,7 +250,8 @@ def test_of_hostile_files_nothing_is_lost_and_nothing_shifts(hostile, capsys):
     cache_embeddings.main([*HOSTILE, "--on-error", "skip", "--quiet", "--workers", "2"])
     said = capsys.readouterr().out
     pairs, backbone = Pairs("pairs", "shapes-tiny", "all"), Backbone(load_backbone("shapes-tiny"))
-    names = [place.rsplit("/", 1)[-1] for place in pairs.items["image"]]
+    called = {shown(name): name for name in files}
+    names = [called[place.rsplit("/", 1)[-1]] for place in pairs.items["image"]]
     assert sorted(names) == sorted(name for name, (_, meant) in files.items() if meant is not None)
     for name, row in zip(names, pairs.image):
         meant = backbone.encode_images(backbone.transform(files[name][1].convert("RGB"))[None])[0]
@@ -245,13 +266,13 @@ def test_of_hostile_files_nothing_is_lost_and_nothing_shifts(hostile, capsys):
         torch.testing.assert_close(backbone.encode_texts([text])[0], torch.tensor(row).float(), rtol=5e-3, atol=5e-3)
     lines = [json.loads(line) for line in (pairs.folder / "skipped.jsonl").read_text().splitlines()]
     assert len(lines) == pairs.meta["skipped"] == 15 + 3 + len(BAD_CAPTIONS) and f"{len(lines)} left out" in said
-    skipped = {line["path"].rsplit("/", 1)[-1]: line["reason"] for line in lines if "path" in line}
+    skipped = {line["path"].rsplit("/", 1)[-1]: line["reason"] for line in lines if "image_id" in line}
     assert skipped.keys() == {name for name, (_, meant) in files.items() if meant is None} | {
         "a folder.jpg", "leads nowhere.jpg", "never there.jpg",
     }  # fmt: skip
     assert all(reason and "\n" not in reason for reason in skipped.values())
-    assert skipped["never there.jpg"] == "absent" and "cannot identify image file" in skipped["zero bytes.jpg"]
-    assert f"{pairs.meta['captions_cut']} captions longer than the model reads" in said
+    assert skipped["never there.jpg"] == "absent" and skipped["zero bytes.jpg"] == "it is no image that Pillow can read"
+    assert f"{pairs.meta['captions_cut']} cut to the length that the model reads" in said
     assert pairs.meta["captions_cut"] == sum(not backbone.reads_whole(text) for text in pairs.items["text"]) >= 4
 
 

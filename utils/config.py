@@ -38,19 +38,22 @@ class Data:
 @dataclass
 class Encoder:
     library: str = "open_clip"  # or transformers
-    model: str = ""  # open_clip architecture, or the name or folder of a Hugging Face model
-    # open_clip tag, or a weights file (of transformers: a folder) seen from here or from the suite; transformers: hub;
-    # none: random; elsewhere: not to be had here
+    # open_clip architecture, or with its own weights hf-hub:NAME or local-dir:FOLDER; the name of a Hugging Face model
+    model: str = ""
+    # open_clip tag, or a weights file (of transformers: a folder) seen from here or from the suite; hub: what the model
+    # names; none: random; elsewhere: not to be had here
     pretrained: str | None = None
     architecture: str | None = None  # JSON of the architecture: for open_clip to register, or config of transformers
     tokenizer: str | None = None  # Hugging Face name or folder, where it is not the model's own
     preprocess: dict = field(default_factory=dict)  # mean, std, interpolation, resize_mode, where not the weights' own
-    batch_size: int = 256  # images encoded at once; captions four times as many
+    batch_size: int = 256  # images or captions encoded at once
     precision: str = "auto"  # float32, bfloat16 or float16; auto: float16 on CUDA, else float32
 
     @property
     def weights_file(self):
-        """Path of the weights if they are a file, or the folder of a Hugging Face model; else None."""
+        """Path of the weights if they are a file, or the folder of a Hugging Face or open_clip model; else None."""
+        if self.model.startswith("local-dir:"):
+            return Path(self.model.removeprefix("local-dir:"))
         places = [Path(self.pretrained), HOME / self.pretrained] if self.pretrained else []
         folders = self.library == "transformers"
         return next((path for path in places if path.is_file() or (folders and path.is_dir())), None)
@@ -112,7 +115,7 @@ class Config:
         return Path("checkpoints", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
 
     def result(self, evaluated_on, task):
-        """Path of the result file of `task` on the data set `evaluated_on`."""
+        """Path of the result file of `task` on what is `evaluated_on`: a data set, or `dataset+split`."""
         folder = Path("results", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
         return folder / f"{evaluated_on}-{task}.json"
 

@@ -22,9 +22,9 @@ def exits_cleanly(interrupted="interrupted."):
             except UserError as error:
                 said, code = str(error), 2
             except OSError as error:
-                if error.filename is None:
+                if error.strerror is None:
                     raise
-                said, code = f"{error.filename}: {error.strerror}.", 2
+                said, code = f"{error.filename or 'writing'}: {error.strerror}.", 2
             except KeyboardInterrupt:
                 said, code = interrupted, 130
             print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {said}", file=sys.stderr)

@@ -5,6 +5,8 @@ import os
 
 import torch.distributed as dist
 
+from utils.errors import UserError
+
 
 class Ranks:
     """This process among those that torchrun started; alone without it.
@@ -20,11 +22,22 @@ class Ranks:
         self.first = self.rank == 0
         if self.world > 1 and not dist.is_initialized():
             # One rank may have hours of images more than another, and reads the list anew while the others wait.
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+            try:
+                dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+            except ValueError as error:
+                raise UserError(
+                    f"WORLD_SIZE is {self.world}, but the processes cannot find one another ({error}): start them with"
+                    " torchrun, or unset it."
+                ) from None
 
-    def wait(self):
-        """Go on when every rank has come here."""
-        self.told(None)
+    def in_turn(self, call):
+        """Call `call` on rank 0 and then on the others: whatever is wrong, rank 0 says it, once."""
+        if not self.first:
+            self.told(None)
+        found = call()
+        if self.first:
+            self.told(None)
+        return found
 
     def told(self, value):
         """Give what rank 0 gives as `value`, when every rank has come here."""

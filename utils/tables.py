@@ -42,6 +42,8 @@ def levels_table(result):
             if "bayes_recall" in part["levels"][0]:
                 limits = " ".join(f"{100 * level['bayes_recall']:5.1f}" for level in part["levels"])
                 lines.append(f"    {limits}  Bayes-optimal")
+            if _all_alike(part["levels"]):
+                lines.append("    all are equally uncertain, so that the levels mean nothing")
             lines.append(f"    S {part['s']:.3f}   R2 {part['r2']:.3f}   -S*R2 {part['minus_s_r2']:.3f}")
         if "auroc" in part:
             lines.append(f"    AUROC of the right answer, {_doubt_of(part)}: {_auroc(part['auroc'])}")
@@ -54,6 +56,12 @@ def levels_table(result):
     if truth is not None:
         lines.append(f"  Spearman of uncertainty and true ambiguity {truth:.3f}")
     return "\n".join(lines)
+
+
+def _all_alike(levels):
+    """Whether all queries have the same uncertainty, as those of a method that has not been trained may."""
+    found = [bound for level in levels for bound in level.get("uncertainty", [])]
+    return bool(found) and min(found) == max(found)
 
 
 def _recalls(part):
