@@ -5,22 +5,12 @@
 
 PYTHON ?= python3
 PY = .venv/bin/python
-METHODS = $(basename $(notdir $(wildcard configs/methods/*.yaml)))
 CACHE = embeddings/shapes/shapes-tiny/val/meta.json
-RESULTS = $(METHODS:%=results/shapes/shapes-tiny/%/seed0/shapes-retrieval.json)
 
 .PHONY: demo test lint bench
-.SECONDARY:
 
-demo: $(RESULTS)
-	$(PY) report.py --dataset shapes
-
-results/shapes/shapes-tiny/%/seed0/shapes-retrieval.json: checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt
-	$(PY) eval.py --dataset shapes --method $* --score both --quiet
-
-checkpoints/shapes/shapes-tiny/%/seed0/adaptor.pt: configs/methods/%.yaml $(CACHE)
-	$(PY) train.py --dataset shapes --method $* --overwrite
-	touch $@
+demo: $(CACHE)
+	$(PY) reproduce.py --datasets shapes --methods all --seeds 0 --score both --overwrite
 
 $(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
 	$(PY) cache_embeddings.py --dataset shapes --overwrite

@@ -98,8 +98,7 @@ def main(argv=None):
             f"{pairs.folder} holds images with classes, not captions: train on pairs, and evaluate what is trained with"
             f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
         )
-    if config.train.val_fraction is None:
-        config.train.val_fraction = 0.1 if len(pairs.text) < FEW else 0.0
+    config.settle(len(pairs.text))
     rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
     seed_everything(config.seed)
     adaptor = make_adaptor(config, pairs.dim).to(device)

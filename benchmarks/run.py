@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy import special
 
-from metrics import retrieval
+from metrics import retrieval, uncertainty
 from models.base import Embedding
 from models.distributions import power_spherical, von_mises_fisher
 from models.gaussian import match
@@ -78,25 +78,33 @@ def normalizers(device):
 
 
 def evaluation(device):
-    """R@1/5/10 both ways at COCO's size, 5,000 x 25,014, D = 512, clustered: counting in tiles, against one matrix."""
+    """R@1/5/10 and R@1 by level both ways at COCO's size, 5,000 x 25,014, D = 512: in tiles, against one matrix."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(5000, 512, generator=generator), dim=-1)
     row_of = torch.arange(25_014) % 5000
-    text = F.normalize(image[row_of] + 2 * torch.randn(25_014, 512, generator=generator) / 512**0.5, dim=-1)
+    text = F.normalize(image[row_of] + 8 * torch.randn(25_014, 512, generator=generator) / 512**0.5, dim=-1)
+    doubt = [torch.rand(count, generator=generator).to(device) for count in (len(text), len(image))]
     image, text, owner = image.to(device), text.to(device), row_of.numpy()
     caption = np.arange(len(text))
+
+    def by_level(doubt, hit):
+        return [float(hit[rows].mean()) for rows in uncertainty.levels(doubt.cpu().numpy(), 10)]
 
     def ours():
         t2i = retrieval.rank(lambda rows: text[rows] @ image.T, len(image), caption, owner)
         i2t = retrieval.rank(lambda rows: image[rows] @ text.T, len(text), owner, caption)
-        return [float(retrieval.recall_at(ranking, k).mean()) for ranking in (t2i, i2t) for k in (1, 5, 10)]
+        recalls = [float(retrieval.recall_at(ranking, k).mean()) for ranking in (t2i, i2t) for k in (1, 5, 10)]
+        levels = [by_level(*both) for both in zip(doubt, (retrieval.recall_at(x, 1) for x in (t2i, i2t)), strict=True)]
+        return recalls + levels[0] + levels[1]
 
     def textbook():
         score = image @ text.T
         own = row_of.to(device)
         t2i = score.T.argsort(dim=1, descending=True)[:, :10] == own[:, None]
         i2t = own[score.argsort(dim=1, descending=True)[:, :10]] == torch.arange(len(image), device=device)[:, None]
-        return [hits[:, :k].any(dim=1).float().mean().item() for hits in (t2i, i2t) for k in (1, 5, 10)]
+        recalls = [hits[:, :k].any(dim=1).float().mean().item() for hits in (t2i, i2t) for k in (1, 5, 10)]
+        parts = [hits[u.argsort(), 0].float().tensor_split(10) for u, hits in zip(doubt, (t2i, i2t), strict=True)]
+        return recalls + [part.mean().item() for side in parts for part in side]
 
     return ours, textbook
 

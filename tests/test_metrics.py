@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse, stats
+from torchmetrics.functional import classification
+from torchmetrics.functional.retrieval import retrieval_r_precision
 
 from metrics import retrieval, uncertainty
 
@@ -48,6 +50,111 @@ def test_recall_without_ties_is_exact():
         assert (retrieval.recall_at(ranking, k) == expected).all()
 
 
+@pytest.mark.parametrize("tile", [2**24, 7])
+def test_first_rank_is_the_mean_over_random_orders_of_ties(monkeypatch, tile):
+    monkeypatch.setattr(retrieval, "TILE", tile)
+    rng = np.random.default_rng(11)
+    scores = rng.integers(0, 3, (8, 9)).astype(float)
+    true = rng.random((8, 9)) < 0.3
+    true[np.arange(8), rng.integers(0, 9, 8)] = True
+    ranking = retrieval.rank(lambda rows: torch.tensor(scores[rows]), 9, *np.nonzero(true))
+    ranks = []
+    for row, own in zip(scores, true, strict=True):
+        orders = [np.lexsort([rng.random(9), -row]) for _ in range(4000)]
+        ranks.append(np.mean([np.flatnonzero(own[order])[0] + 1 for order in orders]))
+    assert retrieval.first_rank(ranking) == pytest.approx(ranks, abs=0.15)
+    recalls = [retrieval.recall_at(ranking, k).mean() for k in (1, 5, 10)]
+    assert retrieval.rsum(ranking, ranking) == pytest.approx(200 * sum(recalls))
+    # Without ties it is the place in the sorted row.
+    scores = rng.standard_normal((8, 9))
+    ranking = retrieval.rank(lambda rows: torch.tensor(scores[rows]), 9, *np.nonzero(true))
+    places = [min(np.flatnonzero(own[np.argsort(-row)])) + 1 for row, own in zip(scores, true, strict=True)]
+    assert (retrieval.first_rank(ranking) == places).all()
+
+
+@pytest.mark.parametrize("tile", [2**24, 30])
+@pytest.mark.parametrize("values", [2, 5, 10**6])
+def test_lists_of_the_best_are_those_of_a_stable_sort(monkeypatch, tile, values):
+    monkeypatch.setattr(retrieval, "TILE", tile)
+    scores = np.random.default_rng(12).integers(0, values, (20, 17)).astype(np.float64)
+    for k in (1, 4, 17):
+        listed = retrieval.top(lambda rows: torch.tensor(scores[rows]), 20, 17, k)
+        assert (listed == np.argsort(-scores, axis=1, kind="stable")[:, :k]).all()
+    for k in (0, 18):
+        with pytest.raises(ValueError, match="cannot be listed"):
+            retrieval.top(lambda rows: torch.tensor(scores[rows]), 20, 17, k)
+    scores[3, 5] = np.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        retrieval.top(lambda rows: torch.tensor(scores[rows]), 20, 17, 2)
+
+
+def average_precision_at_r(order, own):
+    """mAP@R of one ranked list by a loop."""
+    found, total = 0, 0.0
+    for place, item in enumerate(order[: own.sum()], 1):
+        found += own[item]
+        total += own[item] * found / place
+    return total / own.sum()
+
+
+def test_quality_of_the_r_best_by_loop_and_torchmetrics():
+    rng = np.random.default_rng(13)
+    scores, true = rng.standard_normal((30, 40)), rng.random((30, 40)) < rng.random((30, 1))
+    true[:, 0] = True
+    true[0] = True  # everything is right
+    true[1] = np.arange(40) == scores[1].argmax()
+    found = retrieval.at_r(lambda rows: torch.tensor(scores[rows]), sparse.csr_array(true))
+    for query, row in enumerate(scores):
+        expected = average_precision_at_r(np.argsort(-row), true[query])
+        assert found.mean_average_precision[query] == pytest.approx(expected, rel=1e-12)
+        expected = retrieval_r_precision(torch.tensor(row), torch.tensor(true[query])).item()
+        assert found.r_precision[query] == pytest.approx(expected, rel=1e-6)
+    assert found.r_precision[:2] == pytest.approx(1) and found.mean_average_precision[:2] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tile", [2**24, 30])
+def test_quality_of_the_r_best_is_that_of_random_order_among_ties(monkeypatch, tile):
+    """Every order of tied items is tried, of which there are few enough."""
+    monkeypatch.setattr(retrieval, "TILE", tile)
+    rng = np.random.default_rng(14)
+    scores = rng.integers(0, 3, (12, 6)).astype(float)
+    scores[0] = 0
+    true = rng.random((12, 6)) < 0.5
+    true[:, 2] = True
+    found = retrieval.at_r(lambda rows: torch.tensor(scores[rows]), sparse.csc_array(true))
+    for query, row in enumerate(scores):
+        orders = [order for order in map(list, itertools.permutations(range(6))) if (np.diff(row[order]) <= 0).all()]
+        expected = np.mean([average_precision_at_r(order, true[query]) for order in orders])
+        assert found.mean_average_precision[query] == pytest.approx(expected, rel=1e-12)
+        expected = np.mean([true[query][order[: true[query].sum()]].mean() for order in orders])
+        assert found.r_precision[query] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_query_without_a_positive_has_no_precision():
+    with pytest.raises(ValueError, match="no positive"):
+        retrieval.at_r(lambda rows: torch.zeros(2, 3)[rows], sparse.csr_array([[1, 0, 0], [0, 0, 0]]))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        retrieval.at_r(lambda rows: torch.full((1, 3), torch.nan)[rows], sparse.csr_array([[1, 0, 0]]))
+
+
+def test_recall_in_folds_by_loop():
+    rng = np.random.default_rng(15)
+    owner = np.sort(np.append(np.arange(23), rng.integers(0, 23, 40)))
+    scores = rng.standard_normal((23, 63)) + 2 * (owner == np.arange(23)[:, None])
+    t2i, i2t = retrieval.fold_recalls(lambda i, t: torch.tensor(scores[np.ix_(i, t)]), owner, ks=(1, 3), count=5)
+    for k in (1, 3):
+        expected = [], []
+        for images in np.array_split(np.arange(23), 5):
+            texts = np.flatnonzero(np.isin(owner, images))
+            part = scores[np.ix_(images, texts)]
+            expected[0].append(np.mean([owner[t] in images[np.argsort(-part[:, j])[:k]] for j, t in enumerate(texts)]))
+            own = [owner[texts[np.argsort(-row)[:k]]] for row in part]
+            expected[1].append(np.mean([image in found for image, found in zip(images, own, strict=True)]))
+        assert (t2i[k], i2t[k]) == pytest.approx(tuple(map(np.mean, expected)))
+    with pytest.raises(ValueError, match="too few for 12 folds"):
+        retrieval.fold_recalls(None, owner, count=12)
+
+
 def test_constant_score_has_the_recall_of_a_guess():
     ranking = retrieval.rank(lambda rows: torch.zeros(len(range(50)[rows]), 20), 20, np.arange(50), np.arange(50) % 20)
     assert retrieval.recall_at(ranking, 5) == pytest.approx(np.full(50, 5 / 20))
@@ -84,6 +191,54 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
     assert uncertainty.auroc(sure == 0, sure) == 1 and uncertainty.auroc(sure, sure) == 0
     assert uncertainty.auroc(np.ones(40), sure) == 0.5
     assert uncertainty.auroc(doubt, np.ones(40)) is None
+
+
+def test_precision_and_recall_against_torchmetrics():
+    rng = np.random.default_rng(16)
+    for values in (4, 10**6):
+        doubt, hit = rng.integers(0, values, 60).astype(float), rng.integers(0, 2, 60)
+        # torchmetrics takes probabilities, and turns others into such.
+        expected = classification.binary_average_precision(torch.tensor(1 - doubt / values), torch.tensor(hit)).item()
+        assert uncertainty.aupr(doubt, hit) == pytest.approx(expected, rel=1e-6)
+    assert uncertainty.aupr(1 - hit, hit) == 1 and uncertainty.aupr(doubt, np.ones(60)) == 1
+    assert uncertainty.aupr(np.ones(60), hit) == pytest.approx(hit.mean())
+    assert uncertainty.aupr(doubt, np.zeros(60)) is None
+
+
+def test_risk_and_coverage_by_trying_orders_of_ties():
+    rng = np.random.default_rng(17)
+    doubt, hit = rng.integers(0, 5, 40).astype(float), rng.choice([0.0, 1.0, 0.25], 40)
+    curves = []
+    for _ in range(4000):
+        order = np.lexsort([rng.random(40), doubt])
+        curves.append([1 - np.mean(hit[order[: n + 1]]) for n in range(40)])
+    curve = np.mean(curves, axis=0)
+    assert uncertainty.risk_coverage(doubt, hit) == pytest.approx(curve, abs=0.02)
+    rows = rng.permutation(40)  # the order of the rows is of no consequence
+    assert uncertainty.risk_coverage(doubt[rows], hit[rows]) == pytest.approx(uncertainty.risk_coverage(doubt, hit))
+    found = uncertainty.selective(doubt, hit)
+    best = np.sort(1 - hit)
+    best = np.mean([best[: n + 1].mean() for n in range(40)])
+    curve = uncertainty.risk_coverage(doubt, hit)
+    assert found.aurc == pytest.approx(np.mean(curve)) and found.e_aurc == pytest.approx(np.mean(curve) - best)
+    assert found.recall == pytest.approx({"80": 1 - curve[31], "90": 1 - curve[35], "95": 1 - curve[37]})
+
+
+def test_risk_and_coverage_at_the_ends():
+    hit = np.repeat([1.0, 0.0], [700, 300])
+    oracle = uncertainty.selective(1 - hit, hit)
+    assert oracle.e_aurc == 0 and oracle.recall["80"] == pytest.approx(700 / 800)
+    # The approximation of Geifman et al. for many queries.
+    assert oracle.aurc == pytest.approx(0.3 + 0.7 * np.log(0.7), abs=1e-3)
+    assert uncertainty.selective(np.zeros(1000), hit).aurc == pytest.approx(0.3)
+    assert uncertainty.selective(hit, hit).e_aurc > uncertainty.selective(np.zeros(1000), hit).e_aurc > 0
+    doubt = np.random.default_rng(18).random(1000)
+    assert uncertainty.selective(doubt, np.ones(1000))[:2] == (0, 0)
+    assert uncertainty.selective(doubt, np.zeros(1000))[:2] == (1, 0)
+    assert uncertainty.selective([0.5], [1])[2] == {"80": 1, "90": 1, "95": 1}
+    limit = 1 / np.arange(1, 1001)
+    assert uncertainty.selective(-limit, limit).e_aurc == pytest.approx(0)
+    assert uncertainty.regret(hit, limit) == pytest.approx(limit.mean() - 0.7)
 
 
 def test_a_score_that_is_not_finite_is_refused():
@@ -131,6 +286,77 @@ def test_levels_use_every_query_once(queries, count):
     assert all(a < b for a, b in itertools.pairwise(order) if doubt[a] == doubt[b])
 
 
+def test_the_reference_suites_levels_leave_out_the_most_uncertain():
+    """n // levels queries in each, from the least uncertain on, the level of an image being its retrieved caption's."""
+    rng = np.random.default_rng(19)
+    doubt, top, hit = rng.random(800), rng.integers(0, 800, 103), rng.integers(0, 2, 103)
+    order, size = np.argsort(doubt[top]), 103 // 10
+    expected = [np.mean([hit[order[size * level + n]] for n in range(size)]) for level in range(10)]
+    groups = uncertainty.levels(doubt[top], 10, drop_remainder=True)
+    assert [hit[rows].mean() for rows in groups] == pytest.approx(expected)
+    assert set(range(103)) - set(np.concatenate(groups)) == set(order[100:])
+    every = [hit[rows].mean() for rows in uncertainty.levels(doubt[top], 10)]
+    assert [len(rows) for rows in uncertainty.levels(doubt[top], 10)] == [11] * 3 + [10] * 7 and every != expected
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("drawn", [2**18, 100])
+def test_bootstrap_by_loop(monkeypatch, drop, drawn):
+    """The same draws, each split into levels and judged by the functions for one."""
+    monkeypatch.setattr(uncertainty, "DRAWN", drawn)
+    rng = np.random.default_rng(20)
+    doubt, hit = rng.integers(0, 9, 57).astype(float), rng.choice([0.0, 1.0, 0.5], 57)
+    found = uncertainty.bootstrap(doubt, hit, 5, draws=200, seed=3, drop_remainder=drop)
+    order, draws, expected = np.argsort(doubt, kind="stable"), np.random.default_rng(3), []
+    for _ in range(200):
+        rows = order[np.sort(draws.integers(57, size=57))]
+        groups = uncertainty.levels(doubt[rows], 5, drop)
+        recalls = [hit[rows][group].mean() for group in groups]
+        expected.append([*uncertainty.trend(recalls), uncertainty.auroc(doubt[rows], hit[rows]), *recalls])
+    expected = np.quantile(expected, [0.025, 0.975], axis=0).T
+    assert found.pop("level_recall") == [pytest.approx(interval) for interval in expected[5:]]
+    assert list(found) == ["s", "r2", "minus_s_r2", "spread", "auroc"]
+    assert list(found.values()) == [pytest.approx(interval) for interval in expected[:5]]
+
+
+def test_bootstrap_covers_what_it_should():
+    """Of 200 samples about 95 % of the intervals hold the true spread and AUROC."""
+    rng = np.random.default_rng(21)
+    covered = np.zeros(2)
+    for seed in range(200):
+        doubt = rng.random(400)
+        found = uncertainty.bootstrap(doubt, rng.random(400) < 1 - doubt, 4, draws=200, seed=seed)
+        # Right by chance of 1 - u: levels from 7/8 to 1/8; misses have density 2u, hits 2 - 2u, so that AUROC is 5/6.
+        covered += [low <= true <= high for (low, high), true in ((found["spread"], 0.75), (found["auroc"], 5 / 6))]
+    assert (np.abs(covered / 200 - 0.95) < 0.04).all()
+
+
+def test_bootstrap_of_the_same_answers_only():
+    doubt = np.arange(20)
+    for hit in (np.ones(20), np.zeros(20)):
+        found = uncertainty.bootstrap(doubt, hit, 4, draws=50)
+        assert found["auroc"] is None and found["s"] == found["r2"] == found["spread"] == [0, 0]
+    # In some draws the one miss is lacking; AUROC is that of the others.
+    found = uncertainty.bootstrap(doubt, doubt < 19, 4, draws=50)
+    assert found["auroc"] == [1, 1]
+    assert uncertainty.bootstrap(doubt, doubt % 2, 4) == uncertainty.bootstrap(doubt, doubt % 2, 4)
+    with pytest.raises(ValueError, match="20 queries cannot be split"):
+        uncertainty.bootstrap(doubt, hit, 21)
+
+
+def test_rank_correlations_and_label_entropy_against_scipy():
+    rng = np.random.default_rng(22)
+    a, b = rng.integers(0, 9, 50), rng.integers(0, 4, 50)
+    assert uncertainty.kendall(a, b) == pytest.approx(stats.kendalltau(a, b).statistic)
+    pairs = [(np.sign(a[i] - a[j]), np.sign(b[i] - b[j])) for i, j in itertools.combinations(range(50), 2)]
+    x, y = np.array(pairs).T
+    assert uncertainty.kendall(a, b) == pytest.approx((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()))
+    assert uncertainty.kendall(a, np.ones(50)) == uncertainty.spearman(a, np.ones(50)) == 0
+    shares = rng.random((6, 4)) * (rng.random((6, 4)) < 0.7) + np.eye(4)[rng.integers(0, 4, 6)]
+    for row, found in zip(shares, uncertainty.label_entropy(shares), strict=True):
+        assert found == pytest.approx(-sum(p * np.log(p) for p in row / row.sum() if p))
+
+
 @pytest.mark.parametrize("count", [1, 0, -3, 11])
 def test_levels_refuse_what_cannot_be_split(count):
     with pytest.raises(ValueError, match="10 queries cannot be split"):
@@ -144,8 +370,11 @@ def test_trend_against_scipy():
     assert trend.s == pytest.approx(stats.spearmanr(np.arange(10), recalls).statistic)
     assert trend.r2 == pytest.approx(fit.rvalue**2)
     assert trend.minus_s_r2 == pytest.approx(-trend.s * fit.rvalue**2)
-    assert uncertainty.trend([0.9, 0.7, 0.5, 0.3]) == pytest.approx((-1, 1, 1))
-    assert uncertainty.trend([0.4] * 5) == (0, 0, 0)
+    assert trend.spread == recalls[0] - recalls[-1]
+    assert uncertainty.trend([0.9, 0.7, 0.5, 0.3]) == pytest.approx((-1, 1, 1, 0.6))
+    assert uncertainty.trend([0.4] * 5) == (0, 0, 0, 0)
+    tied = uncertainty.trend([0.5, 0.5, 0.25, 0.75])
+    assert tied.s == pytest.approx(stats.spearmanr(np.arange(4), [0.5, 0.5, 0.25, 0.75]).statistic)
 
 
 def test_falling_chains_by_loop():
@@ -157,3 +386,19 @@ def test_falling_chains_by_loop():
     falls = [[doubt[4 * c + d + 1] < doubt[4 * c + d] for d in range(3)] for c in range(20)]
     assert whole == pytest.approx(np.mean([all(f) for f in falls]))
     assert steps == pytest.approx(np.mean(falls))
+
+
+def test_correlation_with_depth_by_loop():
+    rng = np.random.default_rng(23)
+    chain = np.repeat(np.arange(20), rng.integers(2, 6, 20))
+    depth = np.concatenate([np.arange(n) for n in np.bincount(chain)])
+    doubt = np.round(rng.random(len(chain)) - 0.3 * depth, 1)
+    rows = rng.permutation(len(chain))
+    found = uncertainty.depth_correlation(doubt[rows], chain[rows], depth[rows])
+    parts = [(doubt[chain == c], depth[chain == c]) for c in range(20)]
+    expected = [stats.spearmanr(*part).statistic if np.ptp(part[0]) else 0 for part in parts]
+    assert found.within == pytest.approx(np.mean(expected))
+    assert found.pooled == pytest.approx(stats.spearmanr(doubt, depth).statistic)
+    assert uncertainty.depth_correlation(-depth, chain, depth) == pytest.approx((-1, -1))
+    with pytest.raises(ValueError, match="but one prompt"):
+        uncertainty.depth_correlation([1, 2, 3], [0, 0, 1], [0, 1, 0])

@@ -256,7 +256,7 @@ def test_loss_prediction_learns_few_pairs_under_validation(world):
 def test_validation_is_off_where_pairs_are_many_or_it_is_told_to(world, monkeypatch):
     for told in ([], ["--val-fraction", "0"]):
         if not told:
-            monkeypatch.setattr(train, "FEW", 1000)
+            monkeypatch.setattr("utils.config.FEW", 1000)
         train.main([*COMMAND, "--tag", f"tag{len(told)}", *told])
         folder = world / f"checkpoints/shapes/shapes-tiny/asymvlm-psd+tag{len(told)}/seed0"
         assert "val_loss" not in read_log(folder)[0]

@@ -36,7 +36,7 @@ class Run:
         identity: dict of what the run is trained on, kept beside the weights. overwrite: replace such a run.
         """
         self.identity = identity
-        changed = self._changed()
+        changed = self.changed(identity)
         if changed and not overwrite:
             raise UserError(
                 f"{self.folder} holds a run with another {', '.join(changed)}: give this one a name of its own with"
@@ -49,8 +49,11 @@ class Run:
             self.state_file.unlink(missing_ok=True)  # a kill may have left it
         self.config.save(self.folder / "config.yaml")
 
-    def _changed(self):
-        """Name what differs between the weights that the folder holds and the run that claims it."""
+    def changed(self, identity):
+        """Name what differs between the weights that the folder holds and this run on embeddings of `identity`.
+
+        Raises UserError where the weights are damaged.
+        """
         files = [file for file in (self.adaptor_file, self.state_file) if file.is_file()]
         if not files:
             return []
@@ -58,8 +61,8 @@ class Run:
             held = dataclasses.asdict(Config.load(self.folder / "config.yaml"))
         except UserError:
             return ["configuration, for its config.yaml is missing or damaged"]
-        changed = _difference(held, dataclasses.asdict(self.config))
-        if any(_read(file)["identity"] != self.identity for file in files):
+        changed = difference(held, dataclasses.asdict(self.config))
+        if any(_read(file)["identity"] != identity for file in files):
             changed.append("cache of embeddings")
         return changed
 
@@ -104,8 +107,7 @@ class Run:
 
 
 def _save(path, value):
-    # Given a path, torch.save would write its name into the file, and with it the number of this process.
-    with atomic(path) as partial, open(partial, "wb") as file:
+    with atomic(path) as partial, open(partial, "wb") as file:  # given a path, torch keeps its name in the bytes
         torch.save(value, file)
 
 
@@ -118,13 +120,13 @@ def _read(path):
         raise UserError(f"{path} is damaged or truncated: delete {Path(path).parent} and train again.") from None
 
 
-def _difference(held, wanted, prefix=""):
+def difference(held, wanted, prefix=""):
     """Dotted names of the values in which two nested dicts differ."""
     names = []
     for name in dict.fromkeys([*held, *wanted]):
         a, b = held.get(name), wanted.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            names += _difference(a, b, f"{prefix}{name}.")
+            names += difference(a, b, f"{prefix}{name}.")
         elif a != b:
             names.append(prefix + name)
     return names

@@ -120,10 +120,20 @@ class Config:
         return folder / f"{evaluated_on}-{task}.json"
 
     @property
+    def flags(self):
+        """The flags of train.py that name this run."""
+        flags = {"dataset": self.dataset, "backbone": self.backbone, "method": self.method, "seed": self.seed}
+        return flags | self._differs
+
+    @property
     def command(self):
         """The command that trains this run, as far as names tell."""
-        flags = {"dataset": self.dataset, "backbone": self.backbone, "method": self.method, "seed": self.seed}
-        return "python train.py " + " ".join(f"--{name} {value}" for name, value in (flags | self._differs).items())
+        return "python train.py " + " ".join(f"--{name} {value}" for name, value in self.flags.items())
+
+    def settle(self, captions):
+        """Decide what is left to the number of captions trained on: whether some are held out to pick the epoch."""
+        if self.train.val_fraction is None:
+            self.train.val_fraction = 0.1 if captions < FEW else 0.0
 
     def save(self, path):
         """Write the resolved configuration as YAML."""
@@ -151,6 +161,11 @@ _Loader.add_implicit_resolver(
 def known(kind):
     """List the names of a kind: datasets, backbones or methods. The folder is the list."""
     return sorted(path.stem for path in (HOME / "configs" / kind).glob("*.yaml"))
+
+
+def presets_of(method):
+    """List a method's presets."""
+    return ["default", *_named("methods", method).get("presets", {})]
 
 
 def load_backbone(name):

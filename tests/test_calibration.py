@@ -1,0 +1,168 @@
+"""Calibration against loops and torchmetrics."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, special
+from torchmetrics.functional import classification
+
+from metrics import calibration, retrieval
+
+LOGIT = np.random.default_rng(0).standard_normal((200, 7)) * 2
+LABEL = np.where(np.random.default_rng(1).random(200) < 0.6, LOGIT.argmax(axis=1), 3)
+
+
+def forecast(logit, label, scale=1.0):
+    return calibration.forecast(lambda rows: torch.tensor(logit[rows]), logit.shape[1], *label, scale)
+
+
+def single(label):
+    return np.arange(len(label)), label
+
+
+@pytest.mark.parametrize("tile", [2**24, 30])
+def test_scores_of_several_positives_by_loop(monkeypatch, tile):
+    monkeypatch.setattr(retrieval, "TILE", tile)
+    rng = np.random.default_rng(2)
+    logit, true = rng.integers(-2, 3, (40, 6)).astype(float), rng.random((40, 6)) < 0.3
+    true[np.arange(40), rng.integers(0, 6, 40)] = True
+    found = forecast(logit, np.nonzero(true), scale=0.7)
+    for query, (row, own) in enumerate(zip(logit, true, strict=True)):
+        p = np.exp(0.7 * row) / np.exp(0.7 * row).sum()
+        assert found.confidence[query] == pytest.approx(max(p))
+        assert found.hit[query] == pytest.approx(np.mean([own[item] for item in range(6) if row[item] == max(row)]))
+        assert found.nll[query] == pytest.approx(-np.log(sum(p[own])), abs=1e-12)
+        assert found.brier[query] == pytest.approx((1 - sum(p[own])) ** 2 + sum(x**2 for x in p[~own]), abs=1e-12)
+
+
+def test_scores_of_labels_against_torch():
+    found = forecast(LOGIT, single(LABEL), scale=1.3)
+    logit, label = torch.tensor(1.3 * LOGIT), torch.tensor(LABEL)
+    assert found.nll == pytest.approx(torch.nn.functional.cross_entropy(logit, label, reduction="none").numpy())
+    squares = (logit.softmax(dim=1) - torch.nn.functional.one_hot(label, 7)).square().sum(dim=1)
+    assert found.brier == pytest.approx(squares.numpy())
+    assert (found.hit == (LOGIT.argmax(axis=1) == LABEL)).all()
+    # Logarithms of probabilities do as well as logits.
+    again = forecast(np.log(special.softmax(LOGIT, axis=1)), single(LABEL), scale=1.3)
+    assert all(a == pytest.approx(b) for a, b in zip(again, found, strict=True))
+    ranking = retrieval.rank(lambda rows: torch.tensor(LOGIT[rows]), 7, *single(LABEL), 1.3)
+    assert ranking.probability == pytest.approx(found.confidence)
+    assert retrieval.recall_at(ranking, 1) == pytest.approx(found.hit)
+
+
+def test_a_probability_that_underflows_has_a_finite_logarithm():
+    found = forecast(np.array([[0.0, 1e4], [0.0, 1e4]]), single([0, 1]))
+    assert found.nll == pytest.approx([1e4, 0]) and found.brier == pytest.approx([2, 0])
+    assert (found.hit == [0, 1]).all()
+    for wrong in (np.nan, np.inf):
+        for function in (calibration.forecast, calibration.fit_scale):
+            with pytest.raises(FloatingPointError, match="not finite"):
+                function(lambda rows, wrong=wrong: torch.tensor([[0, wrong]])[rows], 2, [0], [0])
+
+
+@pytest.mark.parametrize("bins", [15, 20])
+def test_calibration_error_against_torchmetrics(bins):
+    probability = torch.tensor(special.softmax(LOGIT, axis=1))
+    for label in (LABEL, LOGIT.argmax(axis=1), LOGIT.argmin(axis=1)):
+        judged = forecast(LOGIT, single(label))
+        expected = classification.multiclass_calibration_error(probability, torch.tensor(label), 7, bins).item()
+        curve = calibration.reliability(judged.confidence, judged.hit, bins)
+        assert calibration.calibration_error(curve) == pytest.approx(expected, rel=1e-6)  # it has float32 within
+    # On the edges of bins, too, and with all certain.
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64).repeat(4)
+    hit = torch.tensor(np.random.default_rng(3).integers(0, 2, len(edges)))
+    expected = classification.binary_calibration_error(edges, hit, bins).item()
+    curve = calibration.reliability(edges.numpy(), hit.numpy(), bins)
+    # There 1 has a bin of its own.
+    rows = edges.numpy() < 1
+    below = calibration.reliability(edges.numpy()[rows], hit.numpy()[rows], bins)
+    sure = abs(1 - hit.numpy()[~rows].mean()) * (~rows).sum()
+    total = calibration.calibration_error(below) * rows.sum() + sure
+    assert total / len(edges) == pytest.approx(expected)
+    assert curve.count.sum() == len(edges)
+
+
+def test_reliability_by_loop():
+    found = forecast(LOGIT, single(LABEL))
+    curve = calibration.reliability(found.confidence, found.hit, 20)
+    inside = [(found.confidence >= n / 20) & (found.confidence < (n + 1) / 20) for n in range(20)]
+    inside = [rows for rows in inside if rows.any()]
+    assert (curve.count == [rows.sum() for rows in inside]).all()
+    assert curve.confidence == pytest.approx([found.confidence[rows].mean() for rows in inside])
+    assert curve.accuracy == pytest.approx([found.hit[rows].mean() for rows in inside])
+
+
+def test_adaptive_error_by_loop_and_whatever_the_order_of_the_rows():
+    rng = np.random.default_rng(4)
+    confidence, hit = rng.random(203), rng.integers(0, 2, 203)
+    curve = calibration.adaptive_reliability(confidence, hit, 15)
+    groups = np.array_split(np.argsort(confidence), 15)
+    assert curve.count.tolist() == [len(rows) for rows in groups]
+    expected = sum(len(rows) * abs(confidence[rows].mean() - hit[rows].mean()) for rows in groups) / 203
+    assert calibration.calibration_error(curve) == pytest.approx(expected)
+    tied, rows = np.round(confidence, 1), rng.permutation(203)
+    curve = calibration.adaptive_reliability(tied, hit)
+    again = calibration.adaptive_reliability(tied[rows], hit[rows])
+    assert all(one == pytest.approx(other) for one, other in zip(curve, again, strict=True))
+    # All as certain as right are many: no error, in whatever bins.
+    curve = calibration.adaptive_reliability(np.full(203, hit.mean()), hit)
+    assert calibration.calibration_error(curve) == pytest.approx(0)
+
+
+def test_errors_at_the_ends():
+    sure = np.ones(30)
+    for bins in (calibration.reliability, calibration.adaptive_reliability):
+        assert calibration.calibration_error(bins(sure, sure)) == 0
+        assert calibration.calibration_error(bins(sure, 1 - sure)) == 1
+        assert calibration.calibration_error(bins(0 * sure, 1 - sure)) == 0
+    assert calibration.reliability(sure + 1e-7, sure).count.tolist() == [30]
+    for wrong in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match=r"outside of \[0, 1\]"):
+            calibration.reliability([0.5, wrong], [0, 1])
+    for bins in (0, 31):
+        with pytest.raises(ValueError, match="30 queries cannot be split"):
+            calibration.adaptive_reliability(sure, sure, bins)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 50.0])
+def test_the_fitted_scale_has_the_least_loss(unit):
+    def loss(log_scale):
+        return -special.log_softmax(np.exp(log_scale) * LOGIT, axis=1)[np.arange(200), LABEL].mean()
+
+    expected = np.exp(optimize.minimize_scalar(loss).x) / unit
+    found = calibration.fit_scale(lambda rows: torch.tensor(unit * LOGIT[rows]), 7, *single(LABEL))
+    assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_fitted_scale_is_that_of_the_labels_drawn_and_calibrates():
+    rng = np.random.default_rng(5)
+    logit = rng.standard_normal((6000, 10))
+    label = (special.softmax(2.5 * logit, axis=1).cumsum(axis=1) < rng.random((6000, 1))).sum(axis=1)
+    fitted = calibration.halves(np.arange(6000) // 5)
+    scale = calibration.fit_scale(lambda rows: torch.tensor(logit[fitted][rows]), 10, *single(label[fitted]))
+    assert scale == pytest.approx(2.5, rel=0.05)
+    before, after = (forecast(logit[~fitted], single(label[~fitted]), x) for x in (1.0, scale))
+    errors = [calibration.calibration_error(calibration.reliability(x.confidence, x.hit)) for x in (before, after)]
+    assert errors[1] < 0.03 < 0.2 < errors[0] and after.nll.mean() < before.nll.mean()
+
+
+def test_the_fitted_scale_where_every_answer_is_right_or_nothing_is_told():
+    def fit(logit, label):
+        return calibration.fit_scale(lambda rows: torch.tensor(logit[rows]), logit.shape[1], *single(label))
+
+    right = fit(LOGIT, LOGIT.argmax(axis=1))
+    nll = forecast(LOGIT, single(LOGIT.argmax(axis=1)), right).nll.mean()
+    assert nll == pytest.approx(1 / 200, rel=0.01)
+    assert fit(np.zeros((9, 4)), np.zeros(9, dtype=int)) == 1
+    # All wrong: the less is claimed the better.
+    assert fit(LOGIT, LOGIT.argmin(axis=1)) < 1e-3
+    assert np.isfinite(fit(LOGIT[:1], LOGIT[:1].argmax(axis=1)))
+
+
+def test_halves_keep_groups_together():
+    group = np.random.default_rng(6).integers(0, 41, 300)
+    first = calibration.halves(group, seed=2)
+    assert len(set(group[first])) == 20 and not set(group[first]) & set(group[~first])
+    assert (first == calibration.halves(group, seed=2)).all() and (first != calibration.halves(group, seed=3)).any()
+    with pytest.raises(ValueError, match="single group"):
+        calibration.halves(np.zeros(5))

@@ -1,0 +1,144 @@
+"""COCO 1K and 5K, CxC and ECCV Caption against the package's own figures of the whole ranking."""
+
+import builtins
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from metrics import eccv, retrieval
+from utils.errors import UserError
+
+pytest.importorskip("eccv_caption", reason="eccv_caption is not installed: pip install -r requirements-extra.txt")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The package with 30 images of each fold left, half of them such as ECCV Caption annotates, and their captions."""
+    from eccv_caption import Metrics
+
+    whole = Metrics()
+    text = whole.coco_ids.reshape(5, 1000, 5)
+    owner = whole.coco_gts["t2i"]
+    chosen = []
+    for fold in text:
+        annotated = [owner[captions[0]][0] in whole.eccv_gts["i2t"] for captions in fold.tolist()]
+        rows = np.sort(np.argsort(~np.array(annotated), kind="stable")[[*range(15), *range(-15, 0)]])
+        chosen.append(fold[rows])
+    text = np.concatenate(chosen).ravel()
+    texts, images = set(text.tolist()), {owner[id][0] for id in text.tolist()}
+
+    def less(gts):
+        parts = {}
+        for side, (queries, items) in {"i2t": (images, texts), "t2i": (texts, images)}.items():
+            kept = {id: [x for x in own if x in items] for id, own in gts[side].items() if id in queries}
+            parts[side] = {id: own for id, own in kept.items() if own}
+        return parts
+
+    whole.coco_ids = text
+    whole.coco_gts, whole.cxc_gts, whole.eccv_gts = map(less, (whole.coco_gts, whole.cxc_gts, whole.eccv_gts))
+    monkeypatch.setattr(eccv, "annotations", lambda: whole)
+    return whole
+
+
+def scores(few, rng, noise, levels=None):
+    """Scores of 150 images and 750 captions, right ones above others before noise; `levels` makes ties."""
+    image, text = eccv._ids()
+    true = np.array([few.coco_gts["t2i"][id][0] for id in text.tolist()]) == image[:, None]
+    made = true + noise * rng.standard_normal(true.shape)
+    return image, text, made if levels is None else np.round(levels * made)
+
+
+@pytest.mark.parametrize(("noise", "levels"), [(0.5, None), (2.0, None), (0.5, 3), (0.0, None)])
+def test_every_figure_is_the_packages_of_the_whole_ranking(few, noise, levels, capsys):
+    image, text, made = scores(few, np.random.default_rng(0), noise, levels)
+    found = eccv.evaluate(lambda i, t: torch.tensor(made[i, t]))
+    i2t = {id: text[np.argsort(-row, kind="stable")].tolist() for id, row in zip(image.tolist(), made, strict=True)}
+    t2i = {id: image[np.argsort(-row, kind="stable")].tolist() for id, row in zip(text.tolist(), made.T, strict=True)}
+    expected = few.compute_all_metrics(i2t, t2i, target_metrics=eccv.TARGETS, Ks=eccv.KS)
+    capsys.readouterr()
+    assert eccv.measure(i2t, t2i) == found and capsys.readouterr().err == ""
+    sums = {name: found.pop(name) for name in ("coco_1k_rsum", "coco_5k_rsum")}
+    assert len(found) == 12 and set(found) == set(expected)
+    for name, value in found.items():
+        assert value == {"text_to_image": expected[name]["t2i"], "image_to_text": expected[name]["i2t"]}
+    for name, total in sums.items():
+        assert total == pytest.approx(sum(100 * x for k in eccv.KS for x in expected[f"{name[:7]}_r{k}"].values()))
+    if noise == 0:
+        assert found["coco_1k_r1"] == found["coco_5k_r1"] == {"text_to_image": 1, "image_to_text": 1}
+
+
+def test_coco_1k_and_5k_are_ours(few):
+    _, _, made = scores(few, np.random.default_rng(1), 1.0)
+    found = eccv.evaluate(lambda i, t: torch.tensor(made[i, t]))
+    owner, caption = np.arange(750) // 5, np.arange(750)
+    t2i, i2t = retrieval.fold_recalls(lambda i, t: torch.tensor(made[np.ix_(i, t)]), owner)
+    whole = (
+        retrieval.rank(lambda rows: torch.tensor(made.T[rows]), 150, caption, owner),
+        retrieval.rank(lambda rows: torch.tensor(made[rows]), 750, owner, caption),
+    )
+    for k in eccv.KS:
+        assert (t2i[k], i2t[k]) == pytest.approx(tuple(found[f"coco_1k_r{k}"].values()))
+        ours = [retrieval.recall_at(ranking, k).mean() for ranking in whole]
+        assert ours == pytest.approx(list(found[f"coco_5k_r{k}"].values()))
+    assert retrieval.rsum(*whole) == pytest.approx(found["coco_5k_rsum"])
+
+
+def test_map_at_r_and_r_precision_are_ours(few):
+    from scipy import sparse
+
+    image, text, made = scores(few, np.random.default_rng(2), 1.0)
+    found = eccv.evaluate(lambda i, t: torch.tensor(made[i, t]))
+    for side, query, item, rows in (("i2t", image, text, made), ("t2i", text, image, made.T)):
+        gts = few.eccv_gts[side]
+        asked = [row for row, id in enumerate(query.tolist()) if id in gts]
+        true = np.array([np.isin(item, gts[query[row]]) for row in asked])
+        judged = retrieval.at_r(lambda part, rows=rows[asked]: torch.tensor(rows[part]), sparse.csr_array(true))
+        name = eccv.SIDES[side]
+        assert judged.mean_average_precision.mean() == pytest.approx(found["eccv_map_at_r"][name])
+        assert judged.r_precision.mean() == pytest.approx(found["eccv_rprecision"][name])
+
+
+def test_lists_too_short_are_refused(few):
+    """The package would end in an IndexError on the first, and take the others for misses."""
+    _, _, made = scores(few, np.random.default_rng(3), 1.0)
+    i2t, t2i = eccv.ranked_ids(lambda i, t: torch.tensor(made[i, t]))
+    id = next(iter(i2t))
+    with pytest.raises(ValueError, match=f"list of i2t for id {id} has 5 items"):
+        eccv.measure(i2t | {id: i2t[id][:5]}, t2i)
+    with pytest.raises(ValueError, match="COCO 1K needs 10"):
+        eccv.measure({id: row[:50] for id, row in i2t.items()}, {id: row[:19] for id, row in t2i.items()})
+    del t2i[next(iter(t2i))]
+    with pytest.raises(ValueError, match="has 0 items"):
+        eccv.measure(i2t, t2i)
+
+
+def test_rows_are_found_by_id_and_other_splits_are_refused():
+    image, text = eccv._ids()
+    assert len(set(image.tolist())) == 5000 and len(set(text.tolist())) == 25_000
+    # Karpathy's file begins with this image and these captions, so that rows in its order need no change.
+    assert image[0] == 391895 and text[:5].tolist() == [770337, 771687, 772707, 776154, 781998]
+    rng = np.random.default_rng(4)
+    images, texts = rng.permutation(image), rng.permutation(np.append(text, [-1, -2]))
+    known = eccv.known(images, texts)
+    assert (images[known.image] == image).all() and (texts[known.text] == text).all()
+    with pytest.raises(UserError, match="2 of the 5,000 images that CxC"):
+        eccv.known(image[2:], text)
+    with pytest.raises(UserError, match="25,000 of the 25,000 captions"):
+        eccv.known(image, np.arange(3))
+
+
+def test_without_the_package_it_is_named(monkeypatch):
+    eccv.annotations.cache_clear()
+    monkeypatch.delitem(sys.modules, "eccv_caption", raising=False)
+    imported = builtins.__import__
+
+    def fail(name, *rest):
+        if name == "eccv_caption":
+            raise ImportError(name)
+        return imported(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(UserError, match=r"need eccv_caption: `pip install -r requirements-extra\.txt`"):
+        eccv.annotations()
