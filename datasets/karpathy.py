@@ -22,6 +22,7 @@ class Karpathy(Described):
 
     def __init__(self, root, file="dataset_coco.json"):
         self.root, self.file = Path(root), Path(root, file)
+        self.coco = CocoFolders(self.root)
 
     def id_space(self, split):
         """Images have COCO's own ids, whatever the splits."""
@@ -60,10 +61,21 @@ class Karpathy(Described):
 
     def _image(self, entry):
         id = operator.index(entry["cocoid"])
-        folder, name = self.root / entry["filepath"], f"{id:012d}.jpg"
+        return Image(id, self.coco.find(id, entry["filepath"], entry["filename"]))
+
+
+class CocoFolders:
+    """COCO's images in the folders of 2014 or, where one is absent, of 2017, which hold the same under other names."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def find(self, id, folder, name):
+        """Give the path of the image `id`, which is <root>/<folder>/<name> where that folder is there."""
+        folder, name_of_2017 = self.root / folder, f"{id:012d}.jpg"
         if self._is_there(folder) or not self._files_of_2017:
-            return Image(id, folder / entry["filename"])
-        return Image(id, self._files_of_2017.get(name, self.root / "train2017" / name))
+            return folder / name
+        return self._files_of_2017.get(name_of_2017, self.root / "train2017" / name_of_2017)
 
     @lru_cache  # noqa: B019  (for one answer per folder, not per image)
     def _is_there(self, folder):
