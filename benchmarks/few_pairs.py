@@ -23,15 +23,15 @@ from utils.tables import NONE
 
 SPLITS = 5
 SIDES = {"text_to_image": "text→image", "image_to_text": "image→text"}
-COLUMNS = {  # by the score that a figure is of, and where it stands in that score's part of a result
+COLUMNS = {  # the score that a figure is of, and where it stands in that score's part of a result
     "R@1 by cosine": ("similarity", "recall", "1"),
     "by likelihood": ("log_likelihood", "recall", "1"),
-    "query-only": ("query", "auroc", None),
-    "cosine: top": ("similarity", "gallery_aware", "top"),
-    "margin": ("similarity", "gallery_aware", "margin"),
-    "entropy": ("similarity", "gallery_aware", "entropy"),
-    "posterior: entropy": ("log_likelihood", "gallery_aware", "entropy"),
-    "top probability": ("log_likelihood", "gallery_aware", "probability"),
+    "query-only": (None, "uncertainty", "query", "auroc"),
+    "cosine: top": ("similarity", "uncertainty", "top", "auroc"),
+    "margin": ("similarity", "uncertainty", "margin", "auroc"),
+    "entropy": ("similarity", "uncertainty", "entropy", "auroc"),
+    "posterior: entropy": ("log_likelihood", "uncertainty", "entropy", "auroc"),
+    "top probability": ("log_likelihood", "uncertainty", "probability", "auroc"),
 }
 
 
@@ -55,13 +55,13 @@ def result(method, mean, split, settings):
 
 def figures(values, side):
     """One row of figures of one result."""
-    scores = {part["score"]: part[side] for part in (values, values["other_score"])}
-    # What follows the retrieved caption is known only after the search.
-    scores["query"] = values[side] if values[side].get("levels_by", "").startswith("query") else {}
+    scores = {part["score"]: part[side] for part in (values, values["other_score"])} | {None: values[side]}
     found = []
-    for score, what, name in COLUMNS.values():
-        value = scores[score].get(what)
-        found.append(value[name] if name and value else value)
+    for score, *place in COLUMNS.values():
+        value = scores[score]
+        for name in place:
+            value = (value or {}).get(name)
+        found.append(value)
     return [np.nan if value is None else value for value in found]
 
 

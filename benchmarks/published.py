@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.run import resident
-from metrics.uncertainty import spearman
+from metrics.uncertainty import levels, spearman, trend
 from models.asymvlm import AsymVLM, mean_of_bounds
 from models.base import Embedding, info_nce
 from models.distributions import GeneralizedGaussian, PowerSpherical, VonMisesFisher
@@ -491,6 +491,62 @@ def prolip_inclusion():
     )
 
 
+# The evaluation
+
+
+class Queries(NamedTuple):
+    """Queries of one kind (Q,) against a gallery of the other."""
+
+    hit: np.ndarray  # whether the answer is right
+    answer: np.ndarray  # row of the gallery
+    doubt: np.ndarray  # the query's own uncertainty
+
+
+@lru_cache
+def draw_queries():
+    """Draw 1,003 images and five captions of each, noisy views of one scene, and retrieve them both ways by cosine.
+
+    Noise differs by a factor of six within either kind; uncertainty is its logarithm and as much again of chance.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scene = torch.randn(1003, SMALL_DIM, generator=generator)
+    owners = torch.arange(1003), torch.arange(5 * 1003) // 5
+    sides, doubts = [], []
+    for owner in owners:
+        known, chance = torch.rand(2, len(owner), generator=generator)
+        noise = torch.randn(len(owner), SMALL_DIM, generator=generator)
+        sides.append(F.normalize(scene[owner] + 0.5 * 6 ** known[:, None] * noise, dim=-1))
+        doubts.append((known + chance).numpy())
+    cosine = sides[0] @ sides[1].T
+    answers = cosine.argmax(dim=1), cosine.argmax(dim=0)
+    hits = owners[1][answers[0]] == owners[0], answers[1] == owners[1]
+    return tuple(Queries(hit.numpy(), answer.numpy(), doubt) for hit, answer, doubt in zip(hits, answers, doubts))
+
+
+def leveled(hit, doubt, drop_remainder=False):
+    """Say the R@1 of ten levels, their trend, and the queries that no level has."""
+    groups = levels(doubt, 10, drop_remainder)
+    recalls = [100 * hit[rows].mean() for rows in groups]
+    left = np.setdiff1d(np.arange(len(hit)), np.concatenate(groups))
+    found = trend(recalls)
+    said = f"R@1 {' '.join(f'{recall:.0f}' for recall in recalls)} %, S {found.s:.3f}, R2 {found.r2:.3f}"
+    lost = f" (R@1 {100 * hit[left].mean():.0f} %)" if len(left) else ""
+    return f"{said}, -S R2 {found.minus_s_r2:.3f}, {len(left)} left out{lost}"
+
+
+def levels_remainder():
+    """Levels of Q // 10 captions without the most uncertain ones, and levels of all."""
+    _, captions = draw_queries()
+    return leveled(captions.hit, captions.doubt, drop_remainder=True), leveled(captions.hit, captions.doubt)
+
+
+def levels_retrieved():
+    """Levels of images, likewise, by the uncertainty of the caption that each finds, and by its own."""
+    images, captions = draw_queries()
+    published = leveled(images.hit, captions.doubt[images.answer], drop_remainder=True)
+    return published, leveled(images.hit, images.doubt)
+
+
 ROWS = {
     row.__name__: row
     for row in (
@@ -499,6 +555,7 @@ ROWS = {
         *(pfe_floor, pfe_length, pfe_score, pfe_isotropic),
         *(pcmepp_pairs, pcmepp_negatives, pcmepp_pseudo, pcmepp_start, pcmepp_decay, pcmepp_mean),
         *(prolip_pairs, prolip_base_rate, prolip_start, prolip_mean, prolip_kl, prolip_inclusion),
+        *(levels_remainder, levels_retrieved),
     )
 }
 

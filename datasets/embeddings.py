@@ -101,7 +101,7 @@ class Pairs:
         if self.meta.get("layout") != LAYOUT:
             raise UserError(f"{self.folder} was made by another version of this suite: `{self.command} --overwrite`.")
         self.image, self.text = self._array("image"), self._array("text")
-        self.image_id = np.asarray(self._array("image_id"))
+        self.image_id, self.text_id = (np.asarray(self._array(name)) for name in ("image_id", "text_id"))
         owner = np.asarray(self._array("image_of_text" if self.classes is None else "class_of_text"))
         self.image_of_text, self.class_of_text = (owner, None) if self.classes is None else (None, owner)
         shapes = (self.meta["images"], self.meta["dim"]), (self.meta["captions"], self.meta["dim"])

@@ -94,11 +94,11 @@ def regret(hit, limit):
 
 
 class Trend(NamedTuple):
-    """Trend of recall over uncertainty levels (ProbVLM, arXiv 2307.00398, section 4)."""
+    """Trend of recall over uncertainty levels (ProbVLM, arXiv 2307.00398, section 4); None where recall is constant."""
 
-    s: float  # Spearman correlation of level and recall; -1 is ideal
-    r2: float  # of the linear fit of recall on level; 1 is ideal
-    minus_s_r2: float  # -s * r2; 1 is ideal
+    s: float | None  # Spearman correlation of level and recall; -1 is ideal
+    r2: float | None  # of the linear fit of recall on level; 1 is ideal
+    minus_s_r2: float | None  # -s * r2; 1 is ideal
     spread: float  # recall of the first level less that of the last, to which the others are blind
 
 
@@ -138,12 +138,14 @@ def label_entropy(shares):
 
 
 def trend(recalls):
-    """Trend over levels of their recalls, (L,), least uncertain first; without any variation it is 0."""
+    """Trend over levels of their recalls, (L,), least uncertain first."""
+    if np.ptp(recalls) == 0:
+        return Trend(None, None, None, 0.0)
     return Trend(*(float(value[0]) for value in _trends(np.asarray(recalls, dtype=np.float64)[None])))
 
 
 def _trends(recalls):
-    """Trends of many rows of recalls (B, L) at once: a Trend of arrays (B,)."""
+    """Trends of many rows of recalls (B, L) at once: a Trend of arrays (B,), 0 where recall is constant."""
     level = np.arange(recalls.shape[1])
     s, r2 = _correlation(level, stats.rankdata(recalls, axis=1)), _correlation(level, recalls) ** 2
     return Trend(s, r2, 0 - s * r2, recalls[:, 0] - recalls[:, -1])

@@ -141,10 +141,11 @@ def test_scripts_need_no_backbone(here, refusal, monkeypatch):
         evaluation.main([*RUN, method, "--quiet", "--uncer_levels", "4"])
     found = json.loads((here / "results/embeddings/given/asymvlm-psd/seed0/embeddings-retrieval.json").read_text())
     assert (found["split"], found["images"]) == ("test0", 8)
-    assert found["examples"]["most_certain"][0]["image"].startswith("image 9")
+    surest = found["text_to_image"]["examples"]["most_certain"][0]
+    assert surest["own"].startswith("image 9")
     report.main(["--dataset", "embeddings", "--quiet"])
     page = (here / "results/embeddings/report.html").read_text()
-    assert found["examples"]["most_certain"][0]["image"] in page
+    assert surest["best"][0]["answer"] in page
     error = refusal(uncertainty.main, *RUN, "asymvlm-psd", "a photo")
     assert "trained on embeddings computed elsewhere, so that there is no backbone to encode prompts" in error
     again = refusal(train.main, *RUN, "clip", "--tag", "t", "--set", "data.train_split=train1")
@@ -307,14 +308,14 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
     for k in (1, 5):
         assert found["image_to_class"]["recall"][str(k)] == pytest.approx(hits[k] / 60)
     assert 0.3 < hits[1] / 60 < 1
-    assert f"top-1 {100 * hits[1] / 60:.2f} %" in capsys.readouterr().out
+    assert f"top-1  {100 * hits[1] / 60:.1f}" in capsys.readouterr().out
     arrays = np.load(here / "results/embeddings/given/clip/seed0/embeddings+all-classification.npz")
     assert len(arrays["image_to_class_top"]) == 60
 
     train.main([*RUN, "asymvlm-vmf", "--quiet", "--set", "train.epochs=2", "model.width=32"])
     evaluation.main([*RUN, "asymvlm-vmf", "--split", "all", "--quiet"])
     about = "results/embeddings/given/asymvlm-vmf/seed0/embeddings+all-classification.json"
-    assert json.loads((here / about).read_text())["image_to_class"]["levels_by"] == "predicted class"
+    assert json.loads((here / about).read_text())["image_to_class"]["levels_by"] == "retrieved"
     assert "--uncer_levels must lie between 2 and 60" in refusal(
         evaluation.main, *RUN, "clip", "--split", "all", "--uncer_levels", "61"
     )

@@ -2,12 +2,15 @@
 
 import builtins
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from metrics import eccv, retrieval
+from models.base import Adaptor, Embedding
+from tasks import retrieval as tasks
 from utils.errors import UserError
 
 pytest.importorskip("eccv_caption", reason="eccv_caption is not installed: pip install -r requirements-extra.txt")
@@ -142,3 +145,50 @@ def test_without_the_package_it_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", fail)
     with pytest.raises(UserError, match=r"need eccv_caption: `pip install -r requirements-extra\.txt`"):
         eccv.annotations()
+
+
+def test_an_evaluation_measures_them_wherever_the_images_are_cocos(few, monkeypatch, capsys):
+    """From a cache in any order and with a sixth caption, by COCO's ids; of another split only COCO 1K is known."""
+    rng = np.random.default_rng(7)
+    image_id, text_id = eccv._ids()
+    owner = np.array([few.coco_gts["t2i"][id][0] for id in text_id.tolist()])
+    images, texts = rng.permutation(150), rng.permutation(751)  # caption 750 is one that nobody annotates
+    text_id, owner = (np.append(ids, more)[texts] for ids, more in ((text_id, 0), (owner, image_id[0])))
+    pairs = SimpleNamespace(
+        meta={"id_space": "coco"}, image=images, image_id=image_id[images], text_id=text_id,
+        image_of_text=np.argsort(image_id[images])[np.searchsorted(np.sort(image_id), owner)],
+    )  # fmt: skip
+    image, text = torch.tensor(rng.standard_normal((150, 8))), torch.tensor(rng.standard_normal((751, 8)))
+    text += 2 * image[pairs.image_of_text]
+    score = Adaptor().similarity
+    assert tasks.coco(score, Embedding(image), Embedding(text), pairs) == {}  # 150 images are no COCO 5K
+    monkeypatch.setattr(tasks, "COCO_5K", 150)
+    found = tasks.coco(score, Embedding(image), Embedding(text), pairs)["coco"]
+    whole = score(Embedding(image), Embedding(text)).numpy()
+    rows = {id: row for row, id in enumerate(text_id.tolist())}
+    kept = np.array([rows[id] for id in eccv._ids()[1].tolist()])
+    i2t = {
+        id: text_id[kept[np.argsort(-row[kept])]].tolist()
+        for id, row in zip(pairs.image_id.tolist(), whole, strict=True)
+    }
+    t2i = {id: pairs.image_id[np.argsort(-whole[:, row])].tolist() for id, row in rows.items()}
+    expected = few.compute_all_metrics(i2t, t2i, target_metrics=eccv.TARGETS, Ks=eccv.KS)
+    for name, value in found.items():
+        if not name.endswith("rsum"):
+            ours = value["text_to_image"], value["image_to_text"]
+            assert ours == pytest.approx((expected[name]["t2i"], expected[name]["i2t"]))
+    assert 0.2 < found["eccv_map_at_r"]["image_to_text"] < 0.9
+
+    pairs.image_id = pairs.image_id + 10**7
+    other = tasks.coco(score, Embedding(image), Embedding(text), pairs)["coco"]
+    assert list(other) == ["coco_1k_r1", "coco_1k_r5", "coco_1k_r10", "coco_1k_rsum"]
+    hits = []
+    for fold in range(5):
+        own = np.flatnonzero(pairs.image_of_text // 30 == fold)
+        best = whole[30 * fold : 30 * fold + 30, own].argmax(axis=0) + 30 * fold
+        hits.append((best == pairs.image_of_text[own]).mean())
+    assert other["coco_1k_r1"]["text_to_image"] == pytest.approx(np.mean(hits))
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    capsys.readouterr()
+    assert tasks.coco(score, Embedding(image), Embedding(text), pairs)["coco"] == other
+    assert capsys.readouterr().err.startswith("Without CxC and ECCV Caption: ")

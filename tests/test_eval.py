@@ -1,5 +1,6 @@
 """Evaluation: every figure of a result file recomputed slowly, and what is refused."""
 
+import itertools
 import json
 import shutil
 
@@ -16,6 +17,7 @@ import uncertainty
 from datasets.classification import Classification
 from datasets.embeddings import Pairs
 from datasets.shapes import VALUES, Shapes
+from metrics.calibration import halves
 from utils.checkpoint import Run
 from utils.config import load_config
 
@@ -42,77 +44,232 @@ def slow(scores, own, k):
     return np.array(hits)
 
 
-@pytest.mark.parametrize("levels", [10, 7])
-def test_every_figure_by_a_slow_script(trained, levels):
-    evaluation.main([*RUN, "--uncer_levels", str(levels), "--device", "cpu"])
-    found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
-    arrays = np.load(trained / (RESULT.format("asymvlm-vmf") + ".npz"))
-    pairs = Pairs("shapes", "shapes-tiny", "val")
-    adaptor, _, _ = Run(load_config("shapes", "asymvlm-vmf")).load("cpu")
+def slow_uncertainty(doubt, hits, count, limit, truth):
+    """Every figure of an uncertainty by its definition: hits {k: (Q,)}; limit, truth (Q,) or None."""
+    order = np.argsort(doubt, kind="stable")
+    groups = [order[rows] for rows in np.array_split(np.arange(len(doubt)), count)]
+    found = {"levels": {"count": [len(rows) for rows in groups]}}
+    found["levels"]["uncertainty"] = [[doubt[rows].min(), doubt[rows].max()] for rows in groups]
+    found["levels"]["recall"] = {str(k): [hit[rows].mean() for rows in groups] for k, hit in hits.items()}
+    if limit is not None:
+        found["levels"]["bayes_recall"] = [limit[rows].mean() for rows in groups]
+    recalls = np.array(found["levels"]["recall"]["1"])
+    found["s"] = stats.spearmanr(range(count), recalls).statistic
+    found["r2"] = stats.linregress(range(count), recalls).rvalue ** 2
+    found["minus_s_r2"] = -found["s"] * found["r2"]
+    found["spread"] = recalls[0] - recalls[-1]
+    hit = hits[1]
+    wrong, right = doubt[hit == 0], doubt[hit == 1]
+    found["auroc"] = stats.mannwhitneyu(wrong, right).statistic / len(wrong) / len(right)
+    # Tied queries, such as captions of the same words, come in at once, or in random order.
+    kept = [doubt <= threshold for threshold in np.unique(doubt)]
+    steps = np.diff([0, *(hit[rows].sum() for rows in kept)]) / hit.sum()
+    found["aupr"] = sum(step * hit[rows].mean() for step, rows in zip(steps, kept, strict=True))
+    even = np.array([hit[doubt == value].mean() for value in doubt])
+    risk = [1 - even[order[:answered]].mean() for answered in range(1, len(hit) + 1)]
+    best = [1 - np.sort(hit)[::-1][:answered].mean() for answered in range(1, len(hit) + 1)]
+    found["aurc"], found["e_aurc"] = np.mean(risk), np.mean(risk) - np.mean(best)
+    found["selective_recall"] = {str(c): 1 - risk[round(c * len(hit) / 100) - 1] for c in (80, 90, 95)}
+    if truth is not None:
+        found["spearman"], found["kendall"] = stats.spearmanr(doubt, truth)[0], stats.kendalltau(doubt, truth)[0]
+    return found
+
+
+def slow_calibration(posterior, own, scale):
+    """Every figure of a posterior (Q, G) by its definition; own: the positives of each query."""
+    top = posterior.argmax(axis=1)
+    hit = np.array([t in items for t, items in zip(top, own, strict=True)], dtype=float)
+    confidence, mine = posterior.max(axis=1), np.array([row[items].sum() for row, items in zip(posterior, own)])
+    others = np.array([np.delete(row, items) for row, items in zip(posterior, own, strict=True)], dtype=object)
+    found = {"nll": -np.log(mine).mean(), "scales": scale}
+    found["brier"] = np.mean([(1 - m) ** 2 + (np.array(o, float) ** 2).sum() for m, o in zip(mine, others)])
+    for bins in (15, 20):
+        error = 0
+        for low in range(bins):
+            inside = (confidence >= low / bins) & ((confidence < (low + 1) / bins) | (low == bins - 1))
+            if inside.any():
+                error += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
+        found[f"ece_{bins}"] = error
+    parts = np.array_split(np.argsort(confidence), 15)
+    found["adaptive_ece"] = sum(len(p) * abs(hit[p].mean() - confidence[p].mean()) for p in parts) / len(hit)
+    return found
+
+
+def agrees(found, expected, tolerance=1e-4):
+    """Hold nested figures against expected ones, where no others are missing but those that intervals are."""
+    if isinstance(expected, dict):
+        assert found.keys() - {"interval", "family", "reliability"} == expected.keys()
+        for name, value in expected.items():
+            agrees(found[name], value, tolerance)
+    else:
+        assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4, abs=tolerance)
+
+
+@pytest.mark.parametrize(("method", "levels"), [("asymvlm-vmf", 10), ("asymvlm-vmf", 7), ("pfe", 10)])
+def test_every_figure_by_a_slow_script(world, method, levels):
+    run = ["--dataset", "shapes", "--method", method, "--device", "cpu"]
+    short = ["--val-fraction", "0", "--set", "train.epochs=6", "train.batch_size=128", "model.width=64"]
+    train.main([*run, "--quiet", *short])
+    evaluation.main([*run, "--uncer_levels", str(levels)])
+    path = world / (RESULT.format(method) + ".json")
+    found, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+    pairs, run = Pairs("shapes", "shapes-tiny", "val"), Run(load_config("shapes", method))
+    adaptor, _, _ = run.load("cpu")
     with torch.inference_mode():
         image = adaptor.adapt_image(torch.tensor(np.array(pairs.image)).float())
         text = adaptor.adapt_text(torch.tensor(np.array(pairs.text)).float())
         scores = adaptor.log_likelihood(image, text).numpy()
-    doubt = text.uncertainty.double().numpy()
-    count = pairs.matches.toarray().sum(axis=0)
-    owner = pairs.image_of_text
+    true, owner = pairs.matches.toarray(), pairs.image_of_text
+    count = true.sum(axis=0)
     own_texts = [np.flatnonzero(owner == i) for i in range(len(pairs.image))]
+    doubts = {"text": text.uncertainty.double().numpy()}
+    if image.uncertainty is not None:
+        doubts["image"] = image.uncertainty.double().numpy()
     sides = {
-        "text_to_image": (scores.T, [[i] for i in owner], doubt),
-        "image_to_text": (scores, own_texts, doubt[scores.argmax(axis=1)]),
+        "text_to_image": (scores.T, [[i] for i in owner], "text", "image", true.T, 1 / count),
+        "image_to_text": (scores, own_texts, "image", "text", true, arrays["image_to_text_limit"]),
     }
-    for side, (rows, own, side_doubt) in sides.items():
-        hits = {k: slow(rows, own, k) for k in (1, 5, 10)}
-        part = found[side]
-        for k in hits:
-            assert part["recall"][str(k)] == pytest.approx(hits[k].mean())
-        groups = np.array_split(np.argsort(side_doubt, kind="stable"), levels)
-        assert [level["count"] for level in part["levels"]] == [len(group) for group in groups]
-        recalls = np.array([level["recall"]["1"] for level in part["levels"]])
-        assert recalls == pytest.approx([hits[1][group].mean() for group in groups])
-        assert part["s"] == pytest.approx(stats.spearmanr(range(levels), recalls).statistic)
-        assert part["r2"] == pytest.approx(stats.linregress(range(levels), recalls).rvalue ** 2)
-        assert part["minus_s_r2"] == pytest.approx(-part["s"] * part["r2"])
-        for level, group in zip(part["levels"], groups, strict=True):
-            assert level["uncertainty"] == pytest.approx([side_doubt[group].min(), side_doubt[group].max()])
-        wrong, right = side_doubt[hits[1] == 0], side_doubt[hits[1] == 1]
-        auroc = stats.mannwhitneyu(wrong, right).statistic / len(wrong) / len(right)
-        assert part["auroc"] == pytest.approx(auroc)
+    recalls = []
+    for side, (rows, own, query, answer, fits, limit) in sides.items():
+        part, hits = found[side], {k: slow(rows, own, k) for k in (1, 5, 10)}
+        recalls += [hit.mean() for hit in hits.values()]
+        assert part["queries"] == len(rows)
+        assert part["recall"] == {str(k): pytest.approx(hit.mean()) for k, hit in hits.items()}
+        ranks = [(row > row[items].max()).sum() + 1 for row, items in zip(rows, own, strict=True)]
+        assert part["median_rank"] == np.median(ranks)
+        assert part["bayes_recall"] == pytest.approx(limit.mean())
+        assert part["regret"] == pytest.approx((limit - hits[1]).mean())
+        at_r = []
+        for row, positive in zip(
+            rows, fits, strict=True
+        ):  # Musgrave et al.: precision at every positive of the first R
+            relevant = positive[np.argsort(-row, kind="stable")][: positive.sum()]
+            precision = np.cumsum(relevant) / np.arange(1, len(relevant) + 1)
+            at_r.append([(precision * relevant).sum() / len(relevant), relevant.mean()])
+        assert [part["map_at_r"], part["r_precision"]] == pytest.approx(np.mean(at_r, axis=0), abs=1e-6)
         best, second = -np.sort(-rows, axis=1)[:, :2].T
-        posterior = torch.tensor(adaptor.posterior_scale * rows).double().softmax(dim=1).numpy()
-        doubts = {"top": -best, "margin": second - best, "probability": -posterior.max(axis=1)}
-        for name, value in (doubts | {"entropy": stats.entropy(posterior, axis=1)}).items():
-            auroc = stats.mannwhitneyu(value[hits[1] == 0], value[hits[1] == 1]).statistic / len(wrong) / len(right)
-            assert part["gallery_aware"][name] == pytest.approx(auroc, abs=1e-4)
-    part = found["text_to_image"]
-    assert part["bayes_recall"] == pytest.approx(np.mean(1 / count))
-    assert part["spearman_ambiguity"] == pytest.approx(stats.spearmanr(doubt, np.log(count)).statistic)
-    for level, group in zip(part["levels"], np.array_split(np.argsort(doubt, kind="stable"), levels), strict=True):
-        assert level["bayes_recall"] == pytest.approx(np.mean(1 / count[group]))
+        posterior = torch.tensor(rows).double().mul(adaptor.posterior_scale).softmax(dim=1).numpy()
+        gallery = {"top": -best, "margin": second - best, "probability": -posterior.max(axis=1)}
+        gallery |= {"entropy": stats.entropy(posterior, axis=1)}
+        signs = {"score": "top", "margin": "margin", "probability": "probability"}
+        stored = {name: -arrays[f"{side}_{field}"] for field, name in signs.items()}
+        stored["entropy"] = arrays[f"{side}_entropy"]
+        for name, doubt in gallery.items():
+            assert stored[name] == pytest.approx(doubt, rel=1e-4, abs=1e-4)
+        expected = stored  # which order neighbors as float32's sums have it
+        if query in doubts:
+            expected["query"] = doubts[query]
+        if answer in doubts:
+            expected["retrieved"] = doubts[answer][rows.argmax(axis=1)]
+        if len(doubts) == 2:
+            expected["sum"] = expected["query"] + expected["retrieved"]
+        assert part["uncertainty"].keys() == expected.keys()
+        assert part["levels_by"] == ("query" if query in doubts else "retrieved")
+        truth = np.log(count) if query == "text" else None
+        for name, doubt in expected.items():
+            agrees(part["uncertainty"][name], slow_uncertainty(doubt, hits, levels, limit, truth))
+            family = "query-only" if name == "query" else "gallery-aware"
+            assert part["uncertainty"][name]["family"] == family
+        assert arrays[f"{side}_uncertainty"] == pytest.approx(expected[part["levels_by"]])
+        assert arrays[f"{side}_hit"] == pytest.approx(hits[1])
+        agrees(part["calibration"]["model"], slow_calibration(posterior, own, [adaptor.posterior_scale]))
+        # Each half is judged by the temperature that suits the other best.
+        groups = owner if query == "text" else np.arange(len(rows))
+        half, scaled = halves(groups), np.empty(rows.shape)
+        scales = part["calibration"]["temperature"]["scales"]
+        for fitted, scale in ((half, scales[0]), (~half, scales[1])):
+            scaled[~fitted] = torch.tensor(rows[~fitted]).double().mul(scale).softmax(dim=1).numpy()
+
+            def nll(factor, fitted=fitted, scale=scale, rows=rows, own=own):
+                share = torch.tensor(rows[fitted]).double().mul(scale * factor).softmax(dim=1).numpy()
+                mine = [own[row] for row in np.flatnonzero(fitted)]
+                return -np.mean([np.log(p[items].sum()) for p, items in zip(share, mine, strict=True)])
+
+            assert nll(1) <= min(nll(1.03), nll(0.97))
+        agrees(part["calibration"]["temperature"], slow_calibration(scaled, own, scales))
+        # The first is the best-scored answer of the surest caption (of equal wordings: image), and so on.
+        names = pairs.items["text"] if query == "text" else pairs.items["image"]
+        answers = pairs.items["image"] if query == "text" else pairs.items["text"]
+        doubt = expected[part["levels_by"]]
+        for name, order in (("most_certain", np.argsort(doubt)), ("least_certain", np.argsort(-doubt))):
+            shown = part["examples"][name]
+            assert len(shown) == 10 == len({example["query"] for example in shown})
+            distinct = list(dict.fromkeys(names[row] for row in order))[:10]
+            assert sorted(doubt[names.index(example["query"])] for example in shown) == pytest.approx(
+                sorted(doubt[names.index(wording)] for wording in distinct), rel=1e-6
+            )
+            for example in shown:
+                rows_of = [row for row, said in enumerate(names) if said == example["query"]]
+                [row] = [row for row in rows_of if doubt[row] == pytest.approx(example["uncertainty"], rel=1e-9)][:1]
+                top = np.argsort(-rows[row])[:5]
+                assert [best["score"] for best in example["best"]] == pytest.approx(rows[row][top])
+                assert [best["answer"] for best in example["best"]] == [answers[item] for item in top]
+                assert [best["right"] for best in example["best"]] == [item in own[row] for item in top]
+                assert [best["true"] for best in example["best"]] == [bool(fits[row][item]) for item in top]
+    assert found["rsum"] == pytest.approx(100 * sum(recalls))
     best = [np.mean(1 / count[group]) for group in np.array_split(np.argsort(np.log(count), kind="stable"), levels)]
     assert found["bayes_optimal"]["levels"] == pytest.approx(best)
-    assert arrays["text_uncertainty"] == pytest.approx(doubt)
+    assert arrays["text_uncertainty"] == pytest.approx(doubts["text"])
     assert (arrays["text_to_image_top"] == scores.argmax(axis=0)).all()
-    assert found["config"]["optim"]["name"] == "adamw" and found["variant"] == "asymvlm-vmf"
-    text_of = {text: row for row, text in enumerate(pairs.items["text"])}
-    for name, order in (("most_certain", np.argsort(doubt)), ("least_certain", np.argsort(-doubt))):
-        shown = found["examples"][name]
-        expected = list(dict.fromkeys(pairs.items["text"][row] for row in order))[:10]
-        assert [doubt[text_of[example["caption"]]] for example in shown] == pytest.approx(
-            [doubt[text_of[text]] for text in expected]
-        )
-        assert all(example["fits"] == count[text_of[example["caption"]]] for example in shown)
     # A caption true of one image only is surely its own: the limit of an image that has one is 1.
-    limit = arrays["image_limit"]
-    unique = np.unique(owner[count == 1])
+    limit, unique = arrays["image_to_text_limit"], np.unique(owner[count == 1])
     assert (limit[unique] == 1).all() and (limit > 0).all() and (limit[np.setdiff1d(owner, unique)] < 1).all()
-    assert found["image_to_text"]["bayes_recall"] == pytest.approx(limit.mean())
-    chain, depth = pairs.chains["chain"], pairs.chains["depth"]
+    assert found["config"]["optim"]["name"] == "adamw" and found["variant"] == method
+    assert found["checkpoint"] == run.weights_hash()
+
+
+def test_chains_of_prompts_by_a_slow_script(trained, refusal):
+    evaluation.main([*RUN, "--quiet", "--device", "cpu"])
+    evaluation.main([*RUN, "--quiet", "--device", "cpu", "--task", "hierarchy"])
+    folder = trained / RESULT.format("asymvlm-vmf")
+    found = json.loads(folder.with_name("shapes-hierarchy.json").read_text())
+    assert found["task"] == "hierarchy"
+    assert found["hierarchy"] == json.loads(folder.with_name("shapes-retrieval.json").read_text())["hierarchy"]
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    adaptor, _, _ = Run(load_config("shapes", "asymvlm-vmf")).load("cpu")
+    chain, depth, embeddings = (pairs.chains[name] for name in ("chain", "depth", "text"))
     with torch.inference_mode():
-        prompt = adaptor.adapt_text(torch.tensor(pairs.chains["text"]).float()).uncertainty.numpy()
-    falls = [np.diff(prompt[chain == c][np.argsort(depth[chain == c])]) < 0 for c in range(100)]
-    assert found["prompt_chains"]["falling_chains"] == pytest.approx(np.mean([fall.all() for fall in falls]))
-    assert found["checkpoint"] == Run(load_config("shapes", "asymvlm-vmf")).weights_hash()
+        own = adaptor.adapt_text(torch.tensor(embeddings).float()).uncertainty.double().numpy()
+    doubts = {"query": own, "long embedding": [np.sqrt(sum(float(x) ** 2 for x in row)) for row in embeddings]}
+    doubts["few words"] = [-len(prompt.split()) for prompt in pairs.items["prompt"]]
+    assert found["hierarchy"]["uncertainty"].keys() == doubts.keys()
+    for name, doubt in doubts.items():
+        falls, within = [], []
+        for number in range(100):
+            rows = sorted(np.flatnonzero(chain == number), key=lambda row: depth[row])
+            falls.append([doubt[b] < doubt[a] for a, b in itertools.pairwise(rows)])
+            within.append(stats.spearmanr([doubt[row] for row in rows], range(len(rows))).statistic)
+        figures = found["hierarchy"]["uncertainty"][name]
+        assert figures["falling_chains"] == pytest.approx(np.mean([all(steps) for steps in falls]))
+        assert figures["falling_steps"] == pytest.approx(np.mean(falls))
+        assert figures["spearman_depth"] == pytest.approx(stats.spearmanr(doubt, depth).statistic)
+        assert figures["spearman_depth_within_chains"] == pytest.approx(np.mean(within))
+        for d in range(6):
+            assert figures["mean_by_depth"][str(d)] == pytest.approx(np.mean(np.array(doubt)[depth == d]), rel=1e-6)
+    said = refusal(evaluation.main, *RUN, "--task", "classification")
+    assert "has captions and no classes: --task classification is not for it" in said
+
+
+def test_the_reference_suites_levels(trained):
+    """Its rule by a loop: images in the levels of the captions they retrieve, n // levels in each, a rest left out."""
+    chosen = ["--levels_by", "retrieved", "--drop_remainder", "--uncer_levels", "7"]
+    train.main(["--dataset", "shapes", "--method", "pfe", "--quiet", "--set", "train.epochs=2", "model.width=32"])
+    for method in ("asymvlm-vmf", "pfe"):  # PFE's images have an uncertainty, which its levels follow unless told
+        run = ["--dataset", "shapes", "--method", method, "--quiet", "--device", "cpu"]
+        found = []
+        for choices in (chosen, chosen[-2:]):
+            evaluation.main([*run, *choices])
+            path = trained / (RESULT.format(method) + ".json")
+            part, arrays = json.loads(path.read_text())["image_to_text"], dict(np.load(path.with_suffix(".npz")))
+            found.append(part["uncertainty"][part["levels_by"]]["levels"])
+        doubt = arrays["text_uncertainty"][arrays["image_to_text_top"]]
+        order, size, expected = sorted(range(100), key=lambda row: doubt[row]), 100 // 7, []
+        for level in range(7):
+            right = sum(arrays["image_to_text_hit"][order[size * level + n]] for n in range(size))
+            expected.append(right / size)
+        assert found[0]["recall"]["1"] == pytest.approx(expected) and found[0]["count"] == [14] * 7
+        assert found[1]["recall"]["1"] != pytest.approx(expected) and sorted(found[1]["count"]) == [14] * 5 + [15] * 2
+        assert part["levels_by"] == ("query" if method == "pfe" else "retrieved")
 
 
 def test_clip_has_recall_and_no_uncertainty(world, capsys):
@@ -121,7 +278,13 @@ def test_clip_has_recall_and_no_uncertainty(world, capsys):
     assert "nothing to train" in capsys.readouterr().out
     evaluation.main(run)
     found = json.loads((world / (RESULT.format("clip") + ".json")).read_text())
-    assert "levels" not in found["text_to_image"] and "examples" not in found
+    side = found["text_to_image"]
+    assert side["levels_by"] is None and side["uncertainty"].keys() == {"top", "margin", "entropy", "probability"}
+    # Without an uncertainty of its own, what the gallery says picks the examples.
+    doubts = [
+        example["uncertainty"] for part in ("most_certain", "least_certain") for example in side["examples"][part]
+    ]
+    assert doubts[:10] == sorted(doubts[:10]) and doubts[10:] == sorted(doubts[10:], reverse=True)
     pairs = Pairs("shapes", "shapes-tiny", "val")
     image, text = (np.array(x, dtype=np.float64) for x in (pairs.image, pairs.text))
     cosine = (text / np.linalg.norm(text, axis=1, keepdims=True)) @ (
@@ -155,6 +318,27 @@ def test_what_does_not_fit_is_refused(trained, refusal, small_world):
     (folder / "unfinished").mkdir()
     assert "is unfinished: run" in refusal(evaluation.main, *RUN)
     assert not (trained / "results").exists()
+
+
+def test_an_uncertainty_that_the_method_lacks_is_refused(trained, refusal):
+    said = refusal(evaluation.main, *RUN, "--levels_by", "sum")
+    assert "--levels_by sum wants an uncertainty that the method lacks; it has retrieved." in said
+    train.main(["--dataset", "shapes", "--method", "clip", "--quiet"])
+    said = refusal(evaluation.main, *RUN[:3], "clip", "--levels_by", "query")
+    assert "it has none at all" in said and not (trained / "results").exists()
+
+
+def test_where_all_are_equally_uncertain_there_are_no_levels(trained, capsys, monkeypatch):
+    class Constant(type(Run(load_config("shapes", "asymvlm-vmf")).load("cpu")[0])):
+        def adapt_text(self, text):
+            return super().adapt_text(text)._replace(uncertainty=torch.ones(len(text)))
+
+    monkeypatch.setattr("models.asymvlm.AsymVLM", Constant)
+    evaluation.main([*RUN, "--device", "cpu"])
+    assert "all queries are equally uncertain: there are no levels" in capsys.readouterr().out
+    found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())["text_to_image"]
+    assert found["uncertainty"]["query"]["constant"] and "levels" not in found["uncertainty"]["query"]
+    assert found["uncertainty"]["query"]["auroc"] == 0.5 and "levels" in found["uncertainty"]["entropy"]
 
 
 def test_embeddings_that_are_not_finite_are_refused(trained, refusal, small_world):
@@ -248,8 +432,7 @@ def test_which_score_ranks_is_a_flag(trained, capsys):
     other = found["both"]["other_score"]
     for side in ("text_to_image", "image_to_text"):
         assert found["both"][side] == found["log_likelihood"][side]
-        for name in ("recall", "gallery_aware"):
-            assert other[side][name] == found["similarity"][side][name]
+        assert found["similarity"][side] == other[side] | {"examples": found["similarity"][side]["examples"]}
     assert other["posterior_scale"] == Pairs("shapes", "shapes-tiny", "val").meta["logit_scale"]
     # Within a caption's row the density rises with the cosine; across captions it does not.
     assert other["text_to_image"]["recall"] == found["both"]["text_to_image"]["recall"]
@@ -283,12 +466,15 @@ def test_images_with_an_uncertainty_are_judged_by_their_own(world):
     train.main([*run, "--set", "train.epochs=2", "model.width=32"])
     evaluation.main(run)
     result = world / (RESULT.format("pfe") + ".json")
-    found, arrays = json.loads(result.read_text())["image_to_text"], np.load(result.with_suffix(".npz"))
-    assert found["levels_by"] == "query image"
-    doubt, limit = arrays["image_uncertainty"], arrays["image_limit"]
-    for level, rows in zip(found["levels"], np.array_split(np.argsort(doubt, kind="stable"), 10), strict=True):
-        assert level["uncertainty"] == pytest.approx([doubt[rows].min(), doubt[rows].max()])
-        assert level["bayes_recall"] == pytest.approx(limit[rows].mean())
+    chosen = {}
+    for by in (None, "query", "retrieved", "sum"):
+        evaluation.main([*run, *(["--levels_by", by] if by else [])])
+        found, arrays = json.loads(result.read_text()), np.load(result.with_suffix(".npz"))
+        assert found["levels_by"] == by and found["image_to_text"]["levels_by"] == (by or "query")
+        chosen[by] = arrays["image_to_text_uncertainty"]
+    image, text = arrays["image_uncertainty"], arrays["text_uncertainty"][arrays["image_to_text_top"]]
+    expected = {None: image, "query": image, "retrieved": text, "sum": image + text}
+    assert all((chosen[by] == doubt).all() for by, doubt in expected.items())
 
 
 def test_the_posterior_of_clip_has_the_logit_scale_of_its_model_or_the_calibrated_one(world):
@@ -321,8 +507,10 @@ def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained,
     found = json.loads(
         (trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.json").read_text()
     )
-    assert found["image_to_class"]["recall"]["1"] > 0.6 and "top-1" in said  # a guess: 0.17
-    assert found["image_to_class"]["levels_by"] == "predicted class" and found["seen_in_training"] == 0
+    assert found["image_to_class"]["recall"]["1"] > 0.6 and "image->class  top-1" in said  # a guess: 0.17
+    assert found["image_to_class"]["levels_by"] == "retrieved" and found["seen_in_training"] == 0
     entropy = np.load(trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.npz")
     expected = stats.spearmanr(entropy["image_to_class_entropy"], [stats.entropy(row) for row in shares]).statistic
-    assert found["image_to_class"]["spearman_human_entropy"] == {"entropy": pytest.approx(expected)}
+    assert found["image_to_class"]["uncertainty"]["entropy"]["spearman"] == pytest.approx(expected)
+    [best] = [example["best"] for example in found["image_to_class"]["examples"]["most_certain"]][:1]
+    assert len(best) == 5 and {answer["answer"] for answer in best} < set(VALUES[0])

@@ -372,7 +372,7 @@ def test_trend_against_scipy():
     assert trend.minus_s_r2 == pytest.approx(-trend.s * fit.rvalue**2)
     assert trend.spread == recalls[0] - recalls[-1]
     assert uncertainty.trend([0.9, 0.7, 0.5, 0.3]) == pytest.approx((-1, 1, 1, 0.6))
-    assert uncertainty.trend([0.4] * 5) == (0, 0, 0, 0)
+    assert uncertainty.trend([0.4] * 5) == (None, None, None, 0)
     tied = uncertainty.trend([0.5, 0.5, 0.25, 0.75])
     assert tied.s == pytest.approx(stats.spearmanr(np.arange(4), [0.5, 0.5, 0.25, 0.75]).statistic)
 

@@ -44,6 +44,7 @@ class Cell:
         score = self.score if self.score in ("log_likelihood", "similarity") else config.score
         wanted = {"checkpoint": run.weights_hash(), "fingerprint": pairs.meta["fingerprint"]}
         wanted |= {"split": self.splits[dataset], "uncer_levels": self.levels}
+        wanted |= {"levels_by": None, "drop_remainder": False}
         wanted |= {"config": dataclasses.asdict(config) | {"score": score}}
         try:
             result = read_json(path)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import filelock
@@ -52,8 +53,9 @@ def write_lines(path, values):
 
 
 def write_json(path, value):
-    """Write one JSON value; raises ValueError at a number that is not finite."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write one JSON value, lists of numbers in a line; raises ValueError at a number that is not finite."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, re.sub(r"\[\n[-+.\w,\s]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def read_json(path):

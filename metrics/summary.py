@@ -1,0 +1,97 @@
+"""What a result file says of a ranking, of an uncertainty and of probabilities: arrays in, dicts of figures out.
+
+Q queries, G gallery items, P positives: pairs of a query and an item that answers it.
+"""
+
+import numpy as np
+
+from metrics import calibration, retrieval, uncertainty
+
+KS = (1, 5, 10)
+BINS = (15, 20)
+ON = 2**24  # scores held at most while a temperature is fitted, 64 MB: 600 captions' in a gallery of 25,000
+
+
+def of_ranking(ranking, limit=None):
+    """Recall, the median rank of the first positive and, with the Bayes-optimal R@1 `limit` (Q,), the regret."""
+    hits = {k: retrieval.recall_at(ranking, k) for k in KS}
+    figures = {"queries": len(hits[1]), "recall": {str(k): float(hits[k].mean()) for k in KS}}
+    figures["median_rank"] = float(np.median(retrieval.first_rank(ranking)))
+    if limit is not None:
+        figures |= {"bayes_recall": float(limit.mean()), "regret": uncertainty.regret(hits[1], limit)}
+    return figures
+
+
+def of_uncertainty(doubt, ranking, count, drop_remainder=False, limit=None, truth=None):
+    """What an uncertainty (Q,) of ranked queries is worth, with bootstrap intervals at 95 %.
+
+    count: levels, of which there are none where all queries are equally uncertain. limit: Bayes-optimal R@1 (Q,).
+    truth: (Q,) what an ideal uncertainty would be ordered as, such as true ambiguity.
+    """
+    hits = {k: retrieval.recall_at(ranking, k) for k in KS}
+    area = uncertainty.selective(doubt, hits[1])
+    figures = {"auroc": uncertainty.auroc(doubt, hits[1]), "aupr": uncertainty.aupr(doubt, hits[1])}
+    figures |= {"aurc": area.aurc, "e_aurc": area.e_aurc, "selective_recall": area.recall}
+    if np.ptp(doubt) == 0:
+        return figures | {"constant": True}
+    groups = uncertainty.levels(doubt, count, drop_remainder)
+    levels = {
+        "count": [len(rows) for rows in groups],
+        "uncertainty": [[float(doubt[rows].min()), float(doubt[rows].max())] for rows in groups],
+        "recall": {str(k): [float(hits[k][rows].mean()) for rows in groups] for k in KS},
+    }
+    if limit is not None:
+        levels["bayes_recall"] = [float(limit[rows].mean()) for rows in groups]
+    figures |= {"levels": levels} | uncertainty.trend(levels["recall"]["1"])._asdict()
+    if truth is not None and np.ptp(truth) > 0:
+        figures |= {"spearman": uncertainty.spearman(doubt, truth), "kendall": uncertainty.kendall(doubt, truth)}
+    return figures | {"interval": uncertainty.bootstrap(doubt, hits[1], count, drop_remainder=drop_remainder)}
+
+
+def gallery_aware(ranking):
+    """The uncertainties (Q,) that the scores over the gallery give, which need no adaptor: {name: (Q,)}."""
+    doubts = {"top": -ranking.score, "margin": -ranking.margin, "entropy": ranking.entropy}
+    return doubts | {"probability": -ranking.probability}
+
+
+def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale, group, seed=0):
+    """How far the posterior over the gallery can be believed, as it is and after temperature scaling.
+
+    score: function from rows of queries to their scores (q, G). group (Q,): queries of one group stay together in one
+    of two halves; the temperature that each half is judged with is fitted on the other, on no more than ON scores.
+    Without two groups nothing is fitted.
+    """
+    query, item = np.asarray(query_of_positive), np.asarray(item_of_positive)
+    found = {"model": _judged(calibration.forecast(score, gallery, query, item, scale), [scale])}
+    if np.ptp(group) == 0:
+        return found
+    rng, first, parts, scales = np.random.default_rng(seed), calibration.halves(group, seed), [], []
+    for fitted in (first, ~first):
+        rows = rng.permutation(np.flatnonzero(fitted))[: max(2, ON // gallery)]
+        held = score(np.sort(rows))
+        scales.append(calibration.fit_scale(lambda part, h=held: h[part], gallery, *_among(rows, query, item)))
+        rows = np.flatnonzero(~fitted)
+        judged = calibration.forecast(
+            lambda part, r=rows: score(r[part]), gallery, *_among(rows, query, item), scales[-1]
+        )
+        parts.append(judged)
+    whole = calibration.Forecast(*map(np.concatenate, zip(*parts, strict=True)))
+    return found | {"temperature": _judged(whole, scales)}
+
+
+def _among(rows, query, item):
+    """The positives of the queries in `rows`, numbered as they stand in ascending order."""
+    rows = np.sort(rows)
+    mine = np.isin(query, rows)
+    return np.searchsorted(rows, query[mine]), item[mine]
+
+
+def _judged(forecast, scales):
+    """Figures of a Forecast; scales: what made logits of the scores, one of all queries or one of each half."""
+    pair = forecast.confidence, forecast.hit
+    bins = {count: calibration.reliability(*pair, count) for count in BINS}
+    figures = {f"ece_{count}": calibration.calibration_error(part) for count, part in bins.items()}
+    count = min(BINS[0], len(forecast.hit))
+    figures["adaptive_ece"] = calibration.calibration_error(calibration.adaptive_reliability(*pair, count))
+    figures |= {"nll": float(forecast.nll.mean()), "brier": float(forecast.brier.mean()), "scales": scales}
+    return figures | {"reliability": {name: part.tolist() for name, part in bins[BINS[0]]._asdict().items()}}
