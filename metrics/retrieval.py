@@ -40,6 +40,12 @@ def tiles(score, queries, gallery, share=1):
             yield slice(first, last), scores[first - start : last - start]
 
 
+@torch.inference_mode()
+def whole(score, queries, gallery):
+    """Compute all scores (Q, G), to be held, in tiles, beside which a method needs little."""
+    return torch.cat([scores for _, scores in tiles(score, queries, gallery)])
+
+
 class Columns(list):
     """Arrays (Q, ...) that are filled run by run of queries.
 

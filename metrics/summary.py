@@ -4,6 +4,7 @@ Q queries, G gallery items, P positives: pairs of a query and an item that answe
 """
 
 import numpy as np
+import torch
 
 from metrics import calibration, retrieval, uncertainty
 
@@ -54,6 +55,7 @@ def gallery_aware(ranking):
     return doubts | {"probability": -ranking.probability}
 
 
+@torch.inference_mode()
 def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale, group, seed=0):
     """How far the posterior over the gallery can be believed, as it is and after temperature scaling.
 
@@ -68,7 +70,8 @@ def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale,
     rng, first, parts, scales = np.random.default_rng(seed), calibration.halves(group, seed), [], []
     for fitted in (first, ~first):
         rows = rng.permutation(np.flatnonzero(fitted))[: max(2, ON // gallery)]
-        held = score(np.sort(rows))
+        rows = np.sort(rows)
+        held = retrieval.whole(lambda part, r=rows: score(r[part]), len(rows), gallery)
         scales.append(calibration.fit_scale(lambda part, h=held: h[part], gallery, *_among(rows, query, item)))
         rows = np.flatnonzero(~fitted)
         judged = calibration.forecast(
@@ -80,8 +83,7 @@ def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale,
 
 
 def _among(rows, query, item):
-    """The positives of the queries in `rows`, numbered as they stand in ascending order."""
-    rows = np.sort(rows)
+    """The positives of the queries in `rows`, ascending, by their numbers there."""
     mine = np.isin(query, rows)
     return np.searchsorted(rows, query[mine]), item[mine]
 

@@ -13,6 +13,7 @@ from models.base import adapt_all
 from tasks import Said, counted, doubts_of, examples, hierarchy, judge_side, posterior_scales, score_bar
 from utils.errors import UserError
 
+HELD = 2**24  # scores, 64 MB, that are computed once; more are computed anew for every metric
 COCO_5K = 5000  # images of the gallery whose fifths are COCO 1K
 
 
@@ -34,11 +35,22 @@ class Truth(NamedTuple):
 
 
 def sides(compute, image, text, image_of_text):
-    """Both directions between adapted images and captions by one score (N, M): {name: Side}."""
-    caption = np.arange(len(text.mean))
+    """Both directions between adapted images and captions by one score (N, M), {name: Side}; it is held if small."""
+    images, texts = len(image.mean), len(text.mean)
+    caption = np.arange(texts)
+
+    def to_text(rows):
+        return compute(image.rows(rows), text)
+
+    def to_image(rows):
+        return compute(image, text.rows(rows)).T
+
+    if images * texts <= HELD:
+        found = retrieval.whole(to_text, images, texts)
+        to_text, to_image = found.__getitem__, found.T.contiguous().__getitem__
     return {
-        "text_to_image": Side(lambda rows: compute(image, text.rows(rows)).T, len(image.mean), caption, image_of_text),
-        "image_to_text": Side(lambda rows: compute(image.rows(rows), text), len(caption), image_of_text, caption),
+        "text_to_image": Side(to_image, images, caption, image_of_text),
+        "image_to_text": Side(to_text, texts, image_of_text, caption),
     }
 
 
@@ -67,8 +79,9 @@ def evaluate(adaptor, pairs, choices, device):
     arrays = {f"{name}_uncertainty": doubt for name, doubt in doubts.items() if doubt is not None}
     arrays |= {f"{name}_limit": known.limit for name, known in truth.items() if known.limit is not None}
     ambiguity = truth["text_to_image"].ambiguity
+    count = len(pairs.image) * len(pairs.text)
     # Of each direction: ranks, probabilities as they are and scaled, and what else is true.
-    bar = score_bar(len(pairs.image) * len(pairs.text), 2 * (3 + (ambiguity is not None)), choices)
+    bar = score_bar(count, 1 if count <= HELD else 2 * (3 + (ambiguity is not None)), choices)
     for name in choices.scores:
         compute = counted(getattr(adaptor, name), bar)
         both = sides(compute, image, text, pairs.image_of_text)

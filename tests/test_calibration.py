@@ -6,7 +6,7 @@ import torch
 from scipy import optimize, special
 from torchmetrics.functional import classification
 
-from metrics import calibration, retrieval
+from metrics import calibration, retrieval, summary
 
 LOGIT = np.random.default_rng(0).standard_normal((200, 7)) * 2
 LABEL = np.where(np.random.default_rng(1).random(200) < 0.6, LOGIT.argmax(axis=1), 3)
@@ -166,3 +166,28 @@ def test_halves_keep_groups_together():
     assert (first == calibration.halves(group, seed=2)).all() and (first != calibration.halves(group, seed=3)).any()
     with pytest.raises(ValueError, match="single group"):
         calibration.halves(np.zeros(5))
+
+
+def test_a_half_is_judged_by_the_temperature_of_the_other(monkeypatch):
+    """On few scores of each half, a scale near that of all is found; the captions of one image stay together."""
+    rng = np.random.default_rng(30)
+    owner, image = np.arange(600) // 3, rng.standard_normal((200, 8))
+    text = image[owner] + rng.standard_normal((600, 8))
+    scores, asked = torch.tensor(text @ image.T), []
+
+    def score(rows):
+        asked.append(rows)
+        return scores[rows]
+
+    pairs = np.arange(600), owner
+    whole = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
+    monkeypatch.setattr(summary, "ON", 200 * 150)
+    asked.clear()
+    found = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
+    fitted = [rows for rows in asked if len(np.arange(600)[rows]) == 150]
+    assert len(fitted) == 2 and not set(owner[fitted[0]]) & set(owner[fitted[1]])
+    assert found["temperature"]["scales"] == pytest.approx(whole["temperature"]["scales"], rel=0.15)
+    assert found["temperature"]["scales"] != whole["temperature"]["scales"]
+    assert found["temperature"]["nll"] < found["model"]["nll"] and found["model"] == whole["model"]
+    assert found["temperature"]["ece_15"] < 0.6 * found["model"]["ece_15"]
+    assert list(summary.of_probabilities(score, 200, *pairs, 1.0, np.zeros(600))) == ["model"]
