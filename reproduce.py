@@ -97,7 +97,7 @@ def run(caches, jobs, done, args):
 
 def make_report(dataset, quiet):
     """Report what there is of a data set; returns whether that went well."""
-    if any(Path("results", dataset).glob("**/*-retrieval.json")):
+    if any(Path("results", dataset).glob("**/*-*.json")):
         import report  # a worker, which imports this file, has no use for figures
 
         try:

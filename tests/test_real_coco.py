@@ -23,6 +23,7 @@ def test_scripts_run_on_real_files(shared, tmp_path, monkeypatch, refusal, capsy
         evaluation.main(run)
     found = json.loads((tmp_path / "results/coco/shapes-tiny/asymvlm-psd/seed0/coco-retrieval.json").read_text())
     assert found["images"] == 1000 and 5000 <= found["captions"] <= 5020 and found["skipped"] == 4000
-    assert "bayes_recall" not in found["text_to_image"] and len(found["text_to_image"]["levels"]) == 10
+    side = found["text_to_image"]
+    assert "bayes_recall" not in side and len(side["uncertainty"]["query"]["levels"]["count"]) == 10
     report.main(["--dataset", "coco"])
     assert "asymvlm-psd" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_a_method_is_one_file_and_one_yaml(world, monkeypatch, capsys):
     for script in (train, evaluation):
         script.main(["--dataset", "shapes", "--method", "raw-length", "--quiet"])
     result = json.loads((world / "results/shapes/shapes-tiny/raw-length/seed0/shapes-retrieval.json").read_text())
-    assert len(result["text_to_image"]["levels"]) == 10
+    assert len(result["text_to_image"]["uncertainty"]["query"]["levels"]["count"]) == 10
     import report
 
     report.main(["--dataset", "shapes"])

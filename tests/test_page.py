@@ -1,0 +1,505 @@
+"""The page and the figures of report.py on small synthetic results: what they show, and the page in a browser."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import urllib.parse
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch.nn.functional as F
+from scipy import sparse
+
+from models.base import Adaptor, Embedding
+from tasks import Choices, classification, hierarchy, retrieval
+from utils import html as pages
+from utils import plots, results
+from utils.files import save_arrays
+from utils.tables import NONE
+
+LEVELS, IMAGES, CAPTIONS, SIZE = 4, 20, 60, 8
+SCRIPT, HANDLER = "<script>document.title='x'</script>", "<img src=x onerror=document.title='x'>"
+CROWD = ["clip", *(f"method{i}{objective}" for i in range(5) for objective in ("", "+infonce"))]
+
+
+class Stub(Adaptor):
+    """Reads the uncertainty of an embedding off its first number. images: whether those of images have one, too."""
+
+    def __init__(self, uncertain=True, images=True, constant=False):
+        super().__init__()
+        self.uncertain, self.images, self.constant = uncertain, images, constant
+
+    def _adapt(self, embedding, has):
+        doubt = embedding[:, 0].exp() ** (not self.constant)
+        return Embedding(F.normalize(embedding[:, 1:], dim=-1), doubt if has else None)
+
+    def adapt_image(self, image):
+        return self._adapt(image, self.uncertain and self.images)
+
+    def adapt_text(self, text):
+        return self._adapt(text, self.uncertain)
+
+
+def pairs_of(folder, seed=0, truth=True):
+    """Images with three captions each, of which the surest are traps; half of the files of images exist."""
+    rng = np.random.default_rng(seed)
+    image, owner = rng.normal(size=(IMAGES, SIZE)), np.repeat(np.arange(IMAGES), 3)
+    text = image[owner] + 0.8 * rng.normal(size=(CAPTIONS, SIZE))
+    text[:2, 0] = -9, -8
+    image[:2, 0] = -9, -8
+    matches = (rng.random((IMAGES, CAPTIONS)) < 0.2) | (owner == np.arange(IMAGES)[:, None])
+    files = [folder / f"picture{i}.png" for i in range(IMAGES)]
+    for i, file in enumerate(files[::2]):
+        PIL.Image.new("RGB", (300, 200), (12 * i, 99, 0)).save(file)
+    words = [SCRIPT, HANDLER, *(f"caption {i}" for i in range(2, CAPTIONS))]
+    chains = {"chain": np.tile(np.arange(5), 3), "depth": np.repeat(np.arange(3), 5)}
+    prompts = np.repeat(np.linspace(2, -2, 3), 5)[:, None] + 0.1 * rng.normal(size=(15, SIZE))
+    return SimpleNamespace(
+        image=image, text=text, image_of_text=owner, classes=None,
+        items={"image": list(map(str, files)), "text": words, "prompt": ["a prompt"] * 15},
+        matches=sparse.csr_array(matches) if truth else None,
+        chains=chains | {"text": prompts} if truth else None,
+        meta={"logit_scale": 10.0, "id_space": "shapes"},
+    )  # fmt: skip
+
+
+def classes_of(folder):
+    """Images with classes, and what people said of them."""
+    pairs, rng = pairs_of(folder), np.random.default_rng(1)
+    pairs.label, pairs.classes = np.arange(IMAGES) % 4, [SCRIPT, "dog", "cat", "bird"]
+    pairs.text, pairs.class_of_text = pairs.text[:8], np.repeat(np.arange(4), 2)
+    pairs.human = rng.dirichlet(np.ones(4), IMAGES)
+    return pairs
+
+
+TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": hierarchy}
+
+
+def write(folder, variant, seed, pairs, adaptor, task="retrieval", evaluated_on="shapes", **changes):
+    """Evaluate and write one result as eval.py does; returns its path."""
+    figures, arrays = TASKS[task].evaluate(adaptor, pairs, Choices(["similarity"], LEVELS, quiet=True), "cpu")
+    about = {
+        "task": task, "evaluated_on": evaluated_on, "split": "val", "uncer_levels": LEVELS, "levels_by": None,
+        "drop_remainder": False, "images": IMAGES, "captions": len(pairs.text), "classes": len(pairs.classes or ()),
+        "skipped": 0, "seen_in_training": 0, "fingerprint": "f", "checkpoint": "c", "variant": variant,
+    }  # fmt: skip
+    config = {"backbone": "tiny", "seed": seed, "score": "similarity", "model": {}, "optim": {}, "method": variant}
+    config |= {"objective": "infonce" if "+infonce" in variant else "native", "preset": "default"}
+    config |= {"train": {"batch_size": 8, "epochs": 2}}
+    path = folder / "shapes" / "tiny" / variant / f"seed{seed}" / f"{evaluated_on}-{task}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_arrays(path.with_suffix(".npz"), **arrays)
+    path.write_text(json.dumps(about | {"config": config} | figures | changes), encoding="utf-8")
+    return path
+
+
+def copy(path, variant):
+    """Make of one result that of another variant."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["config"]["objective"] = "infonce" if "+infonce" in variant else "native"
+    other = path.parents[2] / variant / path.parent.name / path.name
+    other.parent.mkdir(parents=True)
+    other.write_text(json.dumps(values | {"variant": variant}), encoding="utf-8")
+    shutil.copy(path.with_suffix(".npz"), other.with_suffix(".npz"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Results of all three tasks: without an uncertainty, with one of captions and of both, and with a useless one."""
+    folder = tmp_path_factory.mktemp("few")
+    pairs, classes = pairs_of(folder), classes_of(folder)
+    write(folder, "clip", 0, pairs, Stub(uncertain=False))
+    for seed in range(2):
+        write(folder, "both", seed, pairs_of(folder, seed), Stub())
+    write(folder, "captions", 0, pairs, Stub(images=False), seen_in_training=7)
+    write(folder, "constant", 0, pairs, Stub(constant=True))
+    for variant, stub in (("clip", Stub(uncertain=False)), ("both", Stub())):
+        write(folder, variant, 0, classes, stub, "classification", "cifar")
+        write(folder, variant, 0, pairs, stub, "hierarchy", "chains")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blocks(folder):
+    return results.read(folder / "shapes")
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """A block of clip and of five methods by either objective: more variants than there are colors."""
+    folder = tmp_path_factory.mktemp("crowd")
+    first = write(folder, "method0", 0, pairs_of(folder, truth=False), Stub())
+    for variant in CROWD[2:]:
+        copy(first, variant)
+    write(folder, "clip", 0, pairs_of(folder, truth=False), Stub(uncertain=False))
+    return results.read(folder / "shapes")
+
+
+def make_page(folder, blocks):
+    path = folder / "shapes" / "report.html"
+    path.write_text(pages.page("shapes", blocks, plots.looks(blocks)), encoding="utf-8")
+    for suffix in ("md", "tex", "csv"):
+        path.with_name(f"table.{suffix}").write_text("")
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(folder, blocks):
+    return make_page(folder, blocks)
+
+
+class Page(html.parser.HTMLParser):
+    """What a page's tags are and what they load or link to."""
+
+    VOID = "meta", "br"
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loads, self.links, self.open, self.ids = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        targets = [attributes[name] for name in ("href", "xlink:href", "src", "srcset") if name in attributes]
+        (self.links if tag == "a" else self.loads).extend(targets)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_needs_nothing_else(page):
+    text = page.read_text(encoding="utf-8")
+    found = Page(text)
+    assert not found.open and len(found.ids) == len(set(found.ids))
+    assert all(load.startswith("data:image/") or load[1:] in found.ids for load in found.loads)
+    assert not any(word in text for word in ("http:", "https:", "file:", "@import"))
+    assert set(re.findall(r"url\((.)", text)) == {"#"}
+    assert not [tag for tag, _ in found.tags if tag in ("link", "iframe", "object", "img")]
+    assert [tag for tag, _ in found.tags].count("script") == 1
+    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+    for link in found.links:
+        assert link[1:] in found.ids if link[0] == "#" else (page.parent / urllib.parse.unquote(link)).exists()
+
+
+def test_each_picture_is_in_the_page_once(page):
+    text = page.read_text(encoding="utf-8")
+    kept = [attributes["href"] for tag, attributes in Page(text).tags if tag == "image" and "href" in attributes]
+    assert len(kept) == len(set(kept)) == IMAGES // 2 and text.count('<use href="#p') > 10 * len(kept)
+
+
+def test_captions_stay_text_and_missing_images_are_said(page):
+    text = page.read_text(encoding="utf-8")
+    assert SCRIPT not in text and HANDLER not in text
+    assert "&lt;script&gt;document.title=" in text and "no file picture1.png" in text
+    assert 'aria-label="image picture0.png"' in text
+
+
+def test_gallery_marks_answers(folder, blocks):
+    part = blocks[0].results["both"][0].values["text_to_image"]
+    strip = pages._strip("text_to_image", part, pages.Pictures())
+    for end, cards in zip(pages.ENDS, strip["ends"].values(), strict=True):
+        assert len(cards) == pages.SHOWN
+        for card, item in zip(cards, part["examples"][end], strict=False):
+            marks = ["right" if best["right"] else "true" if best["true"] else "wrong" for best in item["best"]]
+            assert [answer["mark"] for answer in card["answers"]] == marks
+            assert (card["own"] is None) == ("right" in marks) and card["query"] == {"text": item["query"]}
+
+
+def test_page_says_what_a_newcomer_misses(page):
+    text = page.read_text(encoding="utf-8")
+    assert "captions was trained on 7 of these 20 images" in text
+    assert "To constant all captions are equally uncertain (by the query caption)" in text
+    assert "4 levels of 15" in text and "4 levels of 5" in text and "<dt>split</dt><dd>val</dd>" in text
+    assert "<dt>query-only</dt>" in text and "<dt>gallery-aware</dt>" in text
+
+
+def test_published_columns_are_marked(folder):
+    blocks = results.read(folder / "shapes")[:1]
+    table = blocks[0].tables[0]
+    printed = table.columns[0]._replace(published=True, group="published (a paper)", note="<of its table 1>")
+    blocks[0].tables = [table._replace(columns=[*table.columns, printed])]
+    text = pages.page("shapes", blocks, plots.looks(blocks))
+    rows = sum(len(rows) for _, rows in table.groups)
+    assert text.count('class="published"') == 2 + rows  # both heads
+    assert "<dt>published (a paper)</dt><dd>&lt;of its table 1&gt;</dd>" in text
+
+
+def test_pages_of_the_same_results_are_the_same(page, blocks):
+    assert pages.page("shapes", blocks, plots.looks(blocks)) == page.read_text(encoding="utf-8")
+
+
+DRAWN = {
+    "retrieval": set(plots.FIGURES),
+    "classification": set(plots.FIGURES) - {"hierarchy"},
+    "hierarchy": {"hierarchy"},
+}
+
+
+def test_figures_of_each_task(blocks):
+    looks = plots.looks(blocks)
+    assert {block.task for block in blocks} == set(DRAWN)
+    for block in blocks:
+        assert {name for name, draw in plots.FIGURES.items() if draw(block, looks)} == DRAWN[block.task]
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, pages.NARROW])
+def test_axes_are_labelled_and_nothing_is_cut_off(blocks, crowd, width):
+    for block in (*blocks, *crowd):
+        looks = plots.looks([block])
+        for figure in filter(None, (draw(block, looks, width) for draw in plots.FIGURES.values())):
+            figure.draw_without_rendering()
+            parts = [part for part in (figure, *figure.subfigs) if part.axes and not part.subfigs] or [figure]
+            for part in parts:
+                assert part._supxlabel or all(axes.get_xlabel() for axes in part.axes)
+                assert part._supylabel or all(axes.get_ylabel() for axes in part.axes)
+            box = figure.get_tightbbox().extents
+            whole = min(box[:2]) >= -0.02 and box[2] <= width + 0.02 and box[3] <= figure.get_figheight() + 0.02
+            assert whole, (block.title, [axes.get_title() for axes in figure.axes], box, figure.get_size_inches())
+
+
+def test_a_variant_and_its_twin_look_alike_but_for_the_objective(crowd):
+    looks = plots.looks(crowd)
+    assert looks["clip"] == (None, False)  # it uses up no color
+    for i in range(5):
+        assert looks[f"method{i}"] == (i, False) and looks[f"method{i}+infonce"] == (i, True)
+    own, twin = (plots._mark(looks[name]) for name in ("method3", "method3+infonce"))
+    assert own["color"] == twin["color"] and twin["markerfacecolor"] == plots.LIGHT["paper"]
+
+
+def test_no_color_stands_twice_so_that_each_has_its_counterpart():
+    for theme in plots.THEMES:
+        assert len(set(plots.variables(theme).values())) == len(plots.variables(theme))
+    assert plots.variables("light").keys() == plots.variables("dark").keys()
+
+
+def test_figures_take_their_colors_from_the_page(blocks):
+    text = plots.svg(plots.recall_by_level(blocks[0], plots.looks(blocks)), "name")
+    named = set(re.findall(r' id="([^"]+)"', text))
+    assert set(re.findall(r"#([^;\")]+)", text)) == named  # and no color that is the figure's own
+    assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= set(plots.variables("dark"))
+    assert all("fill: var(--figure-ink)" in tag for tag in re.findall(r"<text [^>]*>", text))
+
+
+def test_rounding_coordinates_leaves_text_alone(blocks):
+    figure = plots.recall_by_level(blocks[0], plots.looks(blocks))
+    figure.axes[0].set_title("0.123456")
+    assert ">0.123456<" in plots.svg(figure, "name")
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, pages.NARROW])
+def test_many_variants_stand_in_panels_by_method(crowd, width):
+    figure = plots.recall_by_level(crowd[0], plots.looks(crowd), width)
+    assert len(figure.axes) == 10  # both directions
+    figure.draw_without_rendering()  # only then are places known
+    for i, axes in enumerate(figure.axes):
+        legend = axes.get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == [f"method{i % 5}", f"method{i % 5}+infonce"]
+        others, *own = axes.lines
+        assert np.isnan(others.get_ydata()).sum() == 8 and len(own) == 2
+        bounds = legend.get_window_extent()
+        assert bounds.y0 >= axes.get_window_extent().y1 - 1 and bounds.x1 <= figure.bbox.x1  # hides no line, is whole
+
+
+def test_few_variants_share_a_panel(blocks):
+    to_image, to_text = plots.recall_by_level(blocks[0], plots.looks(blocks)).axes
+    assert [line.get_label() for line in to_image.lines] == ["both", "captions", "Bayes-optimal"]
+    assert [line.get_label() for line in to_text.lines] == ["both", "captions*"]  # by what it retrieves
+    runs = blocks[0].results["both"]
+    found = [run.values["text_to_image"]["uncertainty"]["query"]["levels"]["recall"]["1"] for run in runs]
+    assert to_image.lines[0].get_ydata() == pytest.approx(100 * np.mean(found, axis=0))
+
+
+def test_title_says_whose_uncertainty_is_followed():
+    line = plots.Line(np.arange(2), np.arange(2))
+    lines, doubts = dict.fromkeys("abc", line), {"a": "query image", "b": "retrieved caption", "c": "query image"}
+    title, marked = plots._whose("levels by uncertainty of the {}", lines, doubts)
+    assert title == "levels by uncertainty of the query image; * of the retrieved caption"
+    assert [line.mark for line in marked.values()] == ["", "*", ""]
+
+
+def test_names_of_variants_stay_text(blocks):
+    name = "pfe+$_^<script>&"
+    block = results.Block("retrieval", "shapes", "tiny", {name: blocks[0].results["both"]})
+    text = pages.page("shapes", [block], plots.looks([block]))
+    assert "<script>&" not in text and text.count("$_^&lt;script&gt;&amp;") > 10
+
+
+def test_risk_starts_with_the_surest_and_ends_with_all(blocks):
+    to_image, _ = plots.risk_coverage(blocks[0], plots.looks(blocks)).axes
+    hit = blocks[0].results["both"][0].arrays["text_to_image_hit"]
+    lines = {line.get_label(): line for line in to_image.lines}
+    assert lines["both"].get_ydata()[-1] == pytest.approx(100 * (1 - hit.mean()))
+    assert lines["both"].get_xdata()[-1] == 100 and "clip, entropy" in lines
+    (best,) = (line for label, line in lines.items() if label.startswith("best order"))
+    assert (np.diff(best.get_ydata()) >= -1e-9).all() and best.get_ydata()[0] == 0
+
+
+def test_bins_hold_the_middle_of_what_falls_into_them():
+    ambiguity = np.repeat([0.0, math.log(10), math.log(1000)], [101, 101, 3])  # three captions say too little
+    at, (low, middle, high) = plots.binned(ambiguity, np.concatenate([np.arange(101), np.arange(101) + 7, [9, 9, 9]]))
+    assert at == pytest.approx([0, math.log(10)])
+    assert (low, middle, high) == (pytest.approx([10, 17]), pytest.approx([50, 57]), pytest.approx([90, 97]))
+
+
+def test_saved_figures(blocks, tmp_path):
+    for name in ("recall_by_level", "uncertainty_against_ambiguity"):
+        files = []
+        for again in range(2):
+            stem = tmp_path / f"{name}{again}"
+            plots.save(plots.FIGURES[name](blocks[0], plots.looks(blocks)), stem)
+            files.append([stem.with_suffix(suffix).read_bytes() for suffix in (".png", ".pdf")])
+        assert files[0] == files[1]
+        pdf = files[0][1]
+        assert pdf.startswith(b"%PDF") and b"/CIDFontType2" in pdf and b"/Type3" not in pdf
+        with PIL.Image.open(stem.with_suffix(".png")) as image:
+            assert min(image.size) > 500
+
+
+def test_without_any_uncertainty_only_its_stand_in_is_drawn(tmp_path):
+    write(tmp_path, "clip", 0, pairs_of(tmp_path, truth=False), Stub(uncertain=False))
+    blocks = results.read(tmp_path / "shapes")
+    looks = plots.looks(blocks)
+    drawn = {name for name, draw in plots.FIGURES.items() if draw(blocks[0], looks)}
+    assert drawn == {"risk_coverage", "reliability"}
+    assert "Bayes" not in pages.page("shapes", blocks, looks)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The system's Chromium, as tests of the page drive it."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium is installed")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium):
+    """Open a page, and give it with the lists of its complaints and of what it loaded."""
+    contexts = []
+
+    def open_page(path, **options):
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
+        contexts.append(context)
+        tab, complaints, loaded = context.new_page(), [], []
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("request", lambda request: loaded.append(request.url))
+        tab.goto(path.as_uri())
+        return tab, complaints, loaded
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+OPEN = "for (const details of document.querySelectorAll('details')) details.open = true"
+
+
+def test_browser_has_nothing_to_complain_of_and_loads_nothing(page, opened):
+    tab, complaints, loaded = opened(page)
+    assert complaints == [] and {url for url in loaded if not url.startswith("data:")} == {page.as_uri()}
+    assert tab.title() == "Uncertainty in retrieval: shapes"
+    tab.evaluate(OPEN)
+    for words in (SCRIPT, HANDLER):
+        assert tab.locator(".words", has_text=words).first.is_visible()
+    assert tab.title() == "Uncertainty in retrieval: shapes" and complaints == []
+
+
+# What a table's column holds: how it is sorted, and of each row its kind, the text and value of its cell, and its name.
+COLUMN = """(button) => {
+  const head = button.closest("th");
+  const bodies = [...head.closest("table").tBodies].map((body) => [...body.rows].map((row) => ({
+    kind: row.className, text: row.cells[head.cellIndex]?.textContent.trim(),
+    value: row.cells[head.cellIndex]?.dataset.value ?? null, name: row.cells[0].textContent,
+  })));
+  return [head.getAttribute("aria-sort"), bodies];
+}"""
+EVERY_COLUMN = f"""() => [...document.querySelectorAll("thead button")].map((button) => {{
+  const column = {COLUMN};
+  return [0, 1, 2, 3].map((presses) => {{ if (presses) button.click(); return column(button); }});
+}})"""
+
+
+def known(rows):
+    return [float(row["value"]) for row in rows if not row["kind"] and row["value"] is not None]
+
+
+def is_number(text):
+    return re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text) is not None
+
+
+def test_click_on_a_column_sorts_its_rows(page, opened):
+    tab, complaints, _ = opened(page)
+    moved, lacking = 0, 0
+    for states in tab.evaluate(EVERY_COLUMN):
+        (_, before), *_ = states
+        if not all(is_number(row["value"]) for rows in before for row in rows if row["value"]):
+            continue
+        assert [said for said, _ in states[1:]] == ["descending", "ascending", None] and states[3][1] == before
+        for sign, (_, bodies) in zip((-1, 1), states[1:], strict=False):
+            for old, new in zip(before, bodies, strict=True):
+                assert sorted(row["name"] for row in new) == sorted(row["name"] for row in old)
+                kinds = [("heading", "", "reference").index(row["kind"]) for row in new]
+                assert kinds == sorted(kinds)
+                rows, values = [row for row in new if not row["kind"]], known(new)
+                assert values == sorted(values, key=lambda value: sign * value)
+                assert all(row["value"] is None and row["text"] in (NONE, "") for row in rows[len(values) :])
+                moved += new != old
+                lacking += 0 < len(values) < len(rows)
+    assert moved > 10 and lacking > 10 and complaints == []
+    assert tab.locator("[aria-sort]").count() == 0
+
+
+def test_names_sort_by_keyboard(page, opened):
+    tab, _, _ = opened(page)
+    button = tab.get_by_role("button", name="method").first
+    button.focus()
+    for way in ("ascending", "descending"):
+        tab.keyboard.press("Enter")
+        said, (rows, *_) = button.evaluate(COLUMN)
+        names = [row["value"] for row in rows if not row["kind"]]
+        assert said == way and names == sorted(names, reverse=way == "descending")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_never_scrolls_sideways(page, opened, width, scheme):
+    tab, _, _ = opened(page, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    tab.evaluate(OPEN)
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.locator("figure .wide").first.is_visible() == (width == 1280)
+    assert tab.locator("figure .narrow").first.is_visible() == (width == 390)
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(252, 252, 250)", "dark": "rgb(21, 24, 28)"}[scheme]
+
+
+def test_letters_in_figures_are_readable(page, opened):
+    for width in (1280, 390):
+        tab, _, _ = opened(page, viewport={"width": width, "height": 800})
+        sizes = """() => [...document.querySelectorAll("figure svg text")].filter((text) => text.checkVisibility())
+          .map((text) => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a)"""
+        found = [abs(size) for size in tab.evaluate(sizes) if abs(size) > 1]  # what stands upright has another matrix
+        assert found and min(found) >= 9.5
+
+
+def test_page_reads_without_a_script(page, opened):
+    tab, _, _ = opened(page, java_script_enabled=False)
+    assert tab.locator("button").count() == 0 and tab.locator("table").first.is_visible()
+    tab.locator("summary", has_text="both").first.click()
+    assert tab.locator("details[open] .words", has_text=SCRIPT).first.is_visible()

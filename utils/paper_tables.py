@@ -1,0 +1,403 @@
+"""The tables of a report, in the form in which papers print them: which figures of a result stand where.
+
+Every table is a function of a results.Block, and gives None where the block has nothing for it.
+"""
+
+from functools import partial
+
+from utils import published, tables
+from utils.tables import MINUS, Cell, Column, Row
+from utils.terminal import GALLERY_AWARE, SCORES, followed
+
+UNIFIED = "unified objective"  # heads the rows trained by it
+SIDES = {"text_to_image": "text→image", "image_to_text": "image→text"}
+CLASSES = {"image_to_class": "image→class"}
+DETERMINISTIC = ("entropy", "top", "margin")  # what stands in for the uncertainty of a method that has none
+TREND = (
+    ("s", "S", min, f"rank correlation of uncertainty level and R@1; {MINUS}1 is ideal"),
+    ("r2", "R²", None, "of the linear fit of R@1 on uncertainty level; 1 is ideal, if S is negative"),
+    ("minus_s_r2", f"{MINUS}S·R²", max, "both in one number; 1 is ideal"),
+)
+SELECTIVE = (
+    ("auroc", "AUROC", max, "chance that a wrong answer is more uncertain than a right one; 0.5 is chance, 1 is ideal"),
+    ("aupr", "AUPR", max, "area under precision and recall, by certainty, of right answers; 1 is ideal"),
+    ("aurc", "AURC", min, "share of wrong answers among the surest queries, on average over how many are answered"),
+    ("e_aurc", "E-AURC", min, "AURC less that of the ideal order of the same answers; 0 is ideal"),
+)
+COVERAGES = ("80", "90", "95")
+TRUTH = {"spearman": "Spearman", "kendall": "Kendall"}
+ERRORS = {
+    "nll": ("NLL", "negative log-likelihood of the right answer"),
+    "ece_15": ("ECE", "expected calibration error, 15 bins of equal width"),
+    "ece_20": ("ECE, 20 bins", "expected calibration error, 20 bins of equal width"),
+    "adaptive_ece": ("adaptive ECE", "expected calibration error, 15 bins of equally many answers"),
+    "brier": ("Brier", "squared error of the probabilities"),
+}
+HIERARCHY = (
+    ("falling_steps", "steps, %", 100, 1, max, "steps from general to specific at which uncertainty falls"),
+    ("falling_chains", "chains, %", 100, 1, max, "chains along which uncertainty falls at every step"),
+    ("spearman_depth", "Spearman of depth", 1, 3, min, f"with uncertainty, over all prompts; {MINUS}1 is ideal"),
+    ("spearman_depth_within_chains", "within chains", 1, 3, min, "the same in every chain, averaged"),
+)  # fmt: skip
+ECCV = (  # averaged over both directions, as papers have them
+    ("eccv_map_at_r", "ECCV mAP@R"),
+    ("eccv_rprecision", "ECCV R-P"),
+    ("eccv_r1", "ECCV R@1"),
+    ("cxc_r1", "CxC R@1"),
+    ("coco_5k_r1", "5K R@1"),
+    ("coco_5k_rsum", "5K RSUM"),
+    ("coco_1k_r1", "1K R@1"),
+    ("coco_1k_rsum", "1K RSUM"),
+)
+
+
+def every(block):
+    """All tables that a block has figures for, in the order in which they are read."""
+    return [table for table in (make(block) for make in TABLES[block.task]) if table]
+
+
+def recall(block):
+    """R@K both ways with what they add up to, as papers on retrieval have it."""
+    columns, by_score, limits = [], [], {}
+    for side, title in SIDES.items():
+        group, shown = f"{title}, %", side == "text_to_image"
+        columns += [_percent(f"{side}_r{k}", group, f"R@{k}", side, "recall", str(k)) for k in (1, 5, 10)]
+        read, note = partial(_share_of_limit, side), "R@1 in percent of the Bayes-optimal R@1"
+        columns.append(Column(f"{side}_share_of_limit", group, "of limit", 1, read, max, note, shown=shown))
+        key = f"{side}_median_rank"
+        columns.append(_column(key, group, "median rank", 1, side, "median_rank", best=min, shown=False))
+        both = []
+        for score, name in SCORES.items():
+            key, read = f"{side}_r1_by_{name}", partial(_recall_by, score, side)
+            both.append(Column(key, f"R@1, {group}", f"by {name}", 1, read, shown=shown))
+        by_score += both
+        limit = find(block.any, side, "bayes_recall")
+        if limit is not None:
+            limits |= {key: Cell(100 * limit) for key in (f"{side}_r1", *(column.key for column in both))}
+    columns += [_column("rsum", "", "RSUM", 1, "rsum", note="sum of the six recalls"), *by_score]
+    columns += published.columns(block, "recall", columns)
+    note = ""
+    if limits:
+        note = (
+            "A caption can be true of many images, yet only its own counts: Bayes-optimal is the best R@1 that any"
+            " method can reach on average."
+        )
+    return tables.make("recall", "Recall", columns, rows_of(block, columns), note, _reference(limits))
+
+
+def uncertainty(block):
+    """How R@1 falls over levels of uncertainty, in the form of ProbVLM (arXiv 2307.00398), table 1."""
+    columns = []
+    for side in ("image_to_text", "text_to_image"):  # as there
+        group = SIDES[side]
+        columns.append(Column(f"{side}_levels_by", group, "levels by", 0, partial(_levels_by, side), None))
+        for key, title, best, note in TREND:
+            columns.append(Column(f"{side}_{key}", group, title, 3, partial(_record, side, (key,)), best, note))
+        spread = partial(_record, side, ("spread",), scale=100)
+        columns.append(Column(f"{side}_spread", group, "spread, %", 1, spread, shown=False))
+        for key in ("s", "r2", "minus_s_r2", "auroc"):
+            for i, end in enumerate(("low", "high")):  # of the bootstrap over queries, averaged over seeds
+                read = partial(_record, side, ("interval", key, i))
+                columns.append(Column(f"{side}_{key}_{end}", group, f"{key}, {end}", 3, read, None, shown=False))
+    columns += published.columns(block, "uncertainty", columns, _named)
+    best = block.any.get("bayes_optimal") or {}
+    limits = {f"text_to_image_{key}": Cell(best[key]) for key, *_ in TREND if best.get(key) is not None}
+    note = f"Over {block.any['uncer_levels']} levels of uncertainty, {_sizes(block)}."
+    if limits:
+        note += (
+            " Bayes-optimal: levels by true ambiguity, over which R@1 falls in a curve, so that an imperfect order can"
+            f" have a higher R² and {MINUS}S·R²."
+        )
+    note += _constant(block, SIDES)
+    rows = rows_of(block, columns, _own_or_deterministic)
+    return tables.make("uncertainty", "R@1 and uncertainty", columns, rows, note, _reference(limits))
+
+
+def levels(block):
+    """R@1 by uncertainty level, as the public AsymVLM code prints it."""
+    columns = []
+    for side, title in SIDES.items():
+        for level in range(block.any["uncer_levels"]):
+            key, group = f"{side}_level_{level + 1}", f"{title}, R@1 in % by level"
+            columns.append(Column(key, group, str(level + 1), 1, partial(_level, side, level), None))
+
+    def parts(runs):
+        for label, name in _own_or_deterministic(runs):
+            yield label, (name, "recall")
+            if any("bayes_recall" in runs[0].values[side] for side in SIDES):
+                yield f"{label}, limit", (name, "bayes_recall")
+
+    best = enumerate(find(block.any, "bayes_optimal", "levels") or (), 1)
+    limits = {f"text_to_image_level_{level}": Cell(100 * value) for level, value in best}
+    note = f"Level 1 is the least uncertain; {_sizes(block)}."
+    if limits:
+        note += " Limit: Bayes-optimal R@1 of the same queries. Bayes-optimal: of levels by true ambiguity."
+    note += _constant(block, SIDES)
+    rows = rows_of(block, columns, parts)
+    return tables.make("levels", "R@1 by uncertainty level", columns, rows, note, _reference(limits))
+
+
+def selective(block):
+    """What uncertainty tells of single answers: the query's own, and what needs scores over the gallery."""
+    sides, right = (CLASSES, "ACC") if block.task == "classification" else (SIDES, "R@1")
+    first, columns = next(iter(sides)), []
+    for side in sides:
+        for name in ("query", *DETERMINISTIC, "probability", "retrieved", "sum"):
+            group = "query-only" if name == "query" else f"gallery-aware: {followed(side, name)}"
+            full = side == first and name in ("query", "entropy")
+            for key, title, best, note in SELECTIVE:
+                read, full_key = partial(_record, side, (key,), name=name), f"{side}_{name}_{key}"
+                if side == first and key == "auroc" and name in GALLERY_AWARE and not full:
+                    heads = "gallery-aware: AUROC", GALLERY_AWARE[name]
+                    columns.append(Column(full_key, *heads, 3, read, best, f"the same chance by the {heads[1]}"))
+                else:
+                    columns.append(Column(full_key, group, title, 3, read, best, note, shown=full))
+            for coverage in COVERAGES:
+                read = partial(_record, side, ("selective_recall", coverage), name=name, scale=100)
+                key, note = f"{side}_{name}_of_surest_{coverage}", f"{right} in % of so many of the queries, the surest"
+                columns.append(Column(key, group, f"{right} of {coverage} %", 1, read, max, note, shown=full))
+    note = "Query-only uncertainty is known before any search; gallery-aware needs the scores over the gallery."
+    note += _constant(block, sides, ("query",))
+    return tables.make("selective", f"Selective answers, {sides[first]}", columns, rows_of(block, columns), note)
+
+
+def truth(block):
+    """How near a method comes to what is true, where the ambiguity of captions is known."""
+    first, group = "text_to_image", "ambiguity of captions"
+    columns = []
+    for name in ("query", *GALLERY_AWARE, "retrieved", "sum"):
+        for key, title in TRUTH.items():
+            read, own = partial(_record, first, (key,), name=name), name == "query"
+            note = "rank correlation of uncertainty and true ambiguity; 1 is ideal"
+            columns.append(Column(f"{name}_{key}", group if own else name, title, 3, read, max, note, shown=own))
+    for side, title in SIDES.items():
+        note = "Bayes-optimal R@1 less that of the method"
+        columns.append(_percent(f"{side}_regret", f"{title}, %", "regret", side, "regret", best=min, note=note))
+        for key, heading in (("map_at_r", "mAP@R"), ("r_precision", "R-P")):
+            columns.append(
+                _percent(f"{side}_{key}", f"{title}, %", heading, side, key, note="against all that is true of a query")
+            )
+    if not any(column.read(block.any, None) is not None for column in columns):
+        return None
+    columns += _chains()
+    return tables.make("truth", "Against the truth", columns, rows_of(block, columns))
+
+
+def eccv(block):
+    """COCO, CxC and ECCV Caption in the form of PCME++ (arXiv 2305.18171), table 1."""
+    columns = [Column(key, "", title, 1, partial(_coco, key)) for key, title in ECCV]
+    columns += published.columns(block, "eccv", columns)
+    note = "In %, both directions averaged; RSUM is the sum of six recalls. 5K and 1K are those of COCO."
+    return tables.make("eccv", "COCO, CxC and ECCV Caption", columns, rows_of(block, columns), note)
+
+
+def calibration(block):
+    """How far the posterior over the gallery can be believed, before and after temperature scaling."""
+    columns = []
+    for side in SIDES:
+        for when, said in (("model", "as it is"), ("temperature", "temperature-scaled")):
+            for key in ("ece_15", "ece_20", "adaptive_ece", "nll", "brier"):
+                more = {"best": min, "note": ERRORS[key][1], "shown": side == "text_to_image"}
+                column = f"{side}_{key}" + "_scaled" * (when == "temperature")
+                path = side, "calibration", when, key
+                columns.append(_column(column, said, ERRORS[key][0], 3, *path, **more))
+    note = "Of the posterior over the gallery; the temperature of each half of the queries is fitted on the other."
+    return tables.make("calibration", "Calibration, text→image", columns, rows_of(block, columns), note)
+
+
+def classification(block):
+    """Accuracy and calibration in the form of BayesVLM (arXiv 2412.06014)."""
+    side = "image_to_class"
+    columns = [
+        _percent("acc", "", "ACC, %", side, "recall", "1"),
+        _percent("top5", "", "top-5, %", side, "recall", "5"),
+    ]
+    for key, (title, note) in ERRORS.items():
+        title = {"NLL": "NLPD"}.get(title, title)
+        columns.append(Column(key, "", title, 3, partial(_error, key), min, note))
+    of_people = "rank correlation of uncertainty and the entropy of people's labels; 1 is ideal"
+    for key, group, head, note in (
+        ("auroc", "failure", "AUROC", SELECTIVE[0][3]),
+        ("spearman", "human labels", "Spearman", of_people),
+    ):
+        for name, title in (("query", "query-only"), ("entropy", "entropy")):
+            read = partial(_unscaled, key, name)
+            columns.append(Column(f"{name}_{key}", group, f"{head}, {title}", 3, read, max, note))
+
+    def parts(runs):
+        scaled = all("temperature" in run.values[side]["calibration"] for run in runs)
+        return [("", "model"), *([(" + temperature", "temperature")] if scaled else [])]
+
+    note = "The temperature of each half of the images is fitted on the other; it changes no answer."
+    note += _constant(block, CLASSES, ("query",))
+    return tables.make("classification", "Classification", columns, rows_of(block, columns, parts), note)
+
+
+def hierarchy(block):
+    """Whether uncertainty falls along chains of prompts; below, two uncertainties that cost nothing."""
+    found = block.any.get("hierarchy")
+    if not found or (block.task == "retrieval" and truth(block)):  # which has them
+        return None
+    columns = _chains()
+    references = []
+    for name, record in found["uncertainty"].items():
+        if name != "query":
+            alone = {"hierarchy": {"uncertainty": {"query": record}}}
+            references.append(Row(name, None, None, tables.cells_of(columns, [alone])))
+    note = f"{found['prompts']:,} prompts in {found['chains']:,} chains from general to specific."
+    return tables.make("hierarchy", "Hierarchy", columns, rows_of(block, columns), note, references)
+
+
+TABLES = {
+    "retrieval": (recall, uncertainty, levels, selective, truth, eccv, calibration, hierarchy),
+    "classification": (classification, selective),
+    "hierarchy": (hierarchy,),
+}
+
+
+def is_unified(runs):
+    """Whether a variant's Results are of runs trained by the unified objective rather than the method's own."""
+    return runs[0].values["config"].get("objective") == "infonce"
+
+
+def rows_of(block, columns, parts=lambda runs: [("", None)]):
+    """The rows of a block by objective: list of (heading, rows), no heading where all are trained by the same.
+
+    parts: function from a variant's runs to its rows, each what its name is followed by, and what its columns are read
+    with beside the values.
+    """
+    groups = {}
+    for variant, runs in block.results.items():
+        heading = UNIFIED if is_unified(runs) else ""
+        seen = max(run.values["seen_in_training"] for run in runs)
+        name = variant + f" (trained on {seen:,} of the images)" * bool(seen)
+        folder, values = runs[0].path.parent.parent, [run.values for run in runs]
+        for label, about in parts(runs):
+            cells = tables.cells_of(columns, values, about)
+            groups.setdefault(heading, []).append(Row(name + label, folder, len(runs), cells, variant))
+    return list(groups.items()) if len(groups) > 1 else [("", rows) for rows in groups.values()]
+
+
+def find(values, *path):
+    """What lies at a path of keys in nested dicts, None where there is no such thing."""
+    for key in path:
+        values = None if values is None else values.get(key)
+    return values
+
+
+def _column(key, group, title, digits, *path, scale=1, **more):
+    """A Column that reads what lies at `path`."""
+
+    def read(values, about):
+        value = find(values, *path)
+        return None if value is None else scale * value
+
+    return Column(key, group, title, digits, read, **more)
+
+
+def _percent(key, group, title, *path, **more):
+    return _column(key, group, title, 1, *path, scale=100, **more)
+
+
+def _reference(cells):
+    return [Row("Bayes-optimal", None, None, cells)] if cells else []
+
+
+def _share_of_limit(side, values, about):
+    limit = find(values, side, "bayes_recall")
+    return 100 * values[side]["recall"]["1"] / limit if limit else None
+
+
+def _recall_by(score, side, values, about):
+    """R@1 by one score, where the run was evaluated by both."""
+    if "other_score" not in values:
+        return None
+    other = values["other_score"]
+    return 100 * (other if other["score"] == score else values)[side]["recall"]["1"]
+
+
+def _own_or_deterministic(runs):
+    """The row of a method's own uncertainty, or those of what stands in for it."""
+    if runs[0].values["text_to_image"]["levels_by"]:
+        return [("", None)]
+    return [(_named(name), name) for name in DETERMINISTIC]
+
+
+def _named(name):
+    return f", {GALLERY_AWARE[name]}" if name else ""
+
+
+def _levels_by(side, values, about):
+    """Say whose uncertainty the levels follow."""
+    name = about or values[side]["levels_by"]
+    return name and followed(side, name)
+
+
+def _record(side, path, values, about, name=None, scale=1):
+    """What lies at `path` of the record of one uncertainty, by default the one that the row or else the levels are of.
+
+    None where all queries are equally uncertain.
+    """
+    found = find(values, side, "uncertainty", name or about or values[side]["levels_by"])
+    if found is None or found.get("constant"):
+        return None
+    for key in path:
+        found = found[key] if isinstance(key, int) else found.get(key)
+        if found is None:
+            return None
+    return scale * found
+
+
+def _level(side, level, values, about):
+    """R@1 of one level, or its limit, in percent."""
+    name, figure = about
+    path = ("levels", "recall", "1") if figure == "recall" else ("levels", figure)
+    return _record(side, (*path, level), values, name, scale=100)
+
+
+def _coco(key, values, about):
+    """A figure of metrics/eccv.py in percent: the mean over both directions, or a sum over them as it is."""
+    found = find(values, "coco", key)
+    if isinstance(found, dict):
+        return 100 * sum(found.values()) / len(found)
+    return found
+
+
+def _error(key, values, about):
+    return values["image_to_class"]["calibration"][about][key]
+
+
+def _unscaled(key, name, values, about):
+    return _record("image_to_class", (key,), values, about, name) if about == "model" else None
+
+
+def _chains():
+    path = "hierarchy", "uncertainty", "query"
+    return [
+        _column(key, "chains of prompts", title, digits, *path, key, scale=scale, best=best, note=note)
+        for key, title, scale, digits, best, note in HIERARCHY
+    ]
+
+
+def _sizes(block):
+    """Say how many queries a level has: "of 500 captions and of 100 images", or "of 8 or 9 captions"."""
+    said = []
+    for side, what in (("text_to_image", "captions"), ("image_to_text", "images")):
+        # Of any uncertainty that is not constant: levels of all are equally large.
+        records = (block.any[side]["uncertainty"] or {}).values()
+        counts = next((record["levels"]["count"] for record in records if "levels" in record), [])
+        said += [f"of {' or '.join(f'{count:,}' for count in sorted(set(counts)))} {what}"] * bool(counts)
+    return " and ".join(said) or "all queries being equally uncertain"
+
+
+def _constant(block, sides, names=None):
+    """Say which rows have no figures, as all queries are equally uncertain; "" where none is so."""
+    found = []
+    for variant, runs in block.results.items():
+        for side, title in sides.items():
+            by = runs[0].values[side]["levels_by"]
+            for name in names or ([by] if by else DETERMINISTIC):
+                records = [find(run.values, side, "uncertainty", name) for run in runs]
+                if any(record and record.get("constant") for record in records):
+                    found.append(f"{variant}{'' if by else _named(name)} ({title})")
+    return f" All queries are equally uncertain, so that there are no figures: {', '.join(found)}." if found else ""
