@@ -14,17 +14,16 @@ import dataclasses
 import numpy as np
 
 from datasets.embeddings import Pairs
-from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieval
+from tasks import FOLLOWED, LEVELS, SCORES, Choices, classification, hierarchy, retrieval
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import load_config
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
-from utils.files import save_arrays, write_json
+from utils.files import locked, save_arrays, write_json
 from utils.terminal import result_text
 
 TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": hierarchy}
-LEVELS = 10
 
 
 def parse(argv):
@@ -82,10 +81,9 @@ def main(argv=None):
         )
     if task == "classification" and len(pairs.classes) < 2:
         raise UserError(f"{pairs.folder} has one class, '{pairs.classes[0]}': with no other there is nothing to tell.")
-    queries = min([len(pairs.image), *([len(pairs.text)] if task == "retrieval" else [])])
-    count = min(LEVELS, queries) if args.uncer_levels is None else args.uncer_levels
-    if not 2 <= count <= queries:
-        raise UserError(f"--uncer_levels must lie between 2 and {queries:,}, the number of queries, not {count}.")
+    count = min(LEVELS, pairs.queries) if args.uncer_levels is None else args.uncer_levels
+    if not 2 <= count <= pairs.queries:
+        raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet)
@@ -103,9 +101,10 @@ def main(argv=None):
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
     path = config.result(evaluated_on, task)
-    path.unlink(missing_ok=True)  # its arrays are about to be others
-    save_arrays(path.with_suffix(".npz"), **arrays)
-    write_json(path, about | {"config": dataclasses.asdict(config) | {"score": first}} | result)
+    with locked(path.parent):
+        path.unlink(missing_ok=True)  # its arrays are about to be others
+        save_arrays(path.with_suffix(".npz"), **arrays)
+        write_json(path, about | {"config": dataclasses.asdict(config) | {"score": first}} | result)
     if not args.quiet:
         print(result_text(about | result))
     print(path)

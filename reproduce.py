@@ -37,7 +37,7 @@ def parse(argv):
     add("--mean", default="", help="of every run: frozen, residual or learned")
     add("--tag", default="", help="of every run: a name that keeps it apart from others of the same method")
     add("--score", choices=["log_likelihood", "similarity", "both"], help="which score ranks, as in eval.py")
-    add("--uncer_levels", "--uncer-levels", type=int, default=10, help="levels of uncertainty of equal size")
+    add("--uncer_levels", "--uncer-levels", type=int, help="levels of uncertainty of equal size, as in eval.py")
     add("--devices", nargs="+", default=["auto"], metavar="DEVICE", help="a process on each, for example cuda:0 cuda:1")
     add("--overwrite", action="store_true", help="replace runs that have another configuration, which fail otherwise")
     add("--dry-run", action="store_true", help="say which cells are done and which are to do, and do nothing")
@@ -112,6 +112,8 @@ def main(argv=None):
     args = parse(argv)
     for device in args.devices:
         pick_device(device)
+    if args.uncer_levels is not None and args.uncer_levels < 2:
+        raise UserError(f"--uncer_levels must be at least 2, not {args.uncer_levels}.")
     cells = grid(args)
     left = {name: cell for name, cell in cells.items() if cell.left}
     caches, done = caching(left.values(), args.set), len(cells) - len(left)

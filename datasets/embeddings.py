@@ -129,6 +129,11 @@ class Pairs:
         return self.meta["dim"]
 
     @property
+    def queries(self):
+        """How many queries there are, in the direction that has the fewer."""
+        return len(self.image) if self.classes is not None else min(len(self.image), len(self.text))
+
+    @property
     def classes(self):
         """Names of the C classes that the images have, or None where captions describe them."""
         return self.meta.get("classes")

@@ -18,21 +18,23 @@ from metrics.uncertainty import tie_means
 class Forecast(NamedTuple):
     """What is forecast for each query, and how well, (Q,) each."""
 
-    confidence: np.ndarray  # the largest probability
+    confidence: np.ndarray  # that the item of the largest probability answers: the probability of its group
     hit: np.ndarray  # whether a positive has it; where several items do, the chance
     nll: np.ndarray  # negative log of the probability that one of the positives has, in nats
     brier: np.ndarray  # squared errors of the probabilities, all positives taken as one class; from 0 to 2
 
 
 @torch.inference_mode()
-def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0):
+def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, group_of_item=None):
     """Judge the probabilities of each query's items, blockwise.
 
     score: function from a slice of queries to their scores (q, G): logits up to `scale`, or logarithms of
     probabilities. query_of_positive, item_of_positive: (P,) rows, with every query 0 .. Q-1 present; of a
-    classification they are the row numbers and the labels. Brier (1950), summed over classes. Raises
-    FloatingPointError where a score is not finite.
+    classification they are the row numbers and the labels. group_of_item (G,): items that answer the same queries, such
+    as the captions of one image, among which a posterior is shared; by default each stands alone. Brier (1950), summed
+    over classes. Raises FloatingPointError where a score is not finite.
     """
+    members = None if group_of_item is None else _members(group_of_item)
     positives = Positives(query_of_positive, item_of_positive)
     columns = Columns(positives.queries)
     for rows, scores in tiles(score, positives.queries, gallery, share=2):
@@ -40,7 +42,8 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0):
         log_probability = logit.log_softmax(dim=1)
         row, column = positives.among(rows, scores.device)
         own = log_probability[row, column]
-        best = log_probability.amax(dim=1)
+        best, top = log_probability.max(dim=1)
+        sure = best.exp() if members is None else _of_group(log_probability, members, top)
         # The probability of all positives, by the largest of them, which may underflow.
         largest = torch.full_like(best, -torch.inf).scatter_reduce(0, row, own, "amax")
         share = torch.zeros_like(best).scatter_add(0, row, (own - largest[row]).exp())
@@ -55,16 +58,32 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0):
         brier = (1 - mine).square() + (squares - own_squares).clamp_min(0)
         if not torch.isfinite(nll + brier).all():
             raise FloatingPointError("a score is not finite")
-        columns.put(rows, *(x.cpu().double() for x in (best.exp(), hit, nll.clamp_min(0), brier)))
+        columns.put(rows, *(x.cpu().double() for x in (sure, hit, nll.clamp_min(0), brier)))
     return Forecast(*columns)
 
 
+def _members(group):
+    """The items (G, S) of each item's group, filled up with G."""
+    _, of_group, size = np.unique(group, return_inverse=True, return_counts=True)
+    order, starts = np.argsort(of_group, kind="stable"), np.cumsum(size) - size
+    place = np.arange(size.max())
+    rows = np.minimum(starts[:, None] + place, len(order) - 1)
+    return torch.from_numpy(np.where(place < size[:, None], order[rows], len(order))[of_group])
+
+
+def _of_group(log_probability, members, top):
+    """The probability (q,) of the groups that the items `top` (q,) are of."""
+    items = members.to(top.device)[top]
+    inside = items < log_probability.shape[1]
+    return (log_probability.gather(1, items.where(inside, 0)).exp() * inside).sum(dim=1)
+
+
 def fit_scale(score, gallery, query_of_positive, item_of_positive):
-    """Fit the scale, one over the temperature, that gives held-out queries the least mean NLL.
+    """Fit the scale, one over the temperature, that gives held-out queries the least mean NLL, or None.
 
     Takes and raises what `forecast` does. Guo et al. (ICML 2017), arXiv 1706.04599. Each of some twenty tries goes over
-    all scores, but for one number a few thousand queries suffice. Where every answer is right a larger scale is always
-    better; then the one is given at which the mean NLL is one in the number of queries, the least so many can show.
+    all scores, but for one number a few hundred queries suffice. Where every answer is right a larger scale is always
+    better, so that none is: a mean NLL below one in the number of queries is less than so many can show.
     """
     queries = Positives(query_of_positive, item_of_positive).queries
     with torch.inference_mode():
@@ -75,15 +94,13 @@ def fit_scale(score, gallery, query_of_positive, item_of_positive):
     if scatter == 0:
         return 1.0
 
-    def excess(log_scale):
+    def nll(log_scale):
         scale = math.exp(log_scale) / scatter
-        return forecast(score, gallery, query_of_positive, item_of_positive, scale).nll.mean() - 1 / queries
+        return forecast(score, gallery, query_of_positive, item_of_positive, scale).nll.mean()
 
     # Of one positive each, NLL is convex in the scale, so that it has one minimum.
-    best = scipy.optimize.minimize_scalar(excess, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3}).x
-    if excess(best) < 0 < excess(-10):
-        best = scipy.optimize.brentq(excess, -10, best, xtol=1e-3)
-    return math.exp(best) / scatter
+    best = scipy.optimize.minimize_scalar(nll, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3})
+    return None if best.fun < 1 / queries else math.exp(best.x) / scatter
 
 
 def halves(group, seed=0):

@@ -23,11 +23,11 @@ def of_ranking(ranking, limit=None):
     return figures
 
 
-def of_uncertainty(doubt, ranking, count, drop_remainder=False, limit=None, truth=None):
-    """What an uncertainty (Q,) of ranked queries is worth, with bootstrap intervals at 95 %.
+def of_uncertainty(doubt, ranking, count, drop_remainder=False, limit=None, truth=None, group=None):
+    """What an uncertainty (Q,) of ranked queries is worth; of trend, AUROC and levels with 95 % bootstrap intervals.
 
     count: levels, of which there are none where all queries are equally uncertain. limit: Bayes-optimal R@1 (Q,).
-    truth: (Q,) what an ideal uncertainty would be ordered as, such as true ambiguity.
+    truth: (Q,) what an ideal uncertainty would be ordered as, such as true ambiguity. group: as in `bootstrap`.
     """
     hits = {k: retrieval.recall_at(ranking, k) for k in KS}
     area = uncertainty.selective(doubt, hits[1])
@@ -35,18 +35,19 @@ def of_uncertainty(doubt, ranking, count, drop_remainder=False, limit=None, trut
     figures |= {"aurc": area.aurc, "e_aurc": area.e_aurc, "selective_recall": area.recall}
     if np.ptp(doubt) == 0:
         return figures | {"constant": True}
-    groups = uncertainty.levels(doubt, count, drop_remainder)
+    groups, options = uncertainty.levels(doubt, count, drop_remainder), (count, drop_remainder)
     levels = {
         "count": [len(rows) for rows in groups],
         "uncertainty": [[float(doubt[rows].min()), float(doubt[rows].max())] for rows in groups],
-        "recall": {str(k): [float(hits[k][rows].mean()) for rows in groups] for k in KS},
+        "recall": {str(k): uncertainty.level_means(doubt, hit, *options).tolist() for k, hit in hits.items()},
     }
     if limit is not None:
-        levels["bayes_recall"] = [float(limit[rows].mean()) for rows in groups]
+        levels["bayes_recall"] = uncertainty.level_means(doubt, limit, *options).tolist()
     figures |= {"levels": levels} | uncertainty.trend(levels["recall"]["1"])._asdict()
     if truth is not None and np.ptp(truth) > 0:
         figures |= {"spearman": uncertainty.spearman(doubt, truth), "kendall": uncertainty.kendall(doubt, truth)}
-    return figures | {"interval": uncertainty.bootstrap(doubt, hits[1], count, drop_remainder=drop_remainder)}
+    interval = uncertainty.bootstrap(doubt, hits[1], count, group, drop_remainder=drop_remainder)
+    return figures | {"interval": interval}
 
 
 def gallery_aware(ranking):
@@ -56,28 +57,29 @@ def gallery_aware(ranking):
 
 
 @torch.inference_mode()
-def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale, group, seed=0):
+def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale, group, group_of_item=None, seed=0):
     """How far the posterior over the gallery can be believed, as it is and after temperature scaling.
 
     score: function from rows of queries to their scores (q, G). group (Q,): queries of one group stay together in one
     of two halves; the temperature that each half is judged with is fitted on the other, on no more than ON scores.
-    Without two groups nothing is fitted.
+    group_of_item: as in `calibration.forecast`. Without two groups, or where a half has too few mistakes to bound a
+    temperature, there is no `temperature`.
     """
     query, item = np.asarray(query_of_positive), np.asarray(item_of_positive)
-    found = {"model": _judged(calibration.forecast(score, gallery, query, item, scale), [scale])}
+    found = {"model": _judged(calibration.forecast(score, gallery, query, item, scale, group_of_item), [scale])}
     if np.ptp(group) == 0:
         return found
     rng, first, parts, scales = np.random.default_rng(seed), calibration.halves(group, seed), [], []
     for fitted in (first, ~first):
-        rows = rng.permutation(np.flatnonzero(fitted))[: max(2, ON // gallery)]
-        rows = np.sort(rows)
+        rows = np.sort(rng.permutation(np.flatnonzero(fitted))[: max(2, ON // gallery)])
         held = retrieval.whole(lambda part, r=rows: score(r[part]), len(rows), gallery)
         scales.append(calibration.fit_scale(lambda part, h=held: h[part], gallery, *_among(rows, query, item)))
-        rows = np.flatnonzero(~fitted)
-        judged = calibration.forecast(
-            lambda part, r=rows: score(r[part]), gallery, *_among(rows, query, item), scales[-1]
-        )
-        parts.append(judged)
+    if None in scales:
+        return found
+    for judged, by in ((~first, scales[0]), (first, scales[1])):
+        rows = np.flatnonzero(judged)
+        about = (lambda part, r=rows: score(r[part])), gallery, *_among(rows, query, item), by, group_of_item
+        parts.append(calibration.forecast(*about))
     whole = calibration.Forecast(*map(np.concatenate, zip(*parts, strict=True)))
     return found | {"temperature": _judged(whole, scales)}
 

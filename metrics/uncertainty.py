@@ -113,11 +113,17 @@ def levels(uncertainty, count, drop_remainder=False):
     return np.split(np.argsort(uncertainty, kind="stable")[: edges[-1]], edges[:-1])
 
 
+def level_means(uncertainty, value, count, drop_remainder=False):
+    """Mean of `value` (Q,) in each of the `levels`, (count,), tied queries standing in random order as everywhere."""
+    edges = _edges(len(value), count, drop_remainder)
+    return np.array([part.mean() for part in np.split(tie_means(uncertainty, value)[: edges[-1]], edges[:-1])])
+
+
 def _edges(queries, count, drop_remainder):
-    """Where levels end among sorted queries, (count,)."""
-    if not 2 <= count <= queries:
-        raise ValueError(f"{queries} queries cannot be split into {count} levels")
-    size, left = divmod(queries, count)
+    """Where levels end among sorted queries, (count,), or (B, count) of B numbers of queries."""
+    if not 2 <= count <= np.min(queries):
+        raise ValueError(f"{np.min(queries)} queries cannot be split into {count} levels")
+    size, left = np.divmod(np.asarray(queries)[..., None], count)
     level = np.arange(1, count + 1)
     return size * level + (0 if drop_remainder else np.minimum(level, left))
 
@@ -146,6 +152,7 @@ def trend(recalls):
 
 def _trends(recalls):
     """Trends of many rows of recalls (B, L) at once: a Trend of arrays (B,), 0 where recall is constant."""
+    recalls = np.round(recalls, 12)  # ranks must not tell apart what rounding does
     level = np.arange(recalls.shape[1])
     s, r2 = _correlation(level, stats.rankdata(recalls, axis=1)), _correlation(level, recalls) ** 2
     return Trend(s, r2, 0 - s * r2, recalls[:, 0] - recalls[:, -1])
@@ -162,28 +169,41 @@ def _correlation(a, rows):
 DRAWN = 2**18  # queries drawn at once: what is counted of them stays in a processor's cache
 
 
-def bootstrap(uncertainty, hit, count, draws=1000, seed=0, confidence=0.95, drop_remainder=False):
+def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidence=0.95, drop_remainder=False):
     """Percentile intervals over queries drawn with replacement: dict of [low, high] (Efron, 1979).
 
-    uncertainty, hit: (Q,). Of every field of the trend over `count` levels, which every draw is split into anew, of
-    `auroc` (None where that is), and of the recall of each level: `level_recall`, a list of `count` intervals.
+    uncertainty, hit: (Q,). group (Q,): queries that are no independent witnesses, such as the captions of an image, are
+    drawn together. Of every field of the trend over `count` levels, which every draw is split into anew, of `auroc`
+    (None where that is), and of the recall of each level: `level_recall`, a list of `count` intervals.
     """
     queries, rng = len(hit), np.random.default_rng(seed)
-    edges = _edges(queries, count, drop_remainder)
-    _, hit, starts = _in_order(uncertainty, hit)
+    _edges(queries, count, drop_remainder)  # refuses what cannot be
+    order, hit, starts = _in_order(uncertainty, hit)
+    of_group = slice(None) if group is None else np.unique(group, return_inverse=True)[1][order]
+    groups = queries if group is None else of_group.max() + 1
+    sizes = np.diff(starts, append=queries)
     found = []
     for start in range(0, draws, max(1, DRAWN // queries)):
         rows = np.arange(min(max(1, DRAWN // queries), draws - start))[:, None]
-        drawn = rng.integers(queries, size=(len(rows), queries)) + queries * rows
-        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)  # each query was drawn
-        hits = times * hit
+        drawn = rng.integers(groups, size=(len(rows), groups)) + groups * rows
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)[:, of_group]  # each was drawn
+        if len(starts) < queries:
+            tied_times = np.add.reduceat(times, starts, axis=1)
+            tied_hits = np.add.reduceat(times * hit, starts, axis=1)
+            auroc = _auroc(tied_hits, tied_times - tied_hits)
+            right = np.repeat(tied_hits / np.maximum(tied_times, 1), sizes, axis=1)  # in random order of ties
+            hits = times * right
+        else:
+            right, hits = np.broadcast_to(hit, times.shape), times * hit
+            auroc = _auroc(hits, times - hits)
         # A level ends within the copies of some query: those above its end are taken off again.
         ends, total = np.cumsum(times, axis=1), np.cumsum(hits, axis=1)
-        last = np.searchsorted((ends + queries * rows).ravel(), edges + queries * rows) - queries * rows
-        right = np.take_along_axis(total, last, axis=1) - (np.take_along_axis(ends, last, axis=1) - edges) * hit[last]
-        recalls = np.diff(right, axis=1, prepend=0) / np.diff(edges, prepend=0)
-        hits = np.add.reduceat(hits, starts, axis=1)
-        auroc = _auroc(hits, np.add.reduceat(times, starts, axis=1) - hits)
+        edges = _edges(ends[:, -1], count, drop_remainder)
+        apart = (ends[:, -1].max() + 1) * rows  # so that one search serves all draws
+        last = np.searchsorted((ends + apart).ravel(), edges + apart) - queries * rows
+        above = np.take_along_axis(ends, last, axis=1) - edges
+        within = np.take_along_axis(total, last, axis=1) - above * np.take_along_axis(right, last, axis=1)
+        recalls = np.diff(within, axis=1, prepend=0) / np.diff(edges, axis=1, prepend=0)
         found.append(np.column_stack([*_trends(recalls), auroc, recalls]))
     found = np.concatenate(found)
     tails, names = [(1 - confidence) / 2, (1 + confidence) / 2], (*Trend._fields, "auroc")

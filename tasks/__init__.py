@@ -12,6 +12,7 @@ from metrics import summary
 from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
+LEVELS = 10  # of uncertainty, unless there are fewer queries
 FOLLOWED = ("query", "retrieved", "sum")
 EXAMPLES, SHOWN = 10, 5  # most and least certain queries kept for the report, and best answers to each
 
@@ -50,29 +51,42 @@ def posterior_scales(adaptor, pairs):
 
 
 def doubts_of(embedding):
-    """The uncertainty of adapted embeddings as an array (N,), or None where there is none."""
-    return None if embedding.uncertainty is None else embedding.uncertainty.cpu().double().numpy()
+    """The uncertainty of adapted embeddings, (N,) or None; raises FloatingPointError where one is not finite."""
+    if embedding.uncertainty is None:
+        return None
+    doubts = embedding.uncertainty.cpu().double().numpy()
+    if not np.isfinite(doubts).all():
+        raise FloatingPointError("an uncertainty is not finite")
+    return doubts
 
 
-def judge_side(ranking, query, answer, choices, levels_by=None, limit=None, truth=None):
+def follow(levels_by, query, answer):
+    """Say which of FOLLOWED levels follow: what is asked for, or the first there is, None where there is neither.
+
+    query, answer: the adaptor's uncertainties, or None. Raises UserError for one that the adaptor lacks.
+    """
+    has = {"query": query is not None, "retrieved": answer is not None}
+    has = [*(name for name, there in has.items() if there), *(["sum"] if all(has.values()) else [])]
+    if levels_by not in (None, *has):
+        said = ", ".join(has) or "none at all"
+        raise UserError(f"--levels_by {levels_by} wants an uncertainty that the method lacks; it has {said}.")
+    return levels_by or next(iter(has), None)
+
+
+def judge_side(ranking, query, answer, choices, by, limit=None, truth=None, group=None):
     """Figures of ranked queries, and the uncertainty (Q,) that stands for them.
 
-    query (Q,), answer (G,): the adaptor's uncertainties, or None; without either, the entropy over the gallery stands.
-    levels_by: which of FOLLOWED does, or the first there is. limit, truth: as in metrics/summary.py. Raises UserError
-    where the adaptor lacks the uncertainty that was asked for.
+    query (Q,), answer (G,): the adaptor's uncertainties, or None. by: which of FOLLOWED stands, as `follow` gives it;
+    for None it is the entropy over the gallery. limit, truth, group: as in metrics/summary.py.
     """
     doubts = {"query": query, "retrieved": None if answer is None else answer[ranking.top]}
     doubts = {name: doubt for name, doubt in doubts.items() if doubt is not None}
     doubts |= {"sum": sum(doubts.values())} if len(doubts) == 2 else {}
-    if levels_by not in (None, *doubts):
-        has = ", ".join(doubts) or "none at all"
-        raise UserError(f"--levels_by {levels_by} wants an uncertainty that the method lacks; it has {has}.")
-    by = levels_by or next(iter(doubts), None)
     every = doubts | summary.gallery_aware(ranking)
     figures = summary.of_ranking(ranking, limit) | {"levels_by": by}
     figures["uncertainty"] = {
         name: {"family": "query-only" if name == "query" else "gallery-aware"}
-        | summary.of_uncertainty(doubt, ranking, choices.levels, choices.drop_remainder, limit, truth)
+        | summary.of_uncertainty(doubt, ranking, choices.levels, choices.drop_remainder, limit, truth, group)
         for name, doubt in every.items()
     }
     return figures, every[by or "entropy"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from metrics import retrieval, summary, uncertainty
 from models.base import adapt_all
-from tasks import Said, counted, doubts_of, examples, judge_side, posterior_scales, score_bar
+from tasks import Said, counted, doubts_of, examples, follow, judge_side, posterior_scales, score_bar
 
 
 def class_embeddings(pairs):
@@ -27,6 +27,8 @@ def evaluate(adaptor, pairs, choices, device):
     prompt = adapt_all(adaptor.adapt_text, class_embeddings(pairs), device)
     scales, row, label = posterior_scales(adaptor, pairs), np.arange(len(pairs.label)), pairs.label
     human = None if pairs.human is None else uncertainty.label_entropy(pairs.human)
+    doubts = doubts_of(image), doubts_of(prompt)
+    by = follow(choices.levels_by, *doubts)
     result, arrays = {}, {} if human is None else {"human_entropy": human}
     bar = score_bar(len(label) * len(pairs.classes), 3, choices)
 
@@ -36,7 +38,7 @@ def evaluate(adaptor, pairs, choices, device):
     for name in choices.scores:
         score = scored(counted(getattr(adaptor, name), bar))
         ranking = retrieval.rank(score, len(pairs.classes), row, label, scales[name])
-        side, doubt = judge_side(ranking, doubts_of(image), doubts_of(prompt), choices, choices.levels_by, truth=human)
+        side, doubt = judge_side(ranking, *doubts, choices, by, truth=human)
         side["calibration"] = summary.of_probabilities(score, len(pairs.classes), row, label, scales[name], row)
         figures = {"score": name, "posterior_scale": scales[name], "image_to_class": side}
         if result:

@@ -10,7 +10,7 @@ from scipy import sparse
 
 from metrics import eccv, retrieval, summary, uncertainty
 from models.base import adapt_all
-from tasks import Said, counted, doubts_of, examples, hierarchy, judge_side, posterior_scales, score_bar
+from tasks import Said, counted, doubts_of, examples, follow, hierarchy, judge_side, posterior_scales, score_bar
 from utils.errors import UserError
 
 HELD = 2**24  # scores, 64 MB, that are computed once; more are computed anew for every metric
@@ -79,6 +79,7 @@ def evaluate(adaptor, pairs, choices, device):
     arrays = {f"{name}_uncertainty": doubt for name, doubt in doubts.items() if doubt is not None}
     arrays |= {f"{name}_limit": known.limit for name, known in truth.items() if known.limit is not None}
     ambiguity = truth["text_to_image"].ambiguity
+    follow(choices.levels_by, doubts["image"], doubts["text"])  # refuses at once what would be refused in the end
     count = len(pairs.image) * len(pairs.text)
     # Of each direction: ranks, probabilities as they are and scaled, and what else is true.
     bar = score_bar(count, 1 if count <= HELD else 2 * (3 + (ambiguity is not None)), choices)
@@ -114,15 +115,17 @@ def judge(both, scale, doubts, truth, choices):
     for (name, side), query, answer in zip(both.items(), ("text", "image"), ("image", "text"), strict=True):
         known = truth[name]
         ranking = retrieval.rank(*side, scale)
-        by = choices.levels_by if query == "image" else None
-        part, doubt = judge_side(ranking, doubts[query], doubts[answer], choices, by, known.limit, known.ambiguity)
+        by = follow(choices.levels_by if query == "image" else None, doubts[query], doubts[answer])
+        # The captions of one image are no independent witnesses.
+        group = side.item if query == "text" else np.arange(len(ranking.top))
+        about = known.limit, known.ambiguity, group
+        part, doubt = judge_side(ranking, doubts[query], doubts[answer], choices, by, *about)
         if known.matches is not None:
             found = retrieval.at_r(side.score, known.matches)
             part["map_at_r"] = float(found.mean_average_precision.mean())
             part["r_precision"] = float(found.r_precision.mean())
-        # The captions of one image are no independent witnesses of a temperature.
-        group = side.item if query == "text" else np.arange(len(ranking.top))
-        part["calibration"] = summary.of_probabilities(*side, scale, group)
+        shared = side.query if query == "image" else None  # by the captions of one image
+        part["calibration"] = summary.of_probabilities(*side, scale, group, shared)
         figures[name] = part
         arrays |= {f"{name}_{field}": value for field, value in ranking._asdict().items()}
         arrays |= {f"{name}_hit": retrieval.recall_at(ranking, 1), f"{name}_uncertainty": doubt}

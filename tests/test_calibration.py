@@ -146,17 +146,32 @@ def test_the_fitted_scale_is_that_of_the_labels_drawn_and_calibrates():
     assert errors[1] < 0.03 < 0.2 < errors[0] and after.nll.mean() < before.nll.mean()
 
 
-def test_the_fitted_scale_where_every_answer_is_right_or_nothing_is_told():
+def test_no_scale_is_fitted_where_every_answer_is_right():
     def fit(logit, label):
         return calibration.fit_scale(lambda rows: torch.tensor(logit[rows]), logit.shape[1], *single(label))
 
-    right = fit(LOGIT, LOGIT.argmax(axis=1))
-    nll = forecast(LOGIT, single(LOGIT.argmax(axis=1)), right).nll.mean()
-    assert nll == pytest.approx(1 / 200, rel=0.01)
+    right = LOGIT.argmax(axis=1)
+    assert fit(LOGIT, right) is None and fit(LOGIT[:1], right[:1]) is None
+    assert fit(LOGIT, np.where(np.arange(200) < 20, (right + 1) % 7, right)) > 0  # some mistakes bound it
     assert fit(np.zeros((9, 4)), np.zeros(9, dtype=int)) == 1
     # All wrong: the less is claimed the better.
     assert fit(LOGIT, LOGIT.argmin(axis=1)) < 1e-3
-    assert np.isfinite(fit(LOGIT[:1], LOGIT[:1].argmax(axis=1)))
+    group = np.arange(200)
+    found = summary.of_probabilities(lambda rows: torch.tensor(LOGIT[rows]), 7, *single(right), 1.0, group)
+    assert list(found) == ["model"]
+
+
+def test_answers_of_one_group_share_a_confidence():
+    rng = np.random.default_rng(31)
+    logit, group = rng.standard_normal((50, 9)), np.array([2, 0, 2, 1, 1, 2, 5, 0, 1])
+    query, item = np.repeat(np.arange(50), 2), rng.integers(0, 9, 100)
+    probability = special.softmax(logit, axis=1)
+    for groups in (group, np.arange(9)):
+        found = calibration.forecast(lambda rows: torch.tensor(logit[rows]), 9, query, item, 1.0, groups)
+        expected = [row[groups == groups[row.argmax()]].sum() for row in probability]
+        assert found.confidence == pytest.approx(np.array(expected))
+    alone = calibration.forecast(lambda rows: torch.tensor(logit[rows]), 9, query, item)
+    assert alone.confidence == pytest.approx(probability.max(axis=1)) and (alone.nll == found.nll).all()
 
 
 def test_halves_keep_groups_together():

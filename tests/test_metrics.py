@@ -299,24 +299,55 @@ def test_the_reference_suites_levels_leave_out_the_most_uncertain():
     assert [len(rows) for rows in uncertainty.levels(doubt[top], 10)] == [11] * 3 + [10] * 7 and every != expected
 
 
+def test_levels_have_no_order_of_their_own_where_queries_tie():
+    """Means in expectation over the order of ties, whatever the order of the rows: as of 4,000 random ones."""
+    rng = np.random.default_rng(22)
+    doubt, hit = rng.integers(0, 4, 53), rng.integers(0, 2, 53).astype(float)
+    found = uncertainty.level_means(doubt, hit, 7)
+    shuffled, sampled = rng.permutation(53), np.zeros(7)
+    assert uncertainty.level_means(doubt[shuffled], hit[shuffled], 7) == pytest.approx(found)
+    for _ in range(4000):
+        order = np.lexsort([rng.random(53), doubt])
+        sampled += [hit[rows].mean() / 4000 for rows in np.array_split(order, 7)]
+    assert sampled == pytest.approx(found, abs=0.02)
+    assert uncertainty.level_means(np.arange(53), hit, 7) == pytest.approx([x.mean() for x in np.array_split(hit, 7)])
+
+
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("drawn", [2**18, 100])
-def test_bootstrap_by_loop(monkeypatch, drop, drawn):
+def test_bootstrap_by_loop(monkeypatch, drop, drawn, grouped):
     """The same draws, each split into levels and judged by the functions for one."""
     monkeypatch.setattr(uncertainty, "DRAWN", drawn)
     rng = np.random.default_rng(20)
     doubt, hit = rng.integers(0, 9, 57).astype(float), rng.choice([0.0, 1.0, 0.5], 57)
-    found = uncertainty.bootstrap(doubt, hit, 5, draws=200, seed=3, drop_remainder=drop)
-    order, draws, expected = np.argsort(doubt, kind="stable"), np.random.default_rng(3), []
+    group = rng.permutation(np.arange(57) // 4) if grouped else np.arange(57)
+    found = uncertainty.bootstrap(doubt, hit, 5, group if grouped else None, draws=200, seed=3, drop_remainder=drop)
+    draws, expected, count = np.random.default_rng(3), [], group.max() + 1
+    group = group if grouped else np.argsort(np.argsort(doubt, kind="stable"), kind="stable")  # by rank, then
     for _ in range(200):
-        rows = order[np.sort(draws.integers(57, size=57))]
-        groups = uncertainty.levels(doubt[rows], 5, drop)
-        recalls = [hit[rows][group].mean() for group in groups]
+        rows = np.concatenate([np.flatnonzero(group == chosen) for chosen in draws.integers(count, size=count)])
+        recalls = uncertainty.level_means(doubt[rows], hit[rows], 5, drop)
         expected.append([*uncertainty.trend(recalls), uncertainty.auroc(doubt[rows], hit[rows]), *recalls])
     expected = np.quantile(expected, [0.025, 0.975], axis=0).T
     assert found.pop("level_recall") == [pytest.approx(interval) for interval in expected[5:]]
     assert list(found) == ["s", "r2", "minus_s_r2", "spread", "auroc"]
     assert list(found.values()) == [pytest.approx(interval) for interval in expected[:5]]
+
+
+def test_captions_of_an_image_are_no_independent_witnesses():
+    """Where five queries share their luck, intervals that know it are as wide as new worlds are spread."""
+    group, found, rng = np.arange(500) // 5, [], np.random.default_rng(23)
+
+    def world():
+        luck = rng.random(100)[group]
+        return luck + 0.1 * rng.random(500), (rng.random(100)[group] > luck).astype(float)
+
+    for doubt, hit in (world() for _ in range(200)):
+        found.append(uncertainty.auroc(doubt, hit))
+    (wide, narrow) = (uncertainty.bootstrap(*world(), 4, by)["auroc"] for by in (group, None))
+    spread = 3.92 * np.std(found)
+    assert np.diff(wide) == pytest.approx(spread, rel=0.35) and np.diff(narrow) < 0.65 * spread
 
 
 def test_bootstrap_covers_what_it_should():
@@ -370,7 +401,7 @@ def test_trend_against_scipy():
     assert trend.s == pytest.approx(stats.spearmanr(np.arange(10), recalls).statistic)
     assert trend.r2 == pytest.approx(fit.rvalue**2)
     assert trend.minus_s_r2 == pytest.approx(-trend.s * fit.rvalue**2)
-    assert trend.spread == recalls[0] - recalls[-1]
+    assert trend.spread == pytest.approx(recalls[0] - recalls[-1])
     assert uncertainty.trend([0.9, 0.7, 0.5, 0.3]) == pytest.approx((-1, 1, 1, 0.6))
     assert uncertainty.trend([0.4] * 5) == (None, None, None, 0)
     tied = uncertainty.trend([0.5, 0.5, 0.25, 0.75])

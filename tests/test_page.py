@@ -414,11 +414,11 @@ OPEN = "for (const details of document.querySelectorAll('details')) details.open
 def test_browser_has_nothing_to_complain_of_and_loads_nothing(page, opened):
     tab, complaints, loaded = opened(page)
     assert complaints == [] and {url for url in loaded if not url.startswith("data:")} == {page.as_uri()}
-    assert tab.title() == "Uncertainty in retrieval: shapes"
+    assert tab.title() == "Post-hoc uncertainty: shapes"
     tab.evaluate(OPEN)
     for words in (SCRIPT, HANDLER):
         assert tab.locator(".words", has_text=words).first.is_visible()
-    assert tab.title() == "Uncertainty in retrieval: shapes" and complaints == []
+    assert tab.title() == "Post-hoc uncertainty: shapes" and complaints == []
 
 
 # What a table's column holds: how it is sorted, and of each row its kind, the text and value of its cell, and its name.

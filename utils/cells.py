@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from datasets.embeddings import META, Pairs, cache_folder
+from tasks import LEVELS
 from utils.checkpoint import Run, difference
 from utils.config import load_config
 from utils.errors import UserError
@@ -19,7 +20,7 @@ class Cell:
     as asked for}.
     """
 
-    def __init__(self, config, evaluated_on, settings=(), score=None, levels=10):
+    def __init__(self, config, evaluated_on, settings=(), score=None, levels=None):
         self.config, self.settings, self.score, self.levels = config, settings, score, levels
         self.name = str(Path(*config.checkpoint.parts[1:]))
         # eval.py takes the split from the data set's YAML, whatever the settings of the training are.
@@ -43,7 +44,7 @@ class Cell:
         path = config.result(dataset, "retrieval" if pairs.classes is None else "classification")
         score = self.score if self.score in ("log_likelihood", "similarity") else config.score
         wanted = {"checkpoint": run.weights_hash(), "fingerprint": pairs.meta["fingerprint"]}
-        wanted |= {"split": self.splits[dataset], "uncer_levels": self.levels}
+        wanted |= {"split": self.splits[dataset], "uncer_levels": self.levels or min(LEVELS, pairs.queries)}
         wanted |= {"levels_by": None, "drop_remainder": False}
         wanted |= {"config": dataclasses.asdict(config) | {"score": score}}
         try:
@@ -75,7 +76,8 @@ class Cell:
         flags = self.config.flags
         steps = [("train", [*as_words(flags), *["--overwrite"] * overwrite, *as_set(self.settings)])]
         for dataset in self.left:
-            about = {"dataset": dataset, "train-dataset": self.config.dataset, "uncer_levels": self.levels}
+            about = {"dataset": dataset, "train-dataset": self.config.dataset}
+            about |= {"uncer_levels": self.levels} if self.levels else {}
             about |= {"score": self.score} if self.score else {}
             steps.append(("eval", as_words(flags | about)))
         return steps

@@ -36,8 +36,9 @@ FIGURES = {  # title and caption
         "Reliability",
         "Whether the probability that a method gives its best answer is the share of such answers that are right:"
         " on the diagonal it is. Above it a method is too modest, below it too sure. The larger a marker, the more"
-        " queries are in its bin. ECE: expected calibration error (15 bins), as trained and after temperature"
-        " scaling on the other half of the queries. First seed.",
+        " queries are in its bin. The captions of an image share the probability that it is the answer. ECE: expected"
+        " calibration error (15 bins), as trained and after temperature scaling on the other half of the queries. First"
+        " seed.",
     ),
     "uncertainty_against_ambiguity": (
         "Uncertainty against true ambiguity",

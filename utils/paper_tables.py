@@ -36,8 +36,8 @@ ERRORS = {
 HIERARCHY = (
     ("falling_steps", "steps, %", 100, 1, max, "steps from general to specific at which uncertainty falls"),
     ("falling_chains", "chains, %", 100, 1, max, "chains along which uncertainty falls at every step"),
-    ("spearman_depth", "Spearman of depth", 1, 3, min, f"with uncertainty, over all prompts; {MINUS}1 is ideal"),
-    ("spearman_depth_within_chains", "within chains", 1, 3, min, "the same in every chain, averaged"),
+    ("spearman_depth", "Spearman of depth", 1, 3, min, "with uncertainty, over all prompts, whose depths tie"),
+    ("spearman_depth_within_chains", "within chains", 1, 3, min, f"the same in each chain; {MINUS}1 is ideal"),
 )  # fmt: skip
 ECCV = (  # averaged over both directions, as papers have them
     ("eccv_map_at_r", "ECCV mAP@R"),
@@ -63,7 +63,7 @@ def recall(block):
         group, shown = f"{title}, %", side == "text_to_image"
         columns += [_percent(f"{side}_r{k}", group, f"R@{k}", side, "recall", str(k)) for k in (1, 5, 10)]
         read, note = partial(_share_of_limit, side), "R@1 in percent of the Bayes-optimal R@1"
-        columns.append(Column(f"{side}_share_of_limit", group, "of limit", 1, read, max, note, shown=shown))
+        columns.append(Column(f"{side}_share_of_limit", group, "of limit", 1, read, max, note=note, shown=shown))
         key = f"{side}_median_rank"
         columns.append(_column(key, group, "median rank", 1, side, "median_rank", best=min, shown=False))
         both = []
@@ -91,8 +91,11 @@ def uncertainty(block):
     for side in ("image_to_text", "text_to_image"):  # as there
         group = SIDES[side]
         columns.append(Column(f"{side}_levels_by", group, "levels by", 0, partial(_levels_by, side), None))
+        family = f"{side}_family"
+        columns.append(Column(family, group, "family", 0, partial(_family, side), None, shown=False))
         for key, title, best, note in TREND:
-            columns.append(Column(f"{side}_{key}", group, title, 3, partial(_record, side, (key,)), best, note))
+            read = partial(_record, side, (key,))
+            columns.append(Column(f"{side}_{key}", group, title, 3, read, best, family, note))
         spread = partial(_record, side, ("spread",), scale=100)
         columns.append(Column(f"{side}_spread", group, "spread, %", 1, spread, shown=False))
         for key in ("s", "r2", "minus_s_r2", "auroc"):
@@ -102,7 +105,10 @@ def uncertainty(block):
     columns += published.columns(block, "uncertainty", columns, _named)
     best = block.any.get("bayes_optimal") or {}
     limits = {f"text_to_image_{key}": Cell(best[key]) for key, *_ in TREND if best.get(key) is not None}
-    note = f"Over {block.any['uncer_levels']} levels of uncertainty, {_sizes(block)}."
+    note = (
+        f"Over {block.any['uncer_levels']} levels of uncertainty, {_sizes(block)}. A query's own uncertainty is known"
+    )
+    note += " before the search (query-only), the others after it (gallery-aware): each has a best of its own."
     if limits:
         note += (
             " Bayes-optimal: levels by true ambiguity, over which R@1 falls in a curve, so that an imperfect order can"
@@ -117,6 +123,8 @@ def levels(block):
     """R@1 by uncertainty level, as the public AsymVLM code prints it."""
     columns = []
     for side, title in SIDES.items():
+        read = partial(_level_by, side)
+        columns.append(Column(f"{side}_levels_by", f"{title}, R@1 in % by level", "levels by", 0, read, None))
         for level in range(block.any["uncer_levels"]):
             key, group = f"{side}_level_{level + 1}", f"{title}, R@1 in % by level"
             columns.append(Column(key, group, str(level + 1), 1, partial(_level, side, level), None))
@@ -149,13 +157,13 @@ def selective(block):
                 read, full_key = partial(_record, side, (key,), name=name), f"{side}_{name}_{key}"
                 if side == first and key == "auroc" and name in GALLERY_AWARE and not full:
                     heads = "gallery-aware: AUROC", GALLERY_AWARE[name]
-                    columns.append(Column(full_key, *heads, 3, read, best, f"the same chance by the {heads[1]}"))
+                    columns.append(Column(full_key, *heads, 3, read, best, note=f"the same chance by the {heads[1]}"))
                 else:
-                    columns.append(Column(full_key, group, title, 3, read, best, note, shown=full))
+                    columns.append(Column(full_key, group, title, 3, read, best, note=note, shown=full))
             for coverage in COVERAGES:
                 read = partial(_record, side, ("selective_recall", coverage), name=name, scale=100)
                 key, note = f"{side}_{name}_of_surest_{coverage}", f"{right} in % of so many of the queries, the surest"
-                columns.append(Column(key, group, f"{right} of {coverage} %", 1, read, max, note, shown=full))
+                columns.append(Column(key, group, f"{right} of {coverage} %", 1, read, max, note=note, shown=full))
     note = "Query-only uncertainty is known before any search; gallery-aware needs the scores over the gallery."
     note += _constant(block, sides, ("query",))
     return tables.make("selective", f"Selective answers, {sides[first]}", columns, rows_of(block, columns), note)
@@ -169,7 +177,7 @@ def truth(block):
         for key, title in TRUTH.items():
             read, own = partial(_record, first, (key,), name=name), name == "query"
             note = "rank correlation of uncertainty and true ambiguity; 1 is ideal"
-            columns.append(Column(f"{name}_{key}", group if own else name, title, 3, read, max, note, shown=own))
+            columns.append(Column(f"{name}_{key}", group if own else name, title, 3, read, max, note=note, shown=own))
     for side, title in SIDES.items():
         note = "Bayes-optimal R@1 less that of the method"
         columns.append(_percent(f"{side}_regret", f"{title}, %", "regret", side, "regret", best=min, note=note))
@@ -210,11 +218,11 @@ def classification(block):
     side = "image_to_class"
     columns = [
         _percent("acc", "", "ACC, %", side, "recall", "1"),
-        _percent("top5", "", "top-5, %", side, "recall", "5"),
+        *([_percent("top5", "", "top-5, %", side, "recall", "5")] if block.any["classes"] > 5 else []),
     ]
     for key, (title, note) in ERRORS.items():
         title = {"NLL": "NLPD"}.get(title, title)
-        columns.append(Column(key, "", title, 3, partial(_error, key), min, note))
+        columns.append(Column(key, "", title, 3, partial(_error, key), min, note=note))
     of_people = "rank correlation of uncertainty and the entropy of people's labels; 1 is ideal"
     for key, group, head, note in (
         ("auroc", "failure", "AUROC", SELECTIVE[0][3]),
@@ -222,7 +230,7 @@ def classification(block):
     ):
         for name, title in (("query", "query-only"), ("entropy", "entropy")):
             read = partial(_unscaled, key, name)
-            columns.append(Column(f"{name}_{key}", group, f"{head}, {title}", 3, read, max, note))
+            columns.append(Column(f"{name}_{key}", group, f"{head}, {title}", 3, read, max, note=note))
 
     def parts(runs):
         scaled = all("temperature" in run.values[side]["calibration"] for run in runs)
@@ -331,6 +339,15 @@ def _levels_by(side, values, about):
     """Say whose uncertainty the levels follow."""
     name = about or values[side]["levels_by"]
     return name and followed(side, name)
+
+
+def _level_by(side, values, about):
+    return _levels_by(side, values, about[0])
+
+
+def _family(side, values, about):
+    """Say whether that is known before the search."""
+    return find(values, side, "uncertainty", about or values[side]["levels_by"], "family")
 
 
 def _record(side, path, values, about, name=None, scale=1):

@@ -8,7 +8,7 @@ import yaml
 from utils.tables import Column
 
 FILE = Path(__file__).parent.parent / "configs" / "published.yaml"
-DIGITS = 2  # as many as there are in print
+OWN = {"official"}  # what a variant may be beside its method for published figures to be of it
 
 
 @lru_cache
@@ -34,12 +34,15 @@ def columns(block, table, ours, name=lambda about: ""):
 def _twin(column, entry, name):
     at = entry["columns"].index(column.key)
     figures = {row: values[at] for row, values in entry["rows"].items()}
+    digits = max(len(str(figure).partition(".")[2]) for figure in figures.values() if figure is not None)
 
     def read(values, about):
-        config = values["config"]
-        # What is published is of a method's own objective.
-        return figures.get(config["method"] + name(about)) if config["objective"] == "native" else None
+        config, (method, *differs) = values["config"], values["variant"].split("+")
+        if config["objective"] != "native" or not OWN.issuperset(differs):
+            return None
+        return figures.get(method + name(about))
 
     key = "published_" + "".join(c if c.isalnum() else "_" for c in entry["source"].lower()) + f"_{column.key}"
-    group = ", ".join(filter(None, [f"published ({entry['source']})", column.group]))
-    return Column(key, group, column.title, min(DIGITS, column.digits), read, None, entry["note"], published=True)
+    source = entry["source"] + (f", {entry['levels']} levels" if "levels" in entry else "")
+    group = ", ".join(filter(None, [f"published ({source})", column.group]))
+    return Column(key, group, column.title, digits, read, None, note=entry["note"], published=True)

@@ -5,6 +5,7 @@ import io
 import re
 import statistics
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +26,7 @@ class Column(NamedTuple):
     digits: int
     read: Callable  # of a result's values, and of what the row is about beside them
     best: Callable | None = max  # of its values; None where a value alone says nothing
+    among: str = ""  # key of the column of text whose cells must be equal where values are compared
     note: str = ""  # says what it is
     published: bool = False  # by others, beside which the rest is to be read
     shown: bool = True  # or else in the CSV alone, as it would crowd the other tables
@@ -97,12 +99,17 @@ def cells_of(columns, runs, about=None):
 def _mark_best(columns, rows):
     """Mark the best cells of each column: all that print as the best does, and none where nothing is compared."""
     for column in columns:
-        found = [row.cells for row in rows if column.key in row.cells and not row.cells[column.key].text]
-        if len(found) < 2 or not column.best or column.published:
+        if not column.best or column.published:
             continue
-        printed = [float(number(cells[column.key].mean, column.digits)) for cells in found]
-        for cells, value in zip(found, printed, strict=True):
-            cells[column.key] = cells[column.key]._replace(best=value == column.best(printed))
+        found = defaultdict(list)
+        for row in rows:
+            if column.key in row.cells and not row.cells[column.key].text:
+                found[row.cells[column.among].text if column.among else ""].append(row.cells)
+        for alike in found.values():
+            printed = [float(number(cells[column.key].mean, column.digits)) for cells in alike]
+            for cells, value in zip(alike, printed, strict=True):
+                best = len(alike) > 1 and value == column.best(printed)
+                cells[column.key] = cells[column.key]._replace(best=best)
     return rows
 
 

@@ -24,11 +24,14 @@ def result_text(result):
         lines.append(f"  leakage: {result['seen_in_training']:,} of the images were trained on")
     for side, title in SIDES.items():
         if side in result:
-            lines += _side(side, title, result[side])
+            lines += _side(side, title, result[side], result["classes"])
             if "other_score" in result:
                 other = result["other_score"]
-                gallery = _measures(other[side]["uncertainty"]["entropy"])
-                lines.append(f"    by {SCORES[other['score']]}  {_recalls(side, other[side])}; entropy: {gallery}")
+                by, part = SCORES[other["score"]], other[side]
+                said = (
+                    f"{_recalls(side, part, result['classes'])}; entropy: {_measures(part['uncertainty']['entropy'])}"
+                )
+                lines.append(f"    by {by}  {said}")
     if "coco" in result:
         lines += _coco(result["coco"])
     if "hierarchy" in result:
@@ -36,13 +39,14 @@ def result_text(result):
     return "\n".join(lines)
 
 
-def _side(side, title, part):
+def _side(side, title, part, classes):
     limit = f"  (Bayes-optimal R@1 {100 * part['bayes_recall']:.1f})" if "bayes_recall" in part else ""
-    lines = [f"  {title}  {_recalls(side, part)}{limit}"]
+    lines = [f"  {title}  {_recalls(side, part, classes)}{limit}"]
     chosen = part["uncertainty"].get(part["levels_by"], {})
     if "levels" in chosen:
         levels = chosen["levels"]
-        lines.append(f"    R@1 by uncertainty of the {followed(side, part['levels_by'])}, least uncertain first:")
+        name = "top-1" if classes else "R@1"
+        lines.append(f"    {name} by uncertainty of the {followed(side, part['levels_by'])}, least uncertain first:")
         lines.append("    " + " ".join(f"{100 * value:5.1f}" for value in levels["recall"]["1"]))
         if "bayes_recall" in levels:
             lines.append(
@@ -73,9 +77,10 @@ def _measures(record):
     return said + truth
 
 
-def _recalls(side, part):
+def _recalls(side, part, classes):
     name = "top-" if side == "image_to_class" else "R@"
-    return "  ".join(f"{name}{k} {100 * value:5.1f}" for k, value in part["recall"].items())
+    told = {k: value for k, value in part["recall"].items() if not classes or int(k) < classes}
+    return "  ".join(f"{name}{k} {100 * value:5.1f}" for k, value in told.items())
 
 
 def _number(value):
