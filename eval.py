@@ -14,10 +14,10 @@ import dataclasses
 import numpy as np
 
 from datasets.embeddings import Pairs
-from tasks import FOLLOWED, LEVELS, SCORES, Choices, classification, hierarchy, retrieval
+from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieval
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import load_config
+from utils.config import LEVELS, load_config
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
 from utils.files import locked, save_arrays, write_json

@@ -12,7 +12,6 @@ from metrics import summary
 from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
-LEVELS = 10  # of uncertainty, unless there are fewer queries
 FOLLOWED = ("query", "retrieved", "sum")
 EXAMPLES, SHOWN = 10, 5  # most and least certain queries kept for the report, and best answers to each
 

@@ -6,9 +6,8 @@ import zipfile
 from pathlib import Path
 
 from datasets.embeddings import META, Pairs, cache_folder
-from tasks import LEVELS
 from utils.checkpoint import Run, difference
-from utils.config import load_config
+from utils.config import LEVELS, load_config
 from utils.errors import UserError
 from utils.files import read_json
 

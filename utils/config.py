@@ -19,6 +19,7 @@ from utils.files import write_text
 
 MEANS = ("frozen", "residual", "learned")  # what becomes of the frozen direction: --mean
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+LEVELS = 10  # of uncertainty in an evaluation, unless it has fewer queries
 FEW = 10_000  # pairs, below which an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
 # What a run is called by: flags, never keys of a layer.
