@@ -526,6 +526,19 @@ def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained,
     )
     assert found["image_to_class"]["recall"]["1"] > 0.6 and "image->class  top-1" in said  # a guess: 0.17
     assert found["image_to_class"]["levels_by"] == "retrieved" and found["seen_in_training"] == 0
+    # Every figure once more: the average prompt of a class is what an image is scored with.
+    pairs, adaptor = Pairs("folder", "shapes-tiny", "all"), Run(load_config("shapes", "asymvlm-vmf")).load("cpu")[0]
+    with torch.inference_mode():
+        text = adaptor.adapt_text(torch.tensor(np.array(pairs.text)).float())  # of one template: no average
+        scores = adaptor.log_likelihood(adaptor.adapt_image(torch.tensor(np.array(pairs.image)).float()), text).numpy()
+    part, own = found["image_to_class"], [[label] for label in pairs.label]
+    hits = {k: slow(scores, own, k) for k in (1, 5, 10)}
+    assert part["recall"] == {str(k): pytest.approx(hit.mean()) for k, hit in hits.items()}
+    truth = np.array([stats.entropy(row) for row in shares])
+    doubt = text.uncertainty.double().numpy()[scores.argmax(axis=1)]
+    agrees(part["uncertainty"]["retrieved"], slow_uncertainty(doubt, hits, 10, None, truth))
+    posterior = torch.tensor(scores).double().mul(adaptor.posterior_scale).softmax(dim=1).numpy()
+    agrees(part["calibration"]["model"], slow_calibration(posterior, own, [adaptor.posterior_scale], np.arange(6)))
     entropy = np.load(trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.npz")
     expected = stats.spearmanr(entropy["image_to_class_entropy"], [stats.entropy(row) for row in shares]).statistic
     assert found["image_to_class"]["uncertainty"]["entropy"]["spearman"] == pytest.approx(expected)
