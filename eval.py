@@ -73,6 +73,8 @@ def main(argv=None):
     if (task == "classification") != (pairs.classes is not None):
         holds = "captions and no classes" if pairs.classes is None else "classes and no captions"
         raise UserError(f"{pairs.folder} has {holds}: --task {task} is not for it.")
+    if task == "hierarchy" and (args.score or args.levels_by or args.drop_remainder or args.uncer_levels is not None):
+        raise UserError("--task hierarchy has neither scores nor levels: leave out what is about them.")
     seen = seen_images(pairs, run.seen)
     if seen and not args.allow_leakage:
         raise UserError(

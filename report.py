@@ -45,6 +45,9 @@ def main(argv=None):
     blocks = results.read(folder, args.backbone)
     looks = plots.looks(blocks)
     write_tables(folder, blocks)
+    for name in plots.FIGURES:  # of fewer blocks, they may have had other names
+        for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
+            old.unlink()
     for block, suffix in zip(blocks, suffixes(blocks), strict=True):
         for name, draw in plots.FIGURES.items():
             figure = draw(block, looks)

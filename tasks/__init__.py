@@ -68,7 +68,9 @@ def follow(levels_by, query, answer):
     has = [*(name for name, there in has.items() if there), *(["sum"] if all(has.values()) else [])]
     if levels_by not in (None, *has):
         said = ", ".join(has) or "none at all"
-        raise UserError(f"--levels_by {levels_by} wants an uncertainty that the method lacks; it has {said}.")
+        raise UserError(
+            f"--levels_by {levels_by} wants an uncertainty that the method lacks for images; it has {said}."
+        )
     return levels_by or next(iter(has), None)
 
 

@@ -339,7 +339,7 @@ def test_what_does_not_fit_is_refused(trained, refusal, small_world):
 
 def test_an_uncertainty_that_the_method_lacks_is_refused(trained, refusal):
     said = refusal(evaluation.main, *RUN, "--levels_by", "sum")
-    assert "--levels_by sum wants an uncertainty that the method lacks; it has retrieved." in said
+    assert "--levels_by sum wants an uncertainty that the method lacks for images; it has retrieved." in said
     train.main(["--dataset", "shapes", "--method", "clip", "--quiet"])
     said = refusal(evaluation.main, *RUN[:3], "clip", "--levels_by", "query")
     assert "it has none at all" in said and not (trained / "results").exists()

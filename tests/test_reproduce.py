@@ -1,5 +1,6 @@
 """The grid: what is done is left alone, what fails keeps nothing else from being made, and kills do no harm."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import eval as evaluation
 import reproduce
 import train
 from utils.config import HOME
+from utils.workers import Workers
 
 SETTINGS = ["--set", "train.epochs=2", "model.width=32"]
 LONG = ["--set", "train.epochs=500", "train.save_every=0"]
@@ -248,6 +250,19 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(world):
     assert process.returncode == 130 and error.count("\n") == 1, error
     assert error == "reproduce.py: interrupted; the same command goes on from what was last saved.\n"
     assert all_gone(process.pid)
+
+
+def test_ctrl_c_while_a_process_starts_is_not_lost(forked, monkeypatch):
+    start = multiprocessing.context.ForkProcess.start
+
+    def interrupted(process):
+        signal.raise_signal(signal.SIGINT)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), Workers(["cpu"]) as workers:
+        list(workers.run([[("train", ["--dataset", "nowhere"])]], lambda: None))
+    assert workers.workers[0].process is None and not multiprocessing.active_children()
 
 
 def test_mistakes_end_before_anything_is_done(world, refusal):

@@ -21,7 +21,12 @@ TREND = (
 SELECTIVE = (
     ("auroc", "AUROC", max, "chance that a wrong answer is more uncertain than a right one; 0.5 is chance, 1 is ideal"),
     ("aupr", "AUPR", max, "area under precision and recall, by certainty, of right answers; 1 is ideal"),
-    ("aurc", "AURC", min, "share of wrong answers among the surest queries, on average over how many are answered"),
+    (
+        "aurc",
+        "AURC",
+        min,
+        "area under risk and coverage: the share of wrong answers among the surest, averaged over how many that are",
+    ),
     ("e_aurc", "E-AURC", min, "AURC less that of the ideal order of the same answers; 0 is ideal"),
 )
 COVERAGES = ("80", "90", "95")
@@ -36,7 +41,7 @@ ERRORS = {
 HIERARCHY = (
     ("falling_steps", "steps, %", 100, 1, max, "steps from general to specific at which uncertainty falls"),
     ("falling_chains", "chains, %", 100, 1, max, "chains along which uncertainty falls at every step"),
-    ("spearman_depth", "Spearman of depth", 1, 3, min, "with uncertainty, over all prompts, whose depths tie"),
+    ("spearman_depth", "Spearman of depth", 1, 3, min, f"with uncertainty, of all prompts; tied, so above {MINUS}1"),
     ("spearman_depth_within_chains", "within chains", 1, 3, min, f"the same in each chain; {MINUS}1 is ideal"),
 )  # fmt: skip
 ECCV = (  # averaged over both directions, as papers have them
@@ -108,7 +113,7 @@ def uncertainty(block):
     note = (
         f"Over {block.any['uncer_levels']} levels of uncertainty, {_sizes(block)}. A query's own uncertainty is known"
     )
-    note += " before the search (query-only), the others after it (gallery-aware): each has a best of its own."
+    note += " before the search (query-only), the others after it (gallery-aware): the best of either kind is in bold."
     if limits:
         note += (
             " Bayes-optimal: levels by true ambiguity, over which R@1 falls in a curve, so that an imperfect order can"
@@ -157,12 +162,15 @@ def selective(block):
                 read, full_key = partial(_record, side, (key,), name=name), f"{side}_{name}_{key}"
                 if side == first and key == "auroc" and name in GALLERY_AWARE and not full:
                     heads = "gallery-aware: AUROC", GALLERY_AWARE[name]
-                    columns.append(Column(full_key, *heads, 3, read, best, note=f"the same chance by the {heads[1]}"))
+                    columns.append(Column(full_key, *heads, 3, read, best, note=f"AUROC of the {heads[1]}"))
                 else:
                     columns.append(Column(full_key, group, title, 3, read, best, note=note, shown=full))
             for coverage in COVERAGES:
                 read = partial(_record, side, ("selective_recall", coverage), name=name, scale=100)
-                key, note = f"{side}_{name}_of_surest_{coverage}", f"{right} in % of so many of the queries, the surest"
+                key, note = (
+                    f"{side}_{name}_of_surest_{coverage}",
+                    f"{right} in % if only the surest {coverage} % are answered",
+                )
                 columns.append(Column(key, group, f"{right} of {coverage} %", 1, read, max, note=note, shown=full))
     note = "Query-only uncertainty is known before any search; gallery-aware needs the scores over the gallery."
     note += _constant(block, sides, ("query",))
@@ -181,13 +189,13 @@ def truth(block):
     for side, title in SIDES.items():
         note = "Bayes-optimal R@1 less that of the method"
         columns.append(_percent(f"{side}_regret", f"{title}, %", "regret", side, "regret", best=min, note=note))
-        for key, heading in (("map_at_r", "mAP@R"), ("r_precision", "R-P")):
-            columns.append(
-                _percent(f"{side}_{key}", f"{title}, %", heading, side, key, note="against all that is true of a query")
-            )
+        for key, heading, note in (
+            ("map_at_r", "mAP@R", "mean average precision among the R best answers, R of which are true in all"),
+            ("r_precision", "R-P", "R-precision: the share of true ones among the R best answers"),
+        ):
+            columns.append(_percent(f"{side}_{key}", f"{title}, %", heading, side, key, note=note))
     if not any(column.read(block.any, None) is not None for column in columns):
         return None
-    columns += _chains()
     return tables.make("truth", "Against the truth", columns, rows_of(block, columns))
 
 
@@ -244,7 +252,7 @@ def classification(block):
 def hierarchy(block):
     """Whether uncertainty falls along chains of prompts; below, two uncertainties that cost nothing."""
     found = block.any.get("hierarchy")
-    if not found or (block.task == "retrieval" and truth(block)):  # which has them
+    if not found:
         return None
     columns = _chains()
     references = []

@@ -338,8 +338,8 @@ def _reliability_panel(axes, variant, calibration, look):
         axes.scatter(100 * x, 100 * y, size, facecolor=face, edgecolor=color, linewidth=0.9, zorder=3)
         ink = {"color": LIGHT["ink"], "linestyle": dash, "linewidth": 1, "marker": "o"}
         handles.append(Line2D([], [], label=title, **ink, markerfacecolor=LIGHT["ink" if face == color else "paper"]))
-    errors = [f"{100 * calibration[name]['ece_15']:.1f}" for name in ("model", "temperature") if name in calibration]
-    axes.set_title(f"{variant}\nECE {' → '.join(errors)} %", fontsize=8)
+    errors = [f"{calibration[name]['ece_15']:.3f}" for name in ("model", "temperature") if name in calibration]
+    axes.set_title(f"{variant}\nECE {' → '.join(errors)}", fontsize=8)
     axes.set(xlim=(-4, 104), ylim=(-4, 104), xticks=(0, 50, 100), yticks=(0, 50, 100))
     axes.grid()
     return handles

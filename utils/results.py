@@ -202,7 +202,8 @@ def _must_agree(folder, runs, alike):
         for name, what in alike.items():
             if run.values[name] != runs[0].values[name]:
                 both = f"{folder / runs[0].path} and {folder / run.path}"
-                raise UserError(f"{both} have different {what}: evaluate both again, or delete one.")
+                values = f"{runs[0].values[name]} and {run.values[name]}"
+                raise UserError(f"{both} have different {what}, {values}: evaluate one again, or delete it.")
 
 
 def _clash(one, other):

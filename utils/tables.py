@@ -97,7 +97,7 @@ def cells_of(columns, runs, about=None):
 
 
 def _mark_best(columns, rows):
-    """Mark the best cells of each column: all that print as the best does, and none where nothing is compared."""
+    """Mark the best cells of each column: all that print as the best does, and none where all do."""
     for column in columns:
         if not column.best or column.published:
             continue
@@ -108,7 +108,7 @@ def _mark_best(columns, rows):
         for alike in found.values():
             printed = [float(number(cells[column.key].mean, column.digits)) for cells in alike]
             for cells, value in zip(alike, printed, strict=True):
-                best = len(alike) > 1 and value == column.best(printed)
+                best = len(set(printed)) > 1 and value == column.best(printed)
                 cells[column.key] = cells[column.key]._replace(best=best)
     return rows
 

@@ -62,8 +62,8 @@ def _side(side, title, part, classes):
         record = part["uncertainty"][name]
         lines.append(f"    {followed(side, name):{width}}  ({record['family']}): {_measures(record)}")
     if "temperature" in part["calibration"]:
-        errors = [f"{100 * part['calibration'][name]['ece_15']:.1f}" for name in ("model", "temperature")]
-        lines.append(f"    calibration error {errors[0]} %, after temperature scaling {errors[1]} %")
+        errors = [_number(part["calibration"][name]["ece_15"]) for name in ("model", "temperature")]
+        lines.append(f"    calibration error (ECE) {errors[0]}, after temperature scaling {errors[1]}")
     return lines
 
 
@@ -71,10 +71,9 @@ TREND = {"s": "S", "r2": "R2", "minus_s_r2": "-S*R2"}
 
 
 def _measures(record):
-    said = f"AUROC {_number(record['auroc'])}{_interval(record, 'auroc')}, R@1 of the surest 80 %"
-    said += f" {100 * record['selective_recall']['80']:.1f}"
-    truth = f", Spearman with the truth {record['spearman']:.3f}" if "spearman" in record else ""
-    return said + truth
+    said = f"AUROC {_number(record['auroc'])}{_interval(record, 'auroc')}"
+    said += f", of the surest 80 % {100 * record['selective_recall']['80']:.1f} % right"
+    return said + (f", Spearman with the truth {record['spearman']:.3f}" if "spearman" in record else "")
 
 
 def _recalls(side, part, classes):
@@ -84,7 +83,7 @@ def _recalls(side, part, classes):
 
 
 def _number(value):
-    return "-" if value is None else f"{value:.3f}"  # such as where all answers are right, or all wrong
+    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"  # such as where all answers are right, or all wrong
 
 
 def _interval(record, name):

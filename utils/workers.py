@@ -74,14 +74,14 @@ class _Worker:
         context = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
         given = (theirs, self.device, self.neighbors)
-        self.process = context.Process(target=_work, args=given)  # no daemon: caching has processes of its own
-        usual = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # inherited: Ctrl-C is for this process alone, which ends them
+        process = context.Process(target=_work, args=given)  # no daemon: caching has processes of its own
+        # Inherited: Ctrl-C is for this process alone, which ends them. Blocked, not ignored, for one that comes now.
+        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self.process.start()
+            process.start()
+            self.process = process
         finally:
-            signal.signal(signal.SIGINT, usual)
+            signal.pthread_sigmask(signal.SIG_SETMASK, usual)
         theirs.close()  # so that its end is the other's end of file
 
     def answer(self):
