@@ -12,6 +12,7 @@ import PIL.Image
 from markupsafe import Markup
 
 from utils import plots, tables
+from utils.paper_tables import level_counts
 from utils.terminal import ANSWER, QUERY, followed
 
 NARROW = 3.6  # inches: a figure as wide as a phone, so that its type keeps its size there
@@ -131,10 +132,9 @@ def _levels(block):
     """Say how many queries a level holds: dict of "captions" to "10 levels of 500"."""
     said = {}
     for side in plots.sides_of(block):
-        part = block.any[side]
-        counts = next((record["levels"]["count"] for record in part["uncertainty"].values() if "levels" in record), [])
+        counts = level_counts(block.any[side])
         if counts:
-            sizes = " or ".join(f"{size:,}" for size in sorted({min(counts), max(counts)}))
+            sizes = " or ".join(f"{size:,}" for size in sorted(set(counts)))
             said[f"{QUERY[side]}s"] = f"{len(counts)} levels of {sizes}"
     return said
 

@@ -404,13 +404,16 @@ def _chains():
     ]
 
 
+def level_counts(part):
+    """How many queries each level of one side of a result holds: as many of any uncertainty that is not constant."""
+    return next((record["levels"]["count"] for record in part["uncertainty"].values() if "levels" in record), [])
+
+
 def _sizes(block):
     """Say how many queries a level has: "of 500 captions and of 100 images", or "of 8 or 9 captions"."""
     said = []
     for side, what in (("text_to_image", "captions"), ("image_to_text", "images")):
-        # Of any uncertainty that is not constant: levels of all are equally large.
-        records = (block.any[side]["uncertainty"] or {}).values()
-        counts = next((record["levels"]["count"] for record in records if "levels" in record), [])
+        counts = level_counts(block.any[side])
         said += [f"of {' or '.join(f'{count:,}' for count in sorted(set(counts)))} {what}"] * bool(counts)
     return " and ".join(said) or "all queries being equally uncertain"
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatt
 from scipy import stats
 
 from metrics.uncertainty import risk_coverage as risks
+from utils import paper_tables
 from utils.files import atomic
 from utils.paper_tables import is_unified
 from utils.results import has_uncertainty
@@ -44,7 +45,7 @@ COVERAGES, FIRST = 50, 0.05  # points of a risk-coverage curve, and coverage of 
 BINS, FEWEST = 12, 10  # bins of ambiguity, and the fewest queries that say something about one
 BARS = 30  # bins of a histogram
 PERCENTILES = (10, 50, 90)
-SIDES = {"text_to_image": "text→image", "image_to_text": "image→text", "image_to_class": "image→class"}
+SIDES = paper_tables.SIDES | paper_tables.CLASSES
 
 
 class Look(NamedTuple):
@@ -98,8 +99,8 @@ def levels_of(part):
 def recall_by_level(block, looks, width=WIDE):
     """R@1 (%) over uncertainty levels with 95 % intervals, a group of lines per side; None where nothing has levels.
 
-    Over several seeds the mean of recalls, and the means of both bounds. block: tables.Block. looks: dict of variant to
-    Look. width: inches.
+    Over several seeds the mean of recalls, and the means of both bounds. block: results.Block. looks: dict of variant
+    to Look. width: inches.
     """
     groups = []
     for side in sides_of(block):
@@ -495,7 +496,7 @@ def _few_ticks(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-# Each draws a tables.Block, or gives None where that has nothing for it.
+# Each draws a results.Block, or gives None where that has nothing for it.
 FIGURES = {
     draw.__name__: draw
     for draw in (
