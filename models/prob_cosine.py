@@ -25,6 +25,64 @@ class Gaussians(NamedTuple):
     basis: Tensor  # (D, D)
 
 
+class Half(NamedTuple):
+    """What mean and variance of cosines need of one side's N items: they are products of a left and a right half."""
+
+    mean: Tensor  # (N, D), such that |g|^2 is expected to be 1
+    full: Tensor  # (N, 2 D)
+    mixed: Tensor | None = None  # (N, 2 D), of `tangent`, as what follows
+    radial: Tensor | None = None  # (N, 2)
+    inverse_length: Tensor | None = None  # (N, 1) of the mean
+
+
+def half(g: Gaussians, basis: Tensor, variance: str = "diagonal", right: bool = False) -> Half:
+    """What cosines of variance `variance` (see `cosine_variance`) need of one side, so that it need not be found anew.
+
+    basis: (D, D), the other side's. right: whether this side stands on the right of the products. Raises ValueError for
+    another variance.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be {', '.join(VARIANCES[:-1])} or {VARIANCES[-1]}, not '{variance}'")
+    mean, spread, own = _scaled(g)
+
+    def joined(*parts):
+        return torch.cat(parts[::-1] if right else parts, dim=-1)
+
+    if variance == "diagonal":
+        v = spread @ own.square().T
+        return Half(mean, joined(mean.square(), v) if right else joined(mean.square() + v, v))
+    # With Sigma = U diag(s) U^T: h^T Sigma_g h = s_g . (U_g^T h)^2 and trace(Sigma_g Sigma_h) = s_g (U_g^T U_h)^2 s_h.
+    in_other = mean @ basis
+    seen = in_other.square()
+    if not right:  # the trace stands on one side
+        seen = seen + spread @ (own.T @ basis).square()
+    full = joined(spread, seen)
+    if variance == "kronecker":
+        return Half(mean, full)
+    # With x = g/|g|, y = h/|h| and c = x . y, y - c x stands for y in |h|^2 y^T Sigma_g y, and likewise for Sigma_h.
+    # What that adds is |h|^2 (c^2 x^T Sigma_g x - 2 c x^T Sigma_g y).
+    square = mean.square().sum(dim=-1, keepdim=True)
+    inverse = torch.where(square > 0, square.rsqrt(), 0.0)
+    in_own = inverse * (mean @ own)
+    mixed = joined(spread * in_own, square * inverse * in_other)
+    return Half(mean, full, mixed, joined((spread * in_own.square()).sum(dim=-1, keepdim=True), square), inverse)
+
+
+def mean_of(g: Half, h: Half) -> Tensor:
+    """Mean of the cosine (N, C) from a left and a right half."""
+    return g.mean @ h.mean.T
+
+
+def variance_of(g: Half, h: Half) -> Tensor:
+    """Variance of the cosine (N, C) from a left and a right half."""
+    full = g.full @ h.full.T
+    if g.mixed is None:
+        return full
+    cos = g.inverse_length * mean_of(g, h) * h.inverse_length.T
+    radial, mixed = g.radial @ h.radial.T, g.mixed @ h.mixed.T
+    return (full + cos.square() * radial - 2 * cos * mixed).clamp_min(0)  # a difference, which rounds
+
+
 def cosine_mean(g: Gaussians, h: Gaussians) -> Tensor:
     """Mean of the cosine (N, C): that of the means times a factor of at most 1 from each side."""
     return _scaled(g).mean @ _scaled(h).mean.T
@@ -37,28 +95,7 @@ def cosine_variance(g: Gaussians, h: Gaussians, variance: str = "diagonal") -> T
     with their covariances; `tangent`: less what moves an embedding along its own direction and no cosine, which the
     other two count, the more so the larger the cosine. Raises ValueError for another variance.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance must be {', '.join(VARIANCES[:-1])} or {VARIANCES[-1]}, not '{variance}'")
-    (g, s_g, basis_g), (h, s_h, basis_h) = _scaled(g), _scaled(h)
-    if variance == "diagonal":
-        v_g, v_h = s_g @ basis_g.square().T, s_h @ basis_h.square().T
-        return torch.cat([g.square() + v_g, v_g], dim=-1) @ torch.cat([v_h, h.square()], dim=-1).T
-    # With Sigma = U diag(s) U^T: h^T Sigma_g h = s_g . (U_g^T h)^2 and trace(Sigma_g Sigma_h) = s_g (U_g^T U_h)^2 s_h.
-    h_in_g, g_in_h = h @ basis_g, g @ basis_h
-    trace = s_g @ (basis_g.T @ basis_h).square()
-    full = torch.cat([s_g, g_in_h.square() + trace], dim=-1) @ torch.cat([h_in_g.square(), s_h], dim=-1).T
-    if variance == "kronecker":
-        return full
-    # With x = g/|g|, y = h/|h| and c = x . y, y - c x stands for y in |h|^2 y^T Sigma_g y, and likewise for Sigma_h.
-    # What that adds is |h|^2 (c^2 x^T Sigma_g x - 2 c x^T Sigma_g y).
-    x, y = F.normalize(g, dim=-1), F.normalize(h, dim=-1)
-    cos, x_in_g, y_in_h = x @ y.T, x @ basis_g, y @ basis_h
-    square_g, square_h = g.square().sum(dim=-1, keepdim=True), h.square().sum(dim=-1, keepdim=True)
-    left = torch.cat([s_g * x_in_g, square_g * (x @ basis_h)], dim=-1)
-    mixed = left @ torch.cat([square_h * (y @ basis_g), s_h * y_in_h], dim=-1).T
-    radial_g, radial_h = ((s * u.square()).sum(dim=-1, keepdim=True) for s, u in ((s_g, x_in_g), (s_h, y_in_h)))
-    radial = torch.cat([radial_g, square_g], dim=-1) @ torch.cat([square_h, radial_h], dim=-1).T
-    return (full + cos.square() * radial - 2 * cos * mixed).clamp_min(0)  # a difference, which rounds
+    return variance_of(half(g, h[2], variance), half(h, g[2], variance, right=True))
 
 
 def probit_factor(variance: Tensor) -> Tensor:
