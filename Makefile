@@ -13,7 +13,7 @@ demo: $(CACHE)
 	$(PY) reproduce.py --datasets shapes --methods all --seeds 0 --score both --overwrite
 
 $(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
-	$(PY) cache_embeddings.py --dataset shapes --overwrite
+	$(PY) cache_embeddings.py --dataset shapes --features pooled --overwrite
 	touch $@
 
 test: lint

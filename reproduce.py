@@ -67,10 +67,14 @@ def grid(args):
 
 def caching(cells, settings):
     """The jobs that make the caches which cells miss, {name: steps}."""
-    missing = dict.fromkeys(cache for cell in cells for cache in cell.missing)
+    missing = {}  # whether any method needs a cache's pooled features
+    for cell in cells:
+        missing |= {cache: cell.pooled or missing.get(cache, False) for cache in cell.missing}
     jobs = {}
     for (dataset, backbone), caches in itertools.groupby(sorted(missing), lambda cache: cache[:2]):
-        flags = as_words({"dataset": dataset, "backbone": backbone})
+        caches = list(caches)
+        flags = {"dataset": dataset, "backbone": backbone}
+        flags = as_words(flags | ({"features": "pooled"} if any(missing[cache] for cache in caches) else {}))
         splits = [split for *_, split in caches]
         jobs[str(cache_folder(dataset, backbone, ""))] = [
             ("cache_embeddings", [*flags, "--splits", *splits, *as_set(settings)])

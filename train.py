@@ -15,7 +15,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from datasets.embeddings import Pairs, hold_out
+from datasets.embeddings import Pairs, all_seen, hold_out
 from models.base import best_temperature, info_nce
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
@@ -109,24 +109,26 @@ def main(argv=None):
         if run.done:
             print(f"{run.folder}: already trained")
             return
-        adaptor.prepare(pairs)
+        learned = adaptor.prepare(pairs, args.quiet)
         log, said = [], "nothing to train"
         if any(p.requires_grad for p in adaptor.parameters()):
-            log, kept = fit(adaptor, optimizer, *pairs.to(device), rows, held_out, run, args.quiet)
+            log, kept = fit(adaptor, optimizer, *pairs.to(device, adaptor.pooled), rows, held_out, run, args.quiet)
             said = f"trained, loss {log[-1]['loss']:.4f}"
             if held_out:
                 said += (
                     f", epoch {kept} kept" if kept else "; the untrained start is kept, as the best on held-out pairs"
                 )
         elif held_out:
-            _, temperature = validate(adaptor, *pairs.to(device), held_out)
+            _, temperature = validate(adaptor, *pairs.to(device, adaptor.pooled), held_out)
             adaptor.given_scale.fill_(temperature)
             said += ", posterior calibrated"
+        if learned is not None:
+            said += f", prepared with {len(learned['image_id']):,} images"
         write_log(run.folder / "log.csv", log)
-        # What trains nothing has seen no image, but for those that its posterior is calibrated on.
+        # What trains nothing has seen no image, but for those that it was prepared with or is calibrated on.
         known = rows if log else rows[:0]
         captions = torch.cat([known, *held_out]).numpy()
-        run.finish(adaptor, pairs.seen(pairs.image_of_text[captions]))
+        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned))
     print(f"{run.folder}: {said}")
 
 

@@ -59,10 +59,11 @@ def measure(items, adaptor, backbone, method, device):
     for kind, names in chosen.items():
         if not names:
             continue
-        if kind == "image":
-            encoded = backbone.encode_images(torch.stack([pixels(name, backbone.transform) for name in names]))
-        else:
-            encoded = backbone.encode_texts(names)
+        given = torch.stack([pixels(name, backbone.transform) for name in names]) if kind == "image" else names
+        encoded = getattr(backbone, f"{'pooled' if adaptor.pooled else 'encode'}_{kind}s")(given)
+        if adaptor.pooled:  # side by side, as `Pairs.fed` gives them
+            ones = [] if backbone.projection[kind].bias is None else [torch.ones_like(encoded.embedding[:, :1])]
+            encoded = torch.cat([encoded.embedding, encoded.pooled, *ones], dim=1)
         with torch.inference_mode():  # through float16, as the cache keeps what the adaptor was trained on
             adapted = getattr(adaptor, f"adapt_{kind}")(encoded.half().float().to(device))
         if adapted.uncertainty is None:

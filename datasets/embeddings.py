@@ -79,6 +79,21 @@ def encoder_fingerprint(encoder):
     return digest.hexdigest()[:16]
 
 
+class Joined:
+    """Arrays of N rows side by side, read as if they were one (N, ...); ones: with a column of ones at the end."""
+
+    def __init__(self, parts, ones=False):
+        self.parts, self.ones = parts, ones
+        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts) + ones)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        parts = [part[rows] for part in self.parts]
+        return np.concatenate([*parts, np.ones((len(parts[0]), int(self.ones)), parts[0].dtype)], axis=1)
+
+
 class Pairs:
     """An opened cache: memory-mapped embeddings of N images and M captions, and what is known of them.
 
@@ -191,10 +206,50 @@ class Pairs:
 
         return self._read("items.jsonl", read)
 
-    def to(self, device):
-        """Put the pairs on `device`: float16 image (N, D) and text (M, D), int64 image_of_text (M,)."""
-        arrays = (self.image, self.text, self.image_of_text)
+    @cached_property
+    def projection(self):
+        """The towers' last linear maps, dict of image_weight (D, P), image_bias (D,) if any, text_weight, text_bias."""
+        self._must_be_pooled()
+        return self._read("projection.npz", lambda path: dict(np.load(path)))
+
+    def fed(self, side, pooled=False):
+        """What an adaptor is fed of each `image`, `text` or `prompt` of a chain: the embedding (N, D), float16.
+
+        pooled: beside it, (N, D + P), what the tower's last map W (D, P) was given, which ends in a 1 where that has a
+        bias: the embedding is W times it, and in a few families a residual. Raises UserError where that is not cached.
+        """
+        embedding = self.chains["text"] if side == "prompt" else getattr(self, side)
+        if not pooled:
+            return embedding
+        self._must_be_pooled()
+        beside = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
+        tower = "image" if side == "image" else "text"
+        return Joined([embedding, beside], f"{tower}_bias" in self.projection)
+
+    def _must_be_pooled(self):
+        if self.meta["features"] != "pooled":
+            raise UserError(
+                f"{self.folder} has no pooled features, which the method needs: run"
+                f" `{self.command} --features pooled --overwrite`."
+            )
+
+    def to(self, device, pooled=False):
+        """Put what an adaptor is fed on `device`: float16 images and captions (see `fed`), int64 image_of_text (M,)."""
+        arrays = (self.fed("image", pooled)[:], self.fed("text", pooled)[:], self.image_of_text)
         return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
+
+
+def all_seen(*parts):
+    """Join what `Pairs.seen` gave, or None, each; raises UserError where images of two sources are among them."""
+    parts = [part for part in parts if part is not None]
+    held = [part for part in parts if len(part["image_id"])] or parts[:1]
+    if len({part["id_space"] for part in held}) > 1:
+        raise UserError(
+            "what was learned elsewhere is of another source's images than those it is to be calibrated on, and a run"
+            " knows the images of one: train with --val-fraction 0."
+        )
+    ids = np.unique(np.concatenate([part["image_id"].numpy() for part in held]))
+    return {"id_space": held[0]["id_space"], "image_id": torch.from_numpy(ids)}
 
 
 def hold_out(image_of_text, fraction, seed, block=1024, most=5):

@@ -106,15 +106,12 @@ class Shapes(Source):
 
     def images(self, split):
         """List the images of `split`, drawing the files that are missing; raises UserError for an unknown split."""
-        scenes, folder = self.scenes(split), self.folder / split
-        images = [Image(row, folder / f"{row:06d}.jpg") for row in range(len(scenes))]
-        present = {path.name for path in folder.glob("*.jpg")}
-        missing = [image for image in images if image.path.name not in present]
-        for image in tqdm(missing, desc=f"draw {split}", unit="image", disable=None if len(missing) > 500 else True):
-            rng = self._rng(split, image.id, 0)
-            with atomic(image.path) as partial:
-                draw(scenes[image.id], rng, self.image_size).save(partial, format="JPEG", quality=92, subsampling=0)
-        return images
+        scenes = self.scenes(split)
+        return drawn(
+            self.folder / split,
+            len(scenes),
+            lambda row: draw(scenes[row], self._rng(split, row, 0), self.image_size),
+        )
 
     def captions(self, split):
         """List the captions of `split`, `captions_per_image` of each image; raises UserError for an unknown split."""
@@ -159,6 +156,18 @@ class Shapes(Source):
         return np.random.default_rng([self.seed, 1 + list(self.sizes).index(split), row, stream])
 
 
+def drawn(folder, count, make):
+    """List the `count` images of a split's folder, making the files that are missing; `make` is given the row."""
+    images = [Image(row, folder / f"{row:06d}.jpg") for row in range(count)]
+    present = {path.name for path in folder.glob("*.jpg")}
+    missing = [image for image in images if image.path.name not in present]
+    quiet = None if len(missing) > 500 else True
+    for image in tqdm(missing, desc=f"draw {folder.name}", unit="image", disable=quiet):
+        with atomic(image.path) as partial:
+            make(image.id).save(partial, format="JPEG", quality=92, subsampling=0)
+    return images
+
+
 def caption(scene, rng):
     """Describe a random subset of `scene`'s attributes in random words; returns the text and what it names, (5,)."""
     named = rng.permutation(len(NAMES))[: rng.integers(len(NAMES) + 1)]
@@ -192,14 +201,19 @@ def describe(mention, rng=None):
     return " ".join([frame.format(opening, phrase), *details])
 
 
-def draw(scene, rng, size):
-    """Draw a scene, (5,) value indices, as a (size, size) RGB image with jitter in everything and pixel noise."""
-    shape, color, extent, place, background = (VALUES[i][value] for i, value in enumerate(scene))
+def draw(scene, rng, size, paint=None):
+    """Draw a scene, (5,) value indices, as a (size, size) RGB image with jitter in everything and pixel noise.
+
+    paint: draws what lies behind the object in place of the scene's own background, (size, size, 3); it is given the
+    number of the background, the object's color (3,), the size and `rng`.
+    """
+    shape, color, extent, place = (VALUES[i][value] for i, value in enumerate(scene[:4]))
     center = np.array(CENTER[place]) + rng.uniform(-0.05, 0.05, 2)
     radius = RADIUS[extent] * rng.uniform(0.92, 1.08)
     fill = np.array(OBJECT_RGB[color]) + rng.uniform(-14, 14, 3)
     cover = _cover(shape, center, radius, rng.uniform(-0.3, 0.3), size)[..., None]
-    pixels = cover * fill + (1 - cover) * (_background(background, size, rng) + rng.uniform(-12, 12, 3))
+    behind = _background(VALUES[4][scene[4]], size, rng) if paint is None else paint(scene[4], fill, size, rng)
+    pixels = cover * fill + (1 - cover) * (behind + rng.uniform(-12, 12, 3))
     pixels = pixels * rng.uniform(0.85, 1.1) + rng.normal(0, 9, pixels.shape)
     return PIL.Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 

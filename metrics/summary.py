@@ -84,6 +84,13 @@ def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale,
     return found | {"temperature": _judged(whole, scales)}
 
 
+@torch.inference_mode()
+def of_scale(score, gallery, query_of_positive, item_of_positive, scale):
+    """How far the posterior of other scores than those that rank can be believed, and how often it is right."""
+    judged = calibration.forecast(score, gallery, query_of_positive, item_of_positive, scale)
+    return _judged(judged, [scale]) | {"accuracy": float(judged.hit.mean())}
+
+
 def _among(rows, query, item):
     """The positives of the queries in `rows`, ascending, by their numbers there."""
     mine = np.isin(query, rows)

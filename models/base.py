@@ -32,11 +32,14 @@ class Embedding(NamedTuple):
 class Adaptor(nn.Module):
     """A small model on top of frozen embeddings; a method overrides what it does differently.
 
+    pooled: whether it is fed what goes into the towers' last maps, too: inputs are (N, D + P) then, see `Pairs.fed`.
     temperature: factor on the score inside the InfoNCE objective; `fixed` at 1, `exp` of a learned number, or `free`,
     a learned factor of either sign as in the public AsymVLM code. The posterior over a gallery is the softmax of
     `posterior_scale` times the score: the temperature, unless `given_scale` is set, as calibration on held-out pairs
     does.
     """
+
+    pooled = False
 
     def __init__(self, temperature: str = "fixed"):
         super().__init__()
@@ -70,11 +73,22 @@ class Adaptor(nn.Module):
 
     def similarity(self, image: Embedding, text: Embedding) -> Tensor:
         """Cosine of the means (N, M)."""
-        return F.normalize(image.mean, dim=-1) @ F.normalize(text.mean, dim=-1).T
+        return cosine(image, text)
 
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
         """The method's own score (N, M)."""
         return self.similarity(image, text)
+
+    def classify(self, image: Embedding, text: Embedding) -> Tensor:
+        """The score (N, C) of all C classes of a classification: the method's own, or logarithms of probabilities."""
+        return self.log_likelihood(image, text)
+
+    def matched_scale(self, image: Embedding, text: Embedding) -> float | None:
+        """The one factor on the cosine of the means that cools as the method's posterior does on average over (N, C).
+
+        Only what a method does beyond it is told from item to item. None where there is no such thing.
+        """
+        return None
 
     def unified_loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Unified InfoNCE () of B matched pairs (B, D), (B, D) over `log_likelihood`: `--objective infonce`."""
@@ -90,13 +104,21 @@ class Adaptor(nn.Module):
         """The method's own loss () of B matched pairs (B, D), (B, D): `--objective native`; by default the unified."""
         return self.unified_loss(image, text)
 
-    def prepare(self, pairs) -> None:
-        """Look once at all that is cached of the training split, an opened `Pairs`, before training."""
+    def prepare(self, pairs, quiet: bool = False) -> dict | None:
+        """Look once at all that is cached of the training split, an opened `Pairs`, before training.
+
+        quiet: show no progress. Returns what `Pairs.seen` gives of the images that something was learned from, or None.
+        """
+
+
+def cosine(image: Embedding, text: Embedding) -> Tensor:
+    """Cosine of the means (N, M)."""
+    return F.normalize(image.mean, dim=-1) @ F.normalize(text.mean, dim=-1).T
 
 
 @torch.inference_mode()
 def adapt_all(adapt, embeddings, device, block: int = 8192) -> Embedding:
-    """Apply `adaptor.adapt_image` or `.adapt_text` to an array (N, D) block by block, ending on `device`."""
+    """Apply `adaptor.adapt_image` or `.adapt_text` to what `Pairs.fed` gives block by block, ending on `device`."""
     blocks = [
         adapt(torch.as_tensor(embeddings[start : start + block].copy()).to(device).float())
         for start in range(0, len(embeddings), block)

@@ -9,6 +9,6 @@ class Clip(Adaptor):
     def __init__(self, dim: int):
         super().__init__()
 
-    def prepare(self, pairs) -> None:
+    def prepare(self, pairs, quiet: bool = False) -> None:
         """Take the frozen model's own logit scale for the posterior over a gallery."""
         self.given_scale.fill_(pairs.meta["logit_scale"])

@@ -13,6 +13,7 @@ from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
 FOLLOWED = ("query", "retrieved", "sum")
+HELD = 2**24  # scores, 64 MB, that are computed once; more are computed anew for every metric
 EXAMPLES, SHOWN = 10, 5  # most and least certain queries kept for the report, and best answers to each
 
 

@@ -2,44 +2,60 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from metrics import retrieval, summary, uncertainty
-from models.base import adapt_all
-from tasks import Said, counted, doubts_of, examples, follow, judge_side, posterior_scales, score_bar
+from models.base import adapt_all, cosine
+from tasks import HELD, Said, counted, doubts_of, examples, follow, judge_side, posterior_scales, score_bar
 
 
-def class_embeddings(pairs):
+def class_embeddings(pairs, pooled=False, block=8192):
     """Average the prompts of every class, (C, D): unit vectors, as is usual (Radford et al., arXiv 2103.00020, 3.1.4).
 
-    The average is as long as the prompts are on average, for methods that read something into the length.
+    The average is as long as the prompts are on average, for methods that read something into the length. pooled: what
+    the last map was given is averaged with the same weights, (C, D + P), so that the map still takes it there.
     """
-    text, owner = torch.from_numpy(np.array(pairs.text)).float(), torch.from_numpy(np.array(pairs.class_of_text))
-    length = text.norm(dim=-1, keepdim=True)
-    total = torch.zeros(len(pairs.classes), text.shape[1] + 1)
-    total.index_add_(0, owner, torch.cat([text / length, length], dim=-1))
-    return (F.normalize(total[:, :-1], dim=-1) * total[:, -1:] / owner.bincount()[:, None]).numpy()
+    fed, owner = pairs.fed("text", pooled), torch.from_numpy(np.array(pairs.class_of_text))
+    total, length = torch.zeros(len(pairs.classes), fed.shape[1]), torch.zeros(len(pairs.classes), 1)
+    for start in range(0, len(fed), block):
+        text, own = torch.from_numpy(np.array(fed[start : start + block])).float(), owner[start : start + block]
+        of_text = text[:, : pairs.dim].norm(dim=-1, keepdim=True)
+        total.index_add_(0, own, text / of_text)
+        length.index_add_(0, own, of_text)
+    of_total = total[:, : pairs.dim].norm(dim=-1, keepdim=True).clamp_min(1e-12)  # opposite prompts
+    return (total / of_total * length / owner.bincount()[:, None]).numpy()
 
 
 def evaluate(adaptor, pairs, choices, device):
     """Classify images; returns the figures, and per-image arrays for the .npz."""
-    image = adapt_all(adaptor.adapt_image, pairs.image, device)
-    prompt = adapt_all(adaptor.adapt_text, class_embeddings(pairs), device)
+    image = adapt_all(adaptor.adapt_image, pairs.fed("image", adaptor.pooled), device)
+    prompt = adapt_all(adaptor.adapt_text, class_embeddings(pairs, adaptor.pooled), device)
     scales, row, label = posterior_scales(adaptor, pairs), np.arange(len(pairs.label)), pairs.label
     human = None if pairs.human is None else uncertainty.label_entropy(pairs.human)
     doubts = doubts_of(image), doubts_of(prompt)
     by = follow(choices.levels_by, *doubts)
     result, arrays = {}, {} if human is None else {"human_entropy": human}
-    bar = score_bar(len(label) * len(pairs.classes), 3, choices)
+    count = len(label) * len(pairs.classes)
+    bar = score_bar(count, 1 if count <= HELD else 3, choices)
+    computes = {"log_likelihood": adaptor.classify, "similarity": adaptor.similarity}
 
     def scored(compute):
-        return lambda rows: compute(image.rows(rows), prompt)
+        """A function of rows of images to their scores, which are held if they are few."""
+
+        def score(rows):
+            return compute(image.rows(rows), prompt)
+
+        return score if count > HELD else retrieval.whole(score, len(label), len(pairs.classes)).__getitem__
 
     for name in choices.scores:
-        score = scored(counted(getattr(adaptor, name), bar))
+        score = scored(counted(computes[name], bar))
         ranking = retrieval.rank(score, len(pairs.classes), row, label, scales[name])
         side, doubt = judge_side(ranking, *doubts, choices, by, truth=human)
         side["calibration"] = summary.of_probabilities(score, len(pairs.classes), row, label, scales[name], row)
+        with torch.inference_mode():
+            matched = adaptor.matched_scale(image, prompt) if name == "log_likelihood" else None
+        if matched is not None:
+            plain = scored(cosine)
+            side["calibration"]["matched"] = summary.of_scale(plain, len(pairs.classes), row, label, matched)
         figures = {"score": name, "posterior_scale": scales[name], "image_to_class": side}
         if result:
             result["other_score"] = figures

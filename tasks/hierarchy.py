@@ -17,7 +17,7 @@ def evaluate(adaptor, pairs, choices, device):
     if pairs.chains is None:
         raise UserError(f"{pairs.folder} has no chains of prompts, which --task hierarchy is about.")
     embeddings, (chain, depth) = pairs.chains["text"], (pairs.chains[name] for name in ("chain", "depth"))
-    own = doubts_of(adapt_all(adaptor.adapt_text, embeddings, device))
+    own = doubts_of(adapt_all(adaptor.adapt_text, pairs.fed("prompt", adaptor.pooled), device))
     doubts = {"query": own} if own is not None else {}
     doubts["long embedding"] = np.linalg.norm(np.asarray(embeddings, dtype=np.float64), axis=1)
     doubts["few words"] = -np.array([len(prompt.split()) for prompt in pairs.items["prompt"]], dtype=np.float64)

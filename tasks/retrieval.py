@@ -10,10 +10,9 @@ from scipy import sparse
 
 from metrics import eccv, retrieval, summary, uncertainty
 from models.base import adapt_all
-from tasks import Said, counted, doubts_of, examples, follow, hierarchy, judge_side, posterior_scales, score_bar
+from tasks import HELD, Said, counted, doubts_of, examples, follow, hierarchy, judge_side, posterior_scales, score_bar
 from utils.errors import UserError
 
-HELD = 2**24  # scores, 64 MB, that are computed once; more are computed anew for every metric
 COCO_5K = 5000  # images of the gallery whose fifths are COCO 1K
 
 
@@ -72,8 +71,8 @@ def truths(pairs):
 
 def evaluate(adaptor, pairs, choices, device):
     """Evaluate retrieval both ways; returns the figures, and per-query arrays for the .npz."""
-    image = adapt_all(adaptor.adapt_image, pairs.image, device)
-    text = adapt_all(adaptor.adapt_text, pairs.text, device)
+    image = adapt_all(adaptor.adapt_image, pairs.fed("image", adaptor.pooled), device)
+    text = adapt_all(adaptor.adapt_text, pairs.fed("text", adaptor.pooled), device)
     doubts = {"image": doubts_of(image), "text": doubts_of(text)}
     scales, truth, result = posterior_scales(adaptor, pairs), truths(pairs), {}
     arrays = {f"{name}_uncertainty": doubt for name, doubt in doubts.items() if doubt is not None}

@@ -1,16 +1,42 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import cache_embeddings
+from datasets.embeddings import Pairs
 
 torch.set_num_threads(1)  # small widths: threads only wait for one another
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 SMALL_WORLD = ["data.options.train_images=300", "data.options.val_images=100"]
+
+
+class Drawn(Pairs):
+    """Random pairs as if they were cached, each image with one caption or more, and what the last maps were given.
+
+    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: makes it a sigmoid model.
+    """
+
+    def __init__(self, image, text, widths=(30, 20), bias=True, logit_bias=None, seed=0):
+        rng = np.random.default_rng(seed)
+        self.folder, self.command = Path("drawn"), "python cache_embeddings.py"
+        self.image, self.text, dim = image, text, image.shape[1]
+        self.image_id, self.image_of_text = np.arange(len(image)) + 1000, np.arange(len(text)) % len(image)
+        self.arrays, self.projection = {}, {}
+        for side, rows, width in zip(("image", "text"), (image, text), widths):
+            self.arrays[f"{side}_pooled"] = rng.standard_normal((len(rows), width)).astype(rows.dtype)
+            self.projection[f"{side}_weight"] = rng.standard_normal((dim, width))
+            if bias:
+                self.projection[f"{side}_bias"] = rng.standard_normal(dim)
+        self.meta = {"dim": dim, "features": "pooled", "logit_scale": 20.0, "logit_bias": logit_bias}
+        self.meta |= {"id_space": "drawn", "encoder_fingerprint": "drawn"}
+
+    def _array(self, name):
+        return self.arrays[name]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import yaml
+from conftest import Drawn
 
 from models.base import Embedding
 from utils.config import HOME, known, load_config, make_adaptor
@@ -29,20 +30,30 @@ CASES = [(method, preset) for method in known("methods") for preset in presets(m
 pytestmark = pytest.mark.parametrize(("method", "preset"), CASES)
 
 
-def build(method, preset, seed=0):
+def cached():
+    generator = torch.Generator().manual_seed(0)
+    return Drawn(*(3 * torch.randn(count, DIM, generator=generator).numpy() for count in (N, M)))
+
+
+def unprepared(method, preset, seed=0):
     torch.manual_seed(seed)
     return make_adaptor(load_config("shapes", method, preset=preset), DIM).eval()
 
 
-def embeddings(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    image = 3 * torch.randn(N, DIM, generator=generator)
-    return image, 3 * torch.randn(M, DIM, generator=generator)
+def build(method, preset, seed=0):
+    adaptor = unprepared(method, preset, seed)
+    adaptor.prepare(cached(), quiet=True)
+    return adaptor
+
+
+def fed(adaptor):
+    """What the adaptor is fed of the images and of the captions."""
+    return [torch.from_numpy(cached().fed(side, adaptor.pooled)[:]) for side in ("image", "text")]
 
 
 def test_shapes_and_finiteness(method, preset):
     adaptor = build(method, preset)
-    image, text = embeddings()
+    image, text = fed(adaptor)
     adapted = {"image": adaptor.adapt_image(image), "text": adaptor.adapt_text(text)}
     for side, count in (("image", N), ("text", M)):
         assert isinstance(adapted[side], Embedding)
@@ -51,7 +62,7 @@ def test_shapes_and_finiteness(method, preset):
             assert field is None or (len(field) == count and torch.isfinite(field).all())
         if adapted[side].uncertainty is not None:
             assert adapted[side].uncertainty.shape == (count,)
-    for score in (adaptor.similarity, adaptor.log_likelihood):
+    for score in (adaptor.similarity, adaptor.log_likelihood, adaptor.classify):
         found = score(adapted["image"], adapted["text"])
         assert found.shape == (N, M) and torch.isfinite(found).all()
     assert adaptor.loss(image, text[:N]).shape == ()
@@ -59,7 +70,7 @@ def test_shapes_and_finiteness(method, preset):
 
 def test_a_pairs_score_does_not_depend_on_the_others(method, preset):
     adaptor = build(method, preset).double()
-    image, text = (x.double() for x in embeddings())
+    image, text = (x.double() for x in fed(adaptor))
     image, text = adaptor.adapt_image(image), adaptor.adapt_text(text)
     for score in (adaptor.similarity, adaptor.log_likelihood):
         whole = score(image, text)
@@ -68,10 +79,10 @@ def test_a_pairs_score_does_not_depend_on_the_others(method, preset):
 
 
 def test_save_and_load_restores_scores_exactly(method, preset, tmp_path):
-    adaptor, other = build(method, preset), build(method, preset, seed=1)
+    adaptor, other = build(method, preset), unprepared(method, preset, seed=1)
     torch.save(adaptor.state_dict(), tmp_path / "adaptor.pt")
     other.load_state_dict(torch.load(tmp_path / "adaptor.pt", weights_only=True))
-    image, text = embeddings()
+    image, text = fed(adaptor)
     for score in ("similarity", "log_likelihood"):
         first, second = (getattr(a, score)(a.adapt_image(image), a.adapt_text(text)) for a in (adaptor, other))
         assert (first == second).all()
@@ -89,13 +100,17 @@ def widen(adaptor):
                 with torch.no_grad():
                     head[-1].weight.mul_(factor)
                     head[-1].bias.mul_(factor).add_(shift)
+    for name, buffer in adaptor.named_buffers():
+        if name.endswith("precision"):  # of a prior
+            found = True
+            buffer /= 2
     return found
 
 
 def test_a_wider_distribution_is_more_uncertain(method, preset):
     """The sign by construction; `reciprocal: true` marks the published exception, which fails it."""
     adaptor = build(method, preset)
-    inputs = embeddings()
+    inputs = fed(adaptor)
     before = [adapt(x).uncertainty for adapt, x in zip((adaptor.adapt_image, adaptor.adapt_text), inputs)]
     if before == [None, None]:
         pytest.skip("no uncertainty")
@@ -114,7 +129,7 @@ def test_a_few_steps_lower_the_loss_and_repeat(method, preset):
         if not parameters:
             pytest.skip("nothing to train")
         optimizer = torch.optim.Adam(parameters, lr=1e-3)
-        image, text = embeddings()
+        image, text = fed(adaptor)
         trace = []
         for _ in range(12):
             loss = adaptor.loss(image, text[:N])

@@ -44,6 +44,13 @@ class Stub(Adaptor):
         return self._adapt(text, self.uncertain)
 
 
+class Opened(SimpleNamespace):
+    """What tasks read of opened `Pairs`."""
+
+    def fed(self, side, pooled=False):
+        return self.chains["text"] if side == "prompt" else getattr(self, side)
+
+
 def pairs_of(folder, seed=0, truth=True):
     """Images with three captions each, of which the surest are traps; half of the files of images exist."""
     rng = np.random.default_rng(seed)
@@ -58,8 +65,8 @@ def pairs_of(folder, seed=0, truth=True):
     words = [SCRIPT, HANDLER, *(f"caption {i}" for i in range(2, CAPTIONS))]
     chains = {"chain": np.tile(np.arange(5), 3), "depth": np.repeat(np.arange(3), 5)}
     prompts = np.repeat(np.linspace(2, -2, 3), 5)[:, None] + 0.1 * rng.normal(size=(15, SIZE))
-    return SimpleNamespace(
-        image=image, text=text, image_of_text=owner, classes=None,
+    return Opened(
+        image=image, text=text, dim=SIZE, image_of_text=owner, classes=None,
         items={"image": list(map(str, files)), "text": words, "prompt": ["a prompt"] * 15},
         matches=sparse.csr_array(matches) if truth else None,
         chains=chains | {"text": prompts} if truth else None,

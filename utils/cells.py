@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets.embeddings import META, Pairs, cache_folder
 from utils.checkpoint import Run, difference
-from utils.config import LEVELS, load_config
+from utils.config import LEVELS, load_config, needs_pooled
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -64,6 +64,11 @@ class Cell:
     def missing(self):
         """The caches, (data set, backbone, split), that it needs and that are not there."""
         return [cache for dataset in self.left for cache in self._uncached(dataset)]
+
+    @property
+    def pooled(self):
+        """Whether its caches are to be made with pooled features; those from elsewhere cannot be."""
+        return needs_pooled(self.config) and self.config.encoder.pretrained != "elsewhere"
 
     def _uncached(self, dataset):
         needed = (self.config.dataset, self.config.data.train_split), (dataset, self.splits[dataset])

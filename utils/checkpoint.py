@@ -62,13 +62,13 @@ class Run:
         except UserError:
             return ["configuration, for its config.yaml is missing or damaged"]
         changed = difference(held, dataclasses.asdict(self.config))
-        if any(_read(file)["identity"] != identity for file in files):
+        if any(read_run(file)["identity"] != identity for file in files):
             changed.append("cache of embeddings")
         return changed
 
     def resume(self):
         """Read what a killed run left, or None."""
-        return _read(self.state_file) if self.state_file.is_file() else None
+        return read_run(self.state_file) if self.state_file.is_file() else None
 
     def save_state(self, **state):
         """Keep what a killed run goes on from."""
@@ -90,7 +90,7 @@ class Run:
             raise UserError(
                 f"there is no checkpoint in {self.folder.absolute()} ({state}): run `{self.config.command}`."
             )
-        saved = _read(self.adaptor_file)
+        saved = read_run(self.adaptor_file)
         trained = Config.load(self.folder / "config.yaml")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])
         try:
@@ -111,7 +111,8 @@ def _save(path, value):
         torch.save(value, file)
 
 
-def _read(path):
+def read_run(path):
+    """Read a file of a run; raises UserError where it is damaged or none of ours."""
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
         _ = [value["identity"][name] for name in ("dim", "encoder", "encoder_fingerprint")]  # as all files of ours have

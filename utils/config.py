@@ -252,6 +252,15 @@ def _check(config):
             raise UserError(f"{name} must be at least 1 and below {2**31:,}, not {value}.")
 
 
+def needs_pooled(config):
+    """Whether the adaptor that `config` names is fed what goes into the towers' last maps, too."""
+    module, _, name = str(config.model.get("adaptor", "")).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name).pooled
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return False  # what constructs it will say so
+
+
 def construct(path, options, where, **given):
     """Import `module.Class` and call it with `given` and `options`.
 

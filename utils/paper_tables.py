@@ -31,6 +31,7 @@ SELECTIVE = (
 )
 COVERAGES = ("80", "90", "95")
 TRUTH = {"spearman": "Spearman", "kendall": "Kendall"}
+TEMPERATURES = {"temperature": "temperature", "matched": "matched temperature"}  # rows below that of a classifier
 ERRORS = {
     "nll": ("NLL", "negative log-likelihood of the right answer"),
     "ece_15": ("ECE", "expected calibration error, 15 bins of equal width"),
@@ -225,8 +226,8 @@ def classification(block):
     """Accuracy and calibration in the form of BayesVLM (arXiv 2412.06014)."""
     side = "image_to_class"
     columns = [
-        _percent("acc", "", "ACC, %", side, "recall", "1"),
-        *([_percent("top5", "", "top-5, %", side, "recall", "5")] if block.any["classes"] > 5 else []),
+        Column("acc", "", "ACC, %", 1, partial(_accuracy, "1")),
+        *([Column("top5", "", "top-5, %", 1, partial(_accuracy, "5"))] if block.any["classes"] > 5 else []),
     ]
     for key, (title, note) in ERRORS.items():
         title = {"NLL": "NLPD"}.get(title, title)
@@ -241,10 +242,15 @@ def classification(block):
             columns.append(Column(f"{name}_{key}", group, f"{head}, {title}", 3, read, max, note=note))
 
     def parts(runs):
-        scaled = all("temperature" in run.values[side]["calibration"] for run in runs)
-        return [("", "model"), *([(" + temperature", "temperature")] if scaled else [])]
+        held = [name for name in TEMPERATURES if all(name in run.values[side]["calibration"] for run in runs)]
+        return [("", "model"), *((f" + {TEMPERATURES[name]}", name) for name in held)]
 
     note = "The temperature of each half of the images is fitted on the other; it changes no answer."
+    if any("matched" in run.values[side]["calibration"] for runs in block.results.values() for run in runs):
+        note += (
+            " Matched temperature: plain cosines of the frozen embeddings at the one temperature that cools as much as"
+            " the method does on average, so that what is better than that comes from telling items apart."
+        )
     note += _constant(block, CLASSES, ("query",))
     return tables.make("classification", "Classification", columns, rows_of(block, columns, parts), note)
 
@@ -386,6 +392,13 @@ def _coco(key, values, about):
     if isinstance(found, dict):
         return 100 * sum(found.values()) / len(found)
     return found
+
+
+def _accuracy(k, values, about):
+    """Top-k accuracy in percent of what ranks, or top-1 of the plain cosines that a matched temperature is of."""
+    if about == "matched":
+        return 100 * values["image_to_class"]["calibration"][about]["accuracy"] if k == "1" else None
+    return 100 * values["image_to_class"]["recall"][k]
 
 
 def _error(key, values, about):

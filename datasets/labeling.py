@@ -1,0 +1,70 @@
+"""The cached splits of a set of images with classes, as an active learner uses them: pool, target, validation part."""
+
+import numpy as np
+import torch
+
+from datasets.embeddings import Pairs
+from models.projection import Items, joined
+from utils.errors import UserError
+
+
+class Splits:
+    """Opened splits as Items on a device: `pool` of one split or more, `target`, and `val` or None.
+
+    Raises UserError where a cache is missing or has no pooled features or no classes, where classes or backbones
+    differ, and where an image of the pool is in the target or the validation part, too.
+    """
+
+    def __init__(self, dataset, backbone, pool, target, val, device):
+        splits = [*pool, target, *([val] if val else [])]
+        if len(set(splits)) < len(splits):
+            raise UserError("--pool, --target and --val must name different splits, and none twice.")
+        self.pairs = {split: Pairs(dataset, backbone, split) for split in splits}
+        self.about = self.pairs[target]
+        for pairs in self.pairs.values():
+            if pairs.classes is None:
+                raise UserError(f"{pairs.folder} has captions and no classes: there are no labels to ask for.")
+        for pairs in self.pairs.values():
+            if pairs.classes != self.about.classes:
+                raise UserError(f"{pairs.folder} has other classes than {self.about.folder}, or in another order.")
+            must_share_backbone(pairs, self.about)
+        if len(self.about.classes) < 2:
+            raise UserError(f"{self.about.folder} has one class, '{self.about.classes[0]}': there is nothing to tell.")
+        for split in splits[len(pool) :]:
+            shared = sum(_shared(self.pairs[split], self.pairs[part]) for part in pool)
+            if shared:
+                raise UserError(f"{shared:,} images of '{split}' are in the pool, too: name splits that share none.")
+        parts = {split: items(pairs, device) for split, pairs in self.pairs.items()}
+        self.pool, self.target, self.val = joined([parts[split] for split in pool]), parts[target], parts.get(val)
+        self.split_of = np.repeat(pool, [len(parts[split].label) for split in pool])  # each image of the pool
+        self.id_of = np.concatenate([self.pairs[split].image_id for split in pool])
+
+
+def items(pairs, device):
+    """The images of opened pairs as Items in float32, with label 0 where they have none.
+
+    Raises UserError without pooled features, and where one is no finite number.
+    """
+    fed = torch.from_numpy(np.array(pairs.fed("image", pooled=True)[:])).to(device).float()
+    if not fed.isfinite().all():
+        raise UserError(f"{pairs.folder} holds features that are no finite numbers: cache it again.")
+    label = np.zeros(len(fed), np.int64) if pairs.classes is None else pairs.label
+    return Items(fed[:, : pairs.dim], fed[:, pairs.dim :], torch.from_numpy(np.array(label)).to(device).long())
+
+
+def image_map(pairs, device):
+    """The image tower's last map (D, P) in float32, its bias in the last column where it has one."""
+    weight, bias = pairs.projection["image_weight"], pairs.projection.get("image_bias")
+    whole = weight if bias is None else np.concatenate([weight, bias[:, None]], axis=1)
+    return torch.from_numpy(np.array(whole, dtype=np.float32)).to(device)
+
+
+def must_share_backbone(pairs, other):
+    """Raise a UserError unless two opened caches are of one backbone."""
+    if pairs.meta["encoder_fingerprint"] != other.meta["encoder_fingerprint"]:
+        raise UserError(f"{pairs.folder} and {other.folder} were cached with different backbones.")
+
+
+def _shared(one, other):
+    same = one.meta["id_space"] == other.meta["id_space"]
+    return int(np.isin(one.image_id, other.image_id).sum()) if same else 0

@@ -1,0 +1,193 @@
+"""Images of the drawn world in classes, by shape or by color, and the same objects on backgrounds never seen.
+
+The built-in backbone and the captions of `shapes` know eight backgrounds, all of them gray, black, white or brown. The
+`shifted` splits show the same 720 objects on eight others, textures in muted colors, of which an object's own color
+keeps a distance that an eye sees. So the world's labels stay exact, while the backbone's answers get worse.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from datasets import Caption, Classes, Source
+from datasets.shapes import CARDINALITY, DRAWING, NAMES, VAL_SCENES, VALUES, draw, drawn
+from utils.errors import UserError
+
+# Each background with its texture and the two colors that this mixes.
+BACKGROUNDS = {
+    "sky": ("gradient", (120, 165, 215), (225, 225, 225)),
+    "dusk": ("gradient", (110, 85, 130), (225, 175, 140)),
+    "meadow": ("blades", (90, 112, 75), (142, 155, 108)),
+    "water": ("waves", (88, 112, 122), (132, 158, 164)),
+    "bricks": ("bricks", (195, 180, 165), (150, 85, 70)),
+    "sand": ("clouds", (175, 140, 95), (225, 200, 150)),
+    "camouflage": ("patches", (70, 80, 50), (150, 135, 95)),
+    "carpet": ("zigzag", (115, 65, 90), (180, 140, 140)),
+}
+SHIFTED = (*CARDINALITY[:4], len(BACKGROUNDS))
+# Least distances in RGB, of 0 to 255, before the jitter that every drawing has.
+GAP = 80  # from an object's color to any that is mixed behind it
+CONTRAST = 40  # between the two colors of a background, so that its texture can be seen, too
+
+# Which scenes a split may show, as a range of the world's shuffled scenes. The ranges do not depend on sizes, so that
+# changing one never moves a scene across. The first VAL_SCENES are those that the backbone was not trained on.
+RANGES = {
+    "train": (VAL_SCENES, None),
+    "val": (0, VAL_SCENES // 2),
+    "test": (VAL_SCENES // 2, VAL_SCENES),
+    "shifted-train": (3000, None),
+    "shifted-val": (0, 1000),
+    "shifted-test": (1000, 3000),
+}
+IMAGES = {"train": 2000, "val": 500, "test": 500, "shifted-train": 2000, "shifted-val": 500, "shifted-test": 1000}
+ATTRIBUTES = ("shape", "color")
+BACKDROPS = "b1"  # raise it when what a seed draws behind shifted objects changes, see shapes.DRAWING
+
+
+class ShapeClasses(Source):
+    """Newly drawn images of the world of `shapes`, in classes by one attribute; draws the image files it lacks.
+
+    root: folder for the files, which do not depend on attribute and templates. attribute: shape or color. templates:
+    prompts with {} where the class's name stands. seed: fixes scenes and drawings, and must be that of the `shapes`
+    that the backbone knows. images: sizes of splits, where they differ from IMAGES. image_size: side of a drawing in
+    pixels. Raises ValueError for an option that cannot be.
+    """
+
+    def __init__(self, root, attribute, templates, seed=0, images=None, image_size=96):
+        self.attribute, self.templates, self.seed, self.image_size = attribute, templates, seed, image_size
+        if attribute not in ATTRIBUTES:
+            raise ValueError(f"attribute must be {' or '.join(ATTRIBUTES)}, not {attribute!r}")
+        prompts = isinstance(templates, list) and all(isinstance(form, str) for form in templates)
+        if not (prompts and templates and all(form.count("{}") == 1 for form in templates)):
+            raise ValueError(f"templates must list prompts with one {{}} each, not {templates!r}")
+        images = {} if images is None else images
+        if not isinstance(images, dict) or set(images) - set(IMAGES):
+            raise ValueError(f"images must hold sizes of {', '.join(IMAGES)}, not {images!r}")
+        self.sizes = IMAGES | images
+        numbers = [(number, 1) for number in (*self.sizes.values(), image_size)] + [(seed, 0)]
+        if any(type(number) is not int or number < least for number, least in numbers):
+            raise ValueError("sizes must be whole numbers from 1 on, and the seed from 0 on")
+        # Without the attribute: classes of both read the same files, and an image has one id space whatever it is
+        # asked. Drawings of `shapes` are other files: its ids are not these, though scenes of train are in its train.
+        self.version = f"{DRAWING}-{BACKDROPS}-seed{seed}-{image_size}px"
+        self.folder = Path(root) / self.version
+
+    @lru_cache  # noqa: B019  (a source lives as long as its script)
+    def scenes(self, split):
+        """Draw the scenes of `split`, (N, 5) value indices, the last of BACKGROUNDS if the split is shifted.
+
+        No scene of one split occurs in another, and none of `val` and `test` in the train split of `shapes`. Raises
+        UserError for an unknown split.
+        """
+        if split not in RANGES:
+            raise UserError(f"this data set has no split '{split}'; it has {', '.join(RANGES)}.")
+        # [seed, 0] is the order by which `shapes` holds scenes out.
+        world, stream = (SHIFTED, 3) if is_shifted(split) else (CARDINALITY, 0)
+        order = np.random.default_rng([self.seed, stream]).permutation(int(np.prod(world)))
+        rows = np.resize(order[slice(*RANGES[split])], self.sizes[split])  # every scene once before any occurs twice
+        return np.stack(np.unravel_index(rows, world), axis=1)
+
+    def images(self, split):
+        """List the images of `split`, drawing the files that are missing; raises UserError for an unknown split."""
+        scenes, stream = self.scenes(split), 11 + list(RANGES).index(split)  # those of `shapes` are 1 and 2
+        paint = paint_unseen if is_shifted(split) else None
+        return drawn(
+            self.folder / split,
+            len(scenes),
+            lambda row: draw(scenes[row], np.random.default_rng([self.seed, stream, row]), self.image_size, paint),
+        )
+
+    def captions(self, split):
+        """List the prompts, class by class: the templates, with the article that English wants."""
+        said = [
+            (number, re.sub(r"\ba \{\}", "an {}" if name[0] in "aeiou" else "a {}", form).replace("{}", name))
+            for number, name in enumerate(self._names)
+            for form in self.templates
+        ]
+        return [Caption(row, number, prompt) for row, (number, prompt) in enumerate(said)]
+
+    def classes(self, split):
+        """Give the classes of the images of `split`; raises UserError for an unknown split."""
+        return Classes(list(self._names), [], self.scenes(split)[:, NAMES.index(self.attribute)])
+
+    @property
+    def _names(self):
+        return VALUES[NAMES.index(self.attribute)]
+
+
+def is_shifted(split):
+    """Whether a split shows BACKGROUNDS in place of the world's own."""
+    return split.startswith("shifted-")
+
+
+def paint_unseen(number, fill, size, rng):
+    """Paint background `number` of BACKGROUNDS for an object of the color `fill`, (size, size, 3) in 0 to 255."""
+    texture, *colors = list(BACKGROUNDS.values())[number]
+    while True:
+        pair = np.array(colors) + rng.uniform(-20, 20, (2, 3)) + rng.uniform(-60, 60)
+        pair = pair.clip(10, 245)
+        between = pair[0] + np.linspace(0, 1, 9)[:, None] * (pair[1] - pair[0])
+        if np.linalg.norm(between - fill, axis=1).min() > GAP and np.linalg.norm(pair[1] - pair[0]) > CONTRAST:
+            break
+    share = TEXTURES[texture](size, rng)[..., None]
+    return pair[0] + share * (pair[1] - pair[0])
+
+
+def _axes(size, rng):
+    """Coordinates of pixels across and down a picture of side 1, (1, size) and (size, 1), at a random phase."""
+    steps = np.arange(size) / size
+    return steps[None] + rng.uniform(), steps[:, None] + rng.uniform()
+
+
+def _gradient(size, rng):
+    x, y = _axes(size, rng)
+    turn = rng.uniform(0, 2 * np.pi)
+    along = np.cos(turn) * x + np.sin(turn) * y
+    return (along - along.min()) / np.ptp(along)
+
+
+def _zigzag(size, rng):
+    x, y = _axes(size, rng)
+    return ((6 * y + 1.2 * abs(6 * x % 2 - 1)) % 1 < 0.5).astype(float)
+
+
+def _waves(size, rng):
+    x, y = _axes(size, rng)
+    return 0.5 + 0.5 * np.sin(2 * np.pi * (6 * y + 0.4 * np.sin(4 * np.pi * x)))
+
+
+def _bricks(size, rng):
+    x, y = _axes(size, rng)
+    row = 8 * y
+    column = 4 * x + 0.5 * (row // 1 % 2)
+    return ((row % 1 > 0.15) & (column % 1 > 0.08)).astype(float)
+
+
+def _clouds(size, rng):
+    total = sum(_field(size, cells, cells, rng) * weight for cells, weight in ((4, 3), (9, 2), (20, 1)))
+    return (total - total.min()) / np.ptp(total)
+
+
+def _blades(size, rng):
+    return _field(size, 48, 10, rng)
+
+
+def _patches(size, rng):
+    x, y = np.arange(size)[None, :, None] / size, np.arange(size)[:, None, None] / size
+    middle, shade = rng.uniform(0, 1, (2, 16)), rng.permutation(16) / 15
+    return shade[((x - middle[0]) ** 2 + (y - middle[1]) ** 2).argmin(axis=2)]
+
+
+def _field(size, across, down, rng):
+    """Random values in [0, 1] of a coarse grid, drawn smoothly to (size, size)."""
+    grid = PIL.Image.fromarray(rng.integers(0, 256, (down, across), dtype=np.uint8))
+    return np.asarray(grid.resize((size, size), PIL.Image.Resampling.BICUBIC)) / 255
+
+
+TEXTURES = {
+    "gradient": _gradient, "zigzag": _zigzag, "waves": _waves, "bricks": _bricks,
+    "clouds": _clouds, "blades": _blades, "patches": _patches,
+}  # fmt: skip

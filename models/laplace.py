@@ -1,0 +1,353 @@
+"""The Laplace approximation of a tower's last linear map, Kronecker-factored: BayesVLM's posterior (arXiv 2412.06014).
+
+N items, K candidates of the other modality, D embedding size, P size of phi, which the map W (D, P) is applied to:
+where it has a bias, phi ends in a 1 and W in the bias. An embedding is g = W phi (+ a residual that is not random). The
+candidates, the temperature and the other tower are held fixed. Then the generalized Gauss-Newton matrix of item i is
+H_i (x) phi_i phi_i^T with H_i (D, D) that of the embedding, and the sum over items is replaced by B (x) A.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.checkpoint import BROKEN
+from utils.errors import UserError
+
+LOSSES = ("infonce", "siglip")
+PRIORS = ("damped", "exact")
+OBJECTIVES = ("correct", "published")
+TOWERS = {"image": "img", "text": "txt"}  # what published files call them
+PUBLISHED_COUNT = 327_680  # items behind published factors, ten batches of 32,768; the files do not say it
+
+
+class Factors(NamedTuple):
+    """Kronecker factors of the Gauss-Newton matrix of N items: sum_i H_i (x) phi_i phi_i^T is taken to be B (x) A."""
+
+    a: Tensor  # (P, P) sum_i phi_i phi_i^T / sqrt(N)
+    b: Tensor  # (D, D) sum_i H_i / sqrt(N)
+    count: int  # N
+
+
+class Spectrum(NamedTuple):
+    """Factors by their eigenvalues, none of which is below 0, and eigenvectors in columns."""
+
+    a: Tensor  # (P,)
+    a_basis: Tensor  # (P, P)
+    b: Tensor  # (D,)
+    b_basis: Tensor  # (D, D)
+    count: int
+
+    @property
+    def factors(self) -> Factors:
+        a, b = ((basis * values) @ basis.T for values, basis in (self[:2], self[2:4]))
+        return Factors(a, b, self.count)
+
+
+def homogeneous(phi: Tensor) -> Tensor:
+    """phi (N, P - 1) of a map with a bias, with the 1 (N, P) that multiplies the bias."""
+    return F.pad(phi, (0, 1), value=1.0)
+
+
+def activation_factor(phi, bias: bool = False, device="cpu", block: int = 8192) -> Tensor:
+    """A (P, P) of phi (N, P), or (N, P - 1) where the map has a bias: a tensor or an array, read block by block."""
+    total = 0.0
+    for start in range(0, len(phi), block):
+        rows = torch.as_tensor(phi[start : start + block]).to(device)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a cache may hold half precision
+        rows = homogeneous(rows) if bias else rows
+        total = total + rows.T @ rows
+    return total / math.sqrt(len(phi))
+
+
+def curvature(
+    source: Tensor, target: Tensor, scale: float, bias: float = 0.0, loss: str = "infonce", block: int = 256
+) -> Tensor:
+    """sum_i H_i (D, D): Gauss-Newton matrices of the loss of embeddings (N, D) against all candidates (K, D).
+
+    loss: `infonce`, the cross-entropy of a softmax over the candidates; `siglip`, a sigmoid for each. Logits are scale
+    times cosine plus bias. With x the direction of g, Q = I - x x^T and T the candidates' directions,
+    H = w Q M Q where w = scale^2 / |g|^2 and M = T^T (diag c - c c^T) T, c the softmax; for sigmoids p it is without
+    c c^T, and c = p (1 - p), whatever the labels. Multiplied out, all of it is products of (block, K) by (K, D): time
+    O(N K D + K D^2), memory O(K (D + block) + D^2), where item by item it is K D^2 for each. Rows of length 0 have no
+    direction, and add nothing. Raises ValueError for an unknown loss.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be {' or '.join(LOSSES)}, not '{loss}'")
+    target = F.normalize(target, dim=-1)
+    of_candidate = target.new_zeros(len(target))  # sum_i w_i c_i
+    total = target.new_zeros(target.shape[1], target.shape[1])
+    for rows in source.split(block):
+        length = rows.norm(dim=-1)
+        weight = torch.where(length > 0, (scale / length).square(), 0.0)
+        x = F.normalize(rows, dim=-1)
+        cosine = x @ target.T
+        logit = scale * cosine + bias
+        c = logit.softmax(dim=-1) if loss == "infonce" else logit.sigmoid() * (-logit).sigmoid()
+        of_candidate += weight @ c
+        if loss == "infonce":
+            mean = c @ target
+            along = (mean * x).sum(dim=-1)
+            total -= mean.T @ (weight[:, None] * mean)
+        c *= cosine
+        ray = c @ target  # M x, once its second term is there
+        radial = (c * cosine).sum(dim=-1)  # x^T M x
+        if loss == "infonce":
+            ray = ray - along[:, None] * mean
+            radial = radial - along.square()
+        # M - x (M x)^T - (M x) x^T + (x^T M x) x x^T, the last term shared between the two before it
+        cross = x.T @ (weight[:, None] * (ray - radial[:, None] / 2 * x))
+        total -= cross + cross.T
+    total += target.T @ (of_candidate[:, None] * target)
+    return (total + total.T) / 2
+
+
+def decompose(factors: Factors) -> Spectrum:
+    """Eigenvalues, clamped at 0, and eigenvectors of both factors; found in float64, given in the factors' type.
+
+    Raises ValueError for factors that are not finite.
+    """
+    parts = []
+    for factor in factors[:2]:
+        if not factor.isfinite().all():
+            raise ValueError("a Kronecker factor is not finite")
+        double = factor.detach().cpu().double()  # not every device has float64
+        values, basis = torch.linalg.eigh((double + double.T) / 2)
+        parts += [part.to(factor.dtype).to(factor.device) for part in (values.clamp_min(0), basis)]
+    return Spectrum(*parts, factors.count)
+
+
+def best_precision(
+    a: Tensor, b: Tensor, norm_sq: float, n: float, prior: str = "damped", objective: str = "correct"
+) -> float:
+    """The prior precision lambda of most marginal likelihood, given the factors' eigenvalues (P,), (D,) and |W|^2.
+
+    It maximizes (D P log lambda - lambda |W|^2 - log det of the posterior precision) / 2; n, prior: see Posterior.
+    objective: `published`, as BayesVLM's code had it until 2025-09 (damped only): the two factors' determinants by each
+    other's powers, and not halved. The slope in log lambda falls all the way, so that there is one root or none. Raises
+    ValueError where there is none: nothing learned, |W| = 0, or n not above 0.
+    """
+    _check_choice("prior", prior, PRIORS)
+    _check_choice("objective", objective, OBJECTIVES)
+    if objective == "published" and prior == "exact":
+        raise ValueError("the published objective is of the damped prior only")
+    if not (n > 0 and norm_sq > 0):
+        raise ValueError(f"n and |W|^2 must be above 0, not {n} and {norm_sq}")
+    a, b = (values.detach().cpu().double().clamp_min(0).numpy() for values in (a, b))
+    p, d = len(a), len(b)
+    if prior == "exact":
+        product = n * np.outer(a, b)
+
+    def slope(log_precision: float) -> float:
+        """Twice the objective's derivative in log lambda."""
+        precision = math.exp(log_precision)
+        if prior == "exact":
+            log_det = (precision / (product + precision)).sum()
+        else:
+            root = math.sqrt(precision)
+            of_a, of_b = (0.5 * (root / (math.sqrt(n) * values + root)).sum() for values in (a, b))
+            log_det = d * of_a + p * of_b if objective == "correct" else 2 * (p * of_a + d * of_b)
+        return p * d - precision * norm_sq - log_det
+
+    below = math.log(p * d / norm_sq)  # beyond this the slope is negative
+    while slope(below) <= 0:
+        below -= 5
+        if below < -600:  # exp() would underflow
+            raise ValueError("no prior precision has the most marginal likelihood: the factors are all but zero")
+    return math.exp(scipy.optimize.brentq(slope, below, below + 5, xtol=1e-12))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]):
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(choices)}, not '{value}'")
+
+
+class Posterior:
+    """What is known of W after N items counted n times: a Gaussian around the pretrained weights.
+
+    factors: those of the Gauss-Newton matrix, or their Spectrum, which spares the decomposition. norm_sq: |W|^2, bias
+    included. prior: `damped`, precision (sqrt(n) B + sqrt(lambda) I) (x) (sqrt(n) A + sqrt(lambda) I), as published;
+    `exact`, n B (x) A + lambda I. precision: lambda, or None for the one of most marginal likelihood, by `objective`
+    (see `best_precision`).
+
+    Both are diagonal in the product of the factors' eigenbases, where the coordinates of W have `variance` (D, P); so
+    the covariance of any embedding is diagonal in `basis` (D, D), the eigenvectors of B. Raises ValueError as
+    `best_precision` does, and for a precision that is not above 0.
+    """
+
+    def __init__(
+        self,
+        factors: Factors | Spectrum,
+        norm_sq: float,
+        n: float = 4.0,
+        prior: str = "damped",
+        precision: float | None = None,
+        objective: str = "correct",
+    ):
+        _check_choice("prior", prior, PRIORS)
+        self.spectrum = factors if isinstance(factors, Spectrum) else decompose(factors)
+        self.norm_sq, self.n, self.prior = float(norm_sq), float(n), prior
+        a, b = self.spectrum.a, self.spectrum.b
+        if precision is None:
+            precision = best_precision(a, b, norm_sq, n, prior, objective)
+        elif not (precision > 0 and n >= 0):
+            raise ValueError(f"a prior precision must be above 0, and n not below, not {precision} and {n}")
+        self.precision = float(precision)
+        if prior == "exact":
+            self.variance = 1 / (n * b[:, None] * a + precision)
+        else:
+            of_a, of_b = (1 / (math.sqrt(n) * values + math.sqrt(precision)) for values in (a, b))
+            self.variance = of_b[:, None] * of_a
+
+    @property
+    def basis(self) -> Tensor:
+        return self.spectrum.b_basis
+
+    def to(self, device) -> "Posterior":
+        """A copy on the device."""
+        spectrum = Spectrum(*(part.to(device) for part in self.spectrum[:4]), self.spectrum.count)
+        return Posterior(spectrum, self.norm_sq, self.n, self.prior, self.precision)
+
+    def spread(self, phi: Tensor) -> Tensor:
+        """Variances s (N, D) in `basis` of embeddings of phi (N, P), or (N, P - 1) without a bias's 1.
+
+        Their covariance is U diag(s) U^T. Under the damped prior s is c / (sqrt(n) b + sqrt(lambda)) with one number
+        c = phi^T (sqrt(n) A + sqrt(lambda) I)^-1 phi per item. Raises ValueError for a phi of another size.
+        """
+        return self._coordinates(phi).square() @ self.variance.T
+
+    def samples(
+        self, phi: Tensor, mean: Tensor, generator: torch.Generator | None = None, draws: int = 100
+    ) -> Iterator[Tensor]:
+        """Draw embeddings (N, D) whose means are (N, D), all under one W, then all under another, and so on.
+
+        phi: as of `spread`. Generators of equal seeds give the same W, so that a pool and a target can share each
+        draw's.
+        """
+        coordinates, deviation = self._coordinates(phi), self.variance.sqrt()
+        device = generator.device if generator else deviation.device
+        for _ in range(draws):
+            noise = torch.randn(deviation.shape, generator=generator, dtype=deviation.dtype, device=device)
+            yield mean + coordinates @ (deviation * noise.to(deviation.device)).T @ self.basis.T
+
+    def sample(self, phi: Tensor, mean: Tensor, generator: torch.Generator | None = None, draws: int = 100) -> Tensor:
+        """All of `samples` at once (draws, N, D)."""
+        return torch.stack(list(self.samples(phi, mean, generator, draws)))
+
+    def state(self) -> dict[str, Tensor]:
+        """What `from_state` needs, in tensors only, so that `torch.load(weights_only=True)` reads it."""
+        scalars = {"norm_sq": self.norm_sq, "n": self.n, "precision": self.precision}
+        return {
+            **{name: torch.as_tensor(value) for name, value in self.spectrum._asdict().items()},
+            **{name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()},
+            "prior": torch.tensor(PRIORS.index(self.prior)),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "Posterior":
+        """The posterior whose `state` this is."""
+        spectrum = Spectrum(*(state[name] for name in Spectrum._fields))._replace(count=int(state["count"]))
+        norm_sq, n, precision = (state[name].item() for name in ("norm_sq", "n", "precision"))
+        return cls(spectrum, norm_sq, n, PRIORS[int(state["prior"])], precision)
+
+    def _coordinates(self, phi: Tensor) -> Tensor:
+        """phi (N, P) in the eigenbasis of A."""
+        phi = phi.to(self.spectrum.a)  # a cache may hold half precision
+        size, given = len(self.spectrum.a), phi.shape[-1]
+        if given == size - 1:
+            phi = homogeneous(phi)
+        elif given != size:
+            raise ValueError(f"phi has {given} coordinates, the posterior is of {size}")
+        return phi @ self.spectrum.a_basis
+
+
+class Published(NamedTuple):
+    """Factors as BayesVLM publishes them, and its prior precisions, if they are there, by tower.
+
+    The precisions of its files are of the faulty objective (n = 1): fit them anew.
+    """
+
+    factors: dict[str, Factors]
+    precision: dict[str, float]
+
+
+def load_published(path, count: int = PUBLISHED_COUNT, sizes: dict[str, tuple[int, int]] | None = None) -> Published:
+    """Read BayesVLM's factors: its folder of A_img_analytic.pt and so on, or an .npz of A_img, B_img, A_txt and B_txt.
+
+    count: of items behind them. sizes: P and D that `image` and `text` must have, if given. Raises UserError for what
+    is missing, damaged, or of another size.
+    """
+    path = Path(path)
+    read = _read_archive if path.suffix == ".npz" else _read_folder
+    if not path.exists():
+        raise UserError(f"{path} is not there: give the folder or the .npz of BayesVLM's factors.")
+    values = read(path)
+    factors = {}
+    for tower, short in TOWERS.items():
+        a, b = (_factor(values[f"{side}_{short}"], f"{side}_{short}", path) for side in "AB")
+        if sizes and sizes[tower] != (len(a), len(b)):
+            raise UserError(
+                f"the {tower} factors in {path} are of sizes {len(a)} and {len(b)}, the {tower} tower's last map of"
+                f" {' and '.join(map(str, sizes[tower]))}: they are another model's."
+            )
+        factors[tower] = Factors(a, b, count)
+    if len(factors["image"].b) != len(factors["text"].b):
+        found = " and ".join(str(len(f.b)) for f in factors.values())
+        raise UserError(f"B_img and B_txt in {path} are of sizes {found}: embeddings of one model are of one size.")
+    precision = {tower: float(values[f"lambda_{s}"]) for tower, s in TOWERS.items() if f"lambda_{s}" in values}
+    return Published(factors, precision)
+
+
+_NAMES = tuple(f"{side}_{short}" for short in TOWERS.values() for side in "AB")
+
+
+def _read_archive(path):
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            wanted = {*_NAMES, *(f"lambda_{short}" for short in TOWERS.values())} & set(archive.files)
+            values = {name: torch.as_tensor(archive[name]) for name in wanted}
+    except BROKEN:
+        raise UserError(f"{path} is damaged or no .npz: get it again.") from None
+    for name in _NAMES:
+        if name not in values:
+            raise UserError(f"{path} has no {name}: BayesVLM's factors are {', '.join(_NAMES)}.")
+    return values
+
+
+def _read_folder(path):
+    values = {}
+    for name in _NAMES:
+        file = path / f"{name}_analytic.pt"
+        if not file.exists():
+            raise UserError(f"{path} has no {file.name}: BayesVLM's factors are {', '.join(_NAMES)}, a file each.")
+        try:
+            # A was saved from a GPU. Tensors only: a pickle may run anything.
+            values[name] = torch.load(file, map_location="cpu", weights_only=True)
+        except BROKEN:
+            raise UserError(f"{file} is damaged, or holds more than a tensor: get it again.") from None
+    file = path / "prior_precision_analytic.json"
+    if file.exists():
+        try:
+            found = json.loads(file.read_text())
+            values |= {f"lambda_{s}": float(found[f"lambda_{s}"]) for s in TOWERS.values() if f"lambda_{s}" in found}
+        except (ValueError, TypeError):
+            raise UserError(f"{file} is no JSON of lambda_img and lambda_txt: mend or remove it.") from None
+    return values
+
+
+def _factor(value, name, path):
+    """One symmetric factor in float32 or float64; it is published with asymmetries of some 1e-7."""
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != value.shape[1]:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"{name} in {path} must be a square matrix, not {found}.")
+    if not value.is_floating_point() or not value.isfinite().all():
+        raise UserError(f"{name} in {path} holds what is no finite number.")
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    return (value + value.T) / 2
