@@ -26,7 +26,7 @@ from tqdm import tqdm
 from datasets.embeddings import Pairs
 from datasets.labeling import Splits, image_map, items, must_share_backbone
 from metrics import learning_curve
-from models.laplace import Factors, Posterior, activation_factor, curvature, load_published
+from models.laplace import Factors, Posterior, activation_factor, curvature, load_published, loss_of
 from models.projection import Classifier
 from models.strategies import STRATEGIES, Choice
 from tasks.classification import class_embeddings
@@ -118,8 +118,7 @@ def pretrained(splits, device):
     meta = splits.about.meta
     classes = torch.from_numpy(class_embeddings(splits.about)).to(device).float()
     classifier = Classifier(image_map(splits.about, device), classes, meta["logit_scale"]).to(device)
-    siglip = meta["logit_bias"] is not None
-    return classifier, {"loss": "siglip" if siglip else "infonce", "bias": meta["logit_bias"] if siglip else 0.0}
+    return classifier, loss_of(meta)
 
 
 def make_posterior(args, splits, classifier, loss):

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 
 from benchmarks.run import resident
 from metrics.uncertainty import levels, spearman, trend
+from models.acquisition import epig, online_update, select
 from models.asymvlm import AsymVLM, mean_of_bounds
 from models.base import Embedding, info_nce
 from models.distributions import GeneralizedGaussian, PowerSpherical, VonMisesFisher
+from models.laplace import PRIORS, Factors, Posterior, activation_factor, curvature
+from models.prob_cosine import Gaussians, cosine_variance
 from models.probvlm import exact_nll, geometric_variance, published_variance, surrogate_nll
 from models.prolip import ProLIP, log_inclusion
 from train import make_optimizer
@@ -491,6 +494,160 @@ def prolip_inclusion():
     )
 
 
+# BayesVLM
+
+
+class Towers(NamedTuple):
+    """What a last map W (D, P) was given, its embeddings (N, D), and W's posterior: of images, and of captions."""
+
+    phi: dict[str, Tensor]
+    embedding: dict[str, Tensor]
+    weight: dict[str, Tensor]
+    factors: dict[str, Factors]
+
+    def posterior(self, side, **options):
+        return Posterior(self.factors[side], self.weight[side].square().sum().item(), **options)
+
+
+@lru_cache
+def draw_towers(inputs=96, scale=30.0):
+    """Give the drawn world's embeddings last maps that they come from, and gather both towers' factors."""
+    world, generator = draw_world(), torch.Generator().manual_seed(1)
+    embedding = {"image": world.image.double(), "text": world.text.double()}
+    phi, weight, factors = {}, {}, {}
+    for side, z in embedding.items():
+        basis = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)).Q
+        seen, unseen = basis.split([SMALL_DIM, inputs - SMALL_DIM], dim=1)  # what W sees of its inputs, and what not
+        weight[side] = seen.T
+        phi[side] = z @ seen.T + torch.randn(len(z), inputs - SMALL_DIM, generator=generator).double() @ unseen.T
+    for side, other in (("image", "text"), ("text", "image")):
+        b = curvature(embedding[side], embedding[other], scale) / math.sqrt(len(phi[side]))
+        factors[side] = Factors(activation_factor(phi[side]), b, len(phi[side]))
+    return Towers(phi, embedding, weight, factors)
+
+
+def bayesvlm_evidence():
+    """Prior precision of the image tower that maximizes either objective, and the mean variance of an embedding."""
+    towers, results = draw_towers(), []
+    for objective in ("published", "correct"):
+        posterior = towers.posterior("image", objective=objective)
+        trace = posterior.spread(towers.phi["image"]).sum(dim=1) / towers.embedding["image"].square().sum(dim=1)
+        results.append(f"{posterior.precision:.1f}, tr Cov(g) / |g|^2 {trace.mean():.4f}")
+    return tuple(results)
+
+
+def bayesvlm_damping():
+    """Mean variance of an image's embedding under either prior, with one precision and with each its own."""
+    towers, results = draw_towers(), []
+    shared = towers.posterior("image").precision
+    for prior in PRIORS:
+        own = towers.posterior("image", prior=prior)
+        traces = [
+            posterior.spread(towers.phi["image"]).sum(dim=1).mean().item()
+            for posterior in (towers.posterior("image", prior=prior, precision=shared), own)
+        ]
+        results.append(f"tr Cov(g) {traces[0]:.2f}, with its own precision {own.precision:.1f} {traces[1]:.2f}")
+    return tuple(results)
+
+
+def bayesvlm_kfac():
+    """Relative Frobenius distance of B (x) A from the sum that it stands for, over 30 images and over a single one."""
+    towers, results = draw_towers(), []
+    for count in (30, 1):
+        phi, z = towers.phi["image"][:count], towers.embedding["image"][:count]
+        hessians = [curvature(one[None], towers.embedding["text"], 30.0) for one in z]
+        exact = sum(torch.kron(h, x.outer(x)) for h, x in zip(hessians, phi, strict=True))
+        found = torch.kron(sum(hessians), phi.T @ phi) / count
+        results.append(f"{((found - exact).norm() / exact.norm()).item():.2f}")
+    return tuple(results)
+
+
+def bayesvlm_variance():
+    """Variance of the cosine by formula over that of 20,000 draws, means of 20 pairs: diagonal, and tangent."""
+    towers, sides = draw_towers(), {}
+    for side in ("image", "text"):
+        posterior = towers.posterior(side)
+        sides[side] = Gaussians(towers.embedding[side][:20], posterior.spread(towers.phi[side][:20]), posterior.basis)
+    ratios = {"diagonal": [], "tangent": []}
+    for cosine in (0.24, 0.8):
+        images, texts, drawn = *sides.values(), []
+        x, y = F.normalize(images.mean, dim=-1), F.normalize(texts.mean, dim=-1)
+        y = F.normalize(y - (x * y).sum(dim=1, keepdim=True) * x, dim=-1)
+        length = texts.mean.norm(dim=-1, keepdim=True)
+        texts = texts._replace(mean=length * (cosine * x + math.sqrt(1 - cosine**2) * y))
+        generator = torch.Generator().manual_seed(0)
+        for row in range(20):
+            g, h = (
+                side.mean[row] + (side.spread[row].sqrt() * noise.double()) @ side.basis.T
+                for side, noise in zip((images, texts), torch.randn(2, 20_000, SMALL_DIM, generator=generator))
+            )
+            drawn.append(F.cosine_similarity(g, h).var())
+        for variance, found in ratios.items():
+            ratio = cosine_variance(images, texts, variance).diag() / torch.stack(drawn)
+            found.append(f"{ratio.mean():.2f} at a cosine of {cosine}")
+    return tuple(", ".join(found) for found in ratios.values())
+
+
+class TwoRegions:
+    """200 items in 6 clusters, 150 targets in two of them, and a Gaussian posterior of the weights of 10 classes."""
+
+    def __init__(self, seed=0, dim=128):
+        self.generator = torch.Generator().manual_seed(seed)
+        centers = 0.4 * self.normal(6, dim)
+        cluster = torch.arange(200) % 6
+        self.in_region = cluster < 2
+        self.items = torch.cat([centers[cluster], centers[torch.arange(150) % 2]]) + self.normal(350, dim)
+        self.mean = self.normal(10, dim) / math.sqrt(dim)
+
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator)
+
+    def joint(self, count):
+        """Probabilities (K, 200, 10) of items and (K, 150, 10) of targets, each draw under one W."""
+        weights = self.mean + 0.2 * self.normal(count, *self.mean.shape)
+        return (self.items @ weights.mT).softmax(-1).split([200, 150], dim=1)
+
+    def independent(self, count):
+        """The same with targets under draws of their own, as published."""
+        return self.joint(count)[0], self.joint(count)[1]
+
+    def share(self, score):
+        """Share of the 20 items of the highest score that lie in the target's region; 0.33 by chance."""
+        return self.in_region[select(score, 20)].float().mean().item()
+
+
+def bayesvlm_epig():
+    """Share of EPIG's first 20 items that lie in the target's region, of five posteriors; and its mean by draws."""
+    shares, means = {True: [], False: []}, {True: [], False: []}
+    for published in (True, False):
+        for seed in range(5):
+            regions = TwoRegions(seed)
+            draws = regions.independent(100) if published else regions.joint(250)
+            shares[published].append(regions.share(epig(*draws, corrected=not published)))
+        regions = TwoRegions()
+        for count in (250, 4000):
+            draws = (regions.independent if published else regions.joint)(count)
+            means[published].append(f"{epig(*draws, corrected=not published).mean():.4f}")
+    return tuple(f"{np.mean(shares[kind]):.2f}, mean {' and '.join(means[kind])}" for kind in (True, False))
+
+
+def bayesvlm_online():
+    """What is left of an image's variance after 50 of its kind were labeled, each counted ten times."""
+    towers, results = draw_towers(), []
+    posterior, x = towers.posterior("image"), towers.phi["image"][0]
+    for published in (True, False):
+        factors = towers.factors["image"]
+        for _ in range(50):
+            factors = Factors(*online_update(*factors, x, torch.zeros_like(factors.b), 10, published))
+        after = Posterior(factors, posterior.norm_sq, precision=posterior.precision)
+        # B is what it was, but for the count, so that A alone tells.
+        left = [p.spectrum.a_basis.T @ x for p in (posterior, after)]
+        spectra = [2 * p.spectrum.a + math.sqrt(posterior.precision) for p in (posterior, after)]
+        before, now = ((u.square() / values).sum() for u, values in zip(left, spectra, strict=True))
+        results.append(f"{(now / before).item():.3f}")
+    return tuple(results)
+
+
 # The evaluation
 
 
@@ -555,6 +712,7 @@ ROWS = {
         *(pfe_floor, pfe_length, pfe_score, pfe_isotropic),
         *(pcmepp_pairs, pcmepp_negatives, pcmepp_pseudo, pcmepp_start, pcmepp_decay, pcmepp_mean),
         *(prolip_pairs, prolip_base_rate, prolip_start, prolip_mean, prolip_kl, prolip_inclusion),
+        *(bayesvlm_evidence, bayesvlm_damping, bayesvlm_kfac, bayesvlm_variance, bayesvlm_epig, bayesvlm_online),
         *(levels_remainder, levels_retrieved),
     )
 }

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.base import Adaptor, Embedding
-from models.laplace import OBJECTIVES, PRIORS, Factors, Posterior, activation_factor, curvature, load_published
+from models.laplace import (
+    OBJECTIVES,
+    PRIORS,
+    Factors,
+    Posterior,
+    activation_factor,
+    curvature,
+    load_published,
+    loss_of,
+)
 from models.prob_cosine import (
     VARIANCES,
     Gaussians,
@@ -33,6 +42,19 @@ PROBABILITIES = ("mean", "probit", "mc-independent", "mc-joint")
 SEEDS = {"image": 0, "text": 1}  # of draws: whatever part of the images is asked for, the weights are the same
 STEP = 2048  # items between two steps of the progress bar
 TILE = 2**22  # probit factors held at once
+
+
+def draw_pairs(image_of_text, most: int):
+    """Rows of at most `most` random images, none twice, and of a caption of each; by torch's global generator.
+
+    image_of_text: (M,) the image of each caption. Both are arrays in one order.
+    """
+    captions = np.bincount(image_of_text)
+    order, starts = np.argsort(image_of_text, kind="stable"), np.cumsum(captions) - captions
+    images = np.flatnonzero(captions)
+    images = images[torch.randperm(len(images)).numpy()[:most]]
+    which = (torch.rand(len(images), dtype=torch.float64).numpy() * captions[images]).astype(np.int64)
+    return images, order[starts[images] + which]
 
 
 class Tower(nn.Module):
@@ -203,10 +225,9 @@ class BayesVLM(Adaptor):
     def _gathered(self, pairs, quiet):
         """Factors of random images with a caption of each, batch by batch, and the images."""
         fed = {side: pairs.fed(side, pooled=True) for side in SIDES}
-        images, texts = self._chosen(pairs.image_of_text)
+        images, texts = draw_pairs(pairs.image_of_text, self.batches * self.candidates)
         count, device = len(images), self.logit_scale.device
-        meta = pairs.meta
-        loss, shift = ("infonce", 0.0) if meta["logit_bias"] is None else ("siglip", meta["logit_bias"])
+        scale, loss = pairs.meta["logit_scale"], loss_of(pairs.meta)
         a, b = dict.fromkeys(SIDES, 0.0), dict.fromkeys(SIDES, 0.0)
         parts = max(1, -(-count // self.candidates))
         bar = tqdm(total=2 * count, desc="factors", unit="item", disable=quiet or None)
@@ -219,20 +240,11 @@ class BayesVLM(Adaptor):
                 of_batch = activation_factor(rows[side][:, self.dim :], device=device).cpu().double()
                 a[side] += math.sqrt(len(rows[side])) * of_batch
                 for some in z[side].split(STEP):
-                    b[side] += curvature(some, z[other], meta["logit_scale"], shift, loss).cpu().double()
+                    b[side] += curvature(some, z[other], scale, **loss).cpu().double()
                     bar.update(len(some))
         bar.close()
         root = math.sqrt(count)
         return {side: Factors(a[side] / root, b[side] / root, count) for side in SIDES}, pairs.seen(images)
-
-    def _chosen(self, image_of_text):
-        """Rows of random images, as many as the batches hold, and of a caption of each; by torch's global generator."""
-        captions = np.bincount(image_of_text)
-        order, starts = np.argsort(image_of_text, kind="stable"), np.cumsum(captions) - captions
-        images = np.flatnonzero(captions)
-        images = images[torch.randperm(len(images)).numpy()[: self.batches * self.candidates]]
-        which = (torch.rand(len(images), dtype=torch.float64).numpy() * captions[images]).astype(np.int64)
-        return images, order[starts[images] + which]
 
     def _taken(self, pairs):
         """Factors as BayesVLM publishes them (see `load_published`), or those of a run's adaptor.pt, and its images."""

@@ -109,6 +109,12 @@ def curvature(
     return (total + total.T) / 2
 
 
+def loss_of(meta: dict) -> dict:
+    """The loss that a cached backbone was pretrained with, by its meta.json: the keyword arguments of `curvature`."""
+    bias = meta["logit_bias"]
+    return {"loss": "infonce", "bias": 0.0} if bias is None else {"loss": "siglip", "bias": bias}
+
+
 def decompose(factors: Factors) -> Spectrum:
     """Eigenvalues, clamped at 0, and eigenvectors of both factors; found in float64, given in the factors' type.
 

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.published import TwoRegions
 from models.acquisition import (
     bald,
     cosine,
@@ -132,34 +133,6 @@ def test_epig_needs_the_memory_of_a_block():
     with Largest() as largest:
         epig(pool, target, block=5000)
     assert largest.entries <= 7000 < 60 * 70 * 5 * 5 / 10  # the target has 7000 itself
-
-
-class TwoRegions:
-    """200 items in 6 clusters, 150 targets in two of them, and a Gaussian posterior of the weights of 10 classes."""
-
-    def __init__(self, seed=0, dim=128):
-        self.generator = torch.Generator().manual_seed(seed)
-        centers = 0.4 * self.normal(6, dim)
-        cluster = torch.arange(200) % 6
-        self.in_region = cluster < 2
-        self.items = torch.cat([centers[cluster], centers[torch.arange(150) % 2]]) + self.normal(350, dim)
-        self.mean = self.normal(10, dim) / math.sqrt(dim)
-
-    def normal(self, *shape):
-        return torch.randn(*shape, generator=self.generator)
-
-    def draw(self, count):
-        weights = self.mean + 0.2 * self.normal(count, *self.mean.shape)
-        return (self.items @ weights.mT).softmax(-1).split([200, 150], dim=1)
-
-    def joint(self, count):
-        return self.draw(count)
-
-    def independent(self, count):
-        return self.draw(count)[0], self.draw(count)[1]
-
-    def share(self, score):
-        return self.in_region[select(score, 20)].float().mean().item()
 
 
 def test_joint_draws_find_the_target_region_and_published_ones_do_not():

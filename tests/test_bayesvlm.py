@@ -16,11 +16,12 @@ import eval as evaluation
 import reproduce
 import train
 import uncertainty
+from benchmarks import factor_trace
 from datasets.embeddings import Pairs, all_seen
 from datasets.shapes import VALUES, Shapes
 from models import bayesvlm, prob_cosine
 from models.base import adapt_all, cosine
-from models.bayesvlm import BayesVLM
+from models.bayesvlm import BayesVLM, draw_pairs
 from models.laplace import Factors, Posterior, activation_factor, best_precision, curvature, homogeneous
 from tasks.classification import class_embeddings
 from utils import results
@@ -102,9 +103,9 @@ def literal_curvature(source, target, scale):
 
 def test_train_and_eval_give_what_the_formulas_say(place, monkeypatch):
     """Two batches of 150 images with a caption each; all in float64 by definition from the cached arrays."""
-    chosen, choose = [], BayesVLM._chosen
+    chosen = []
     with monkeypatch.context() as patch:
-        patch.setattr(BayesVLM, "_chosen", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+        patch.setattr("models.bayesvlm.draw_pairs", lambda *args: chosen.append(draw_pairs(*args)) or chosen[-1])
         train.main(TRAIN)
     evaluation.main([*RUN, "--quiet"])
     pairs, val = (Pairs("shapes", "shapes-tiny", split) for split in ("train", "val"))
@@ -206,7 +207,7 @@ def test_no_tensor_is_pairs_by_dimensions():
 import resource
 import torch
 from models.base import Embedding
-from models.bayesvlm import BayesVLM
+from models.bayesvlm import BayesVLM, draw_pairs
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -315,11 +316,11 @@ def test_a_killed_run_ends_with_the_same_weights(place, monkeypatch):
     train.main([*TRAIN, "--tag", "whole"])
     calls = []
 
-    def killed(*args):
+    def killed(*args, **options):
         calls.append(0)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return curvature(*args)
+        return curvature(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(bayesvlm, "curvature", killed)
@@ -490,3 +491,39 @@ def test_factors_that_say_nothing_are_refused():
     pairs.projection = {f"{side}_weight": np.zeros((16, width)) for side, width in (("image", 30), ("text", 20))}
     with pytest.raises(UserError, match=r"the image factors of drawn: n and .* must be above 0"):
         prepared(pairs)
+
+
+def test_trace_against_candidates_and_batches(place, capsys):
+    """The file that report.py draws, against the B factors that `prepare` gathers from the same pairs."""
+    factor_trace.main(
+        ["--dataset", "shapes", "--device", "cpu", *["--candidates", "300", "50", "--batches", "3", "--trials", "2"]]
+    )
+    printed = capsys.readouterr().out
+    found = json.loads((place / "results/shapes/shapes-tiny/factor-trace.json").read_text())
+    pairs = Pairs("shapes", "shapes-tiny", "train")
+    assert found["items"] == 300 and found["fingerprint"] == pairs.meta["fingerprint"]
+    expected = {"image": [], "text": []}
+    for trial in range(2):
+        torch.manual_seed(trial)
+        adaptor = BayesVLM(pairs.dim, candidates=300, batches=1)
+        batches = [adaptor._gathered(pairs, quiet=True)[0] for _ in range(3)]
+        for side, values in expected.items():
+            # tr B sqrt(N) is the sum over N items
+            values.append([batch[side].b.trace().item() / batch[side].count ** 0.5 for batch in batches])
+    for side, values in expected.items():
+        points = {(point["candidates"], point["batches"]): point["relative_trace"] for point in found["sides"][side]}
+        assert sorted(points) == [(size, count) for size in (50, 300) for count in (1, 2, 3)]
+        whole = np.mean(values)
+        for count in (1, 2, 3):
+            np.testing.assert_allclose(points[300, count], np.mean(np.array(values)[:, :count], axis=1) / whole, 1e-5)
+        assert np.mean(points[300, 3]) == pytest.approx(1)
+        assert np.mean(points[50, 3]) < 0.9  # fewer candidates are easier to tell from
+    assert "text   K =    300  batches 3  1.000" in printed
+
+
+@pytest.mark.parametrize("flags", ["--candidates 1", "--candidates 301", "--batches 0", "--trials 0"])
+def test_traces_of_what_is_not_there_are_refused(place, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        factor_trace.main(["--dataset", "shapes", "--device", "cpu", *flags.split()])
+    assert stop.value.code == 2 and "--candidates must be from 2 to the 300 images" in capsys.readouterr().err
+    assert not (place / "results").exists()
