@@ -132,7 +132,7 @@ def make_posterior(args, splits, classifier, loss):
     images, candidates, published = splits.pool, classifier.classes, None
     if args.factors in known("datasets"):
         config = load_config(args.factors, backbone=splits.about.meta["backbone"])
-        pairs = Pairs(args.factors, config.backbone, config.data.train_split)
+        pairs = Pairs(args.factors, config.backbone, config.data.train_split, pooled=True)
         must_share_backbone(pairs, splits.about)
         images, candidates = items(pairs, device), torch.from_numpy(np.array(pairs.text)).to(device).float()
         source = {"factors": pairs.meta["fingerprint"]}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets.embeddings import cache_folder
 from utils.arguments import PRESET, make_parser
 from utils.cells import Cell, as_set, as_words
-from utils.config import known, load_config, presets_of
+from utils.config import known, load_config, needs_pooled, presets_of
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.workers import Workers
@@ -30,7 +30,7 @@ def parse(argv):
     add("--datasets", **names, required=True, help=f"trained on; any of {', '.join(known('datasets'))}")
     add("--evaluate-on", **names, help="data sets that every run is evaluated on; by default what it is trained on")
     add("--backbones", **names, default=[None], help="by default that of the data set trained on")
-    add("--methods", **names, default=["all"], help=f"all, or any of {', '.join(known('methods'))}")
+    add("--methods", **names, default=["all"], help=f"all (that the data allow), or any of {', '.join(known('methods'))}")
     add("--presets", **names, default=["default"], help=f"{PRESET}; methods are left out of those that they lack")
     add("--objectives", **names, default=["native"], help="native: the method's own loss; infonce: the unified one")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of initial weights and order")
@@ -48,7 +48,8 @@ def parse(argv):
 
 def grid(args):
     """List the cells, {name: Cell}; raises UserError where one cannot be."""
-    methods = known("methods") if args.methods == ["all"] else args.methods
+    every = args.methods == ["all"]
+    methods = known("methods") if every else args.methods
     presets = {method: presets_of(method) for method in methods}
     for preset in args.presets:
         if not any(preset in held for held in presets.values()):
@@ -60,6 +61,8 @@ def grid(args):
         if preset in presets[method]:
             flags = preset, objective, args.mean, args.tag, seed, args.set
             config = load_config(dataset, method, backbone, *flags)
+            if every and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
+                continue  # embeddings of one's own are all that there is
             cell = Cell(config, args.evaluate_on or [dataset], args.set, args.score, args.uncer_levels)
             cells[cell.name] = cell
     return cells

@@ -19,7 +19,7 @@ from datasets.embeddings import Pairs, all_seen, hold_out
 from models.base import best_temperature, info_nce
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import FEW, make_adaptor
+from utils.config import FEW, make_adaptor, needs_pooled
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.files import locked, write_text
@@ -92,7 +92,7 @@ def main(argv=None):
     fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
     config = run_config(args, args.dataset, args.set + fraction)
     device = pick_device(args.device)
-    pairs = Pairs(config.dataset, config.backbone, config.data.train_split)
+    pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
     if pairs.classes is not None:
         raise UserError(
             f"{pairs.folder} holds images with classes, not captions: train on pairs, and evaluate what is trained with"

@@ -17,7 +17,7 @@ import numpy as np
 import cache_embeddings
 import eval as evaluation
 import train
-from utils.config import known, load_config
+from utils.config import known, load_config, needs_pooled
 from utils.errors import UserError, exits_cleanly
 from utils.tables import NONE
 
@@ -69,7 +69,7 @@ def figures(values, side):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="an .npz of embeddings: see datasets/arrays.py")
-    parser.add_argument("--methods", nargs="+", default=known("methods"), help="by default all")
+    parser.add_argument("--methods", nargs="+", help="by default all that need embeddings alone")
     parser.add_argument("--means", nargs="+", default=["frozen", "residual"], help="of frozen, residual, learned")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for train.py")
     args = parser.parse_args(argv)
@@ -77,8 +77,9 @@ def main(argv=None):
         raise UserError(f"there is no file {args.file}: give an .npz of embeddings.")
     splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
     run(cache_embeddings, "--dataset", "embeddings", "--root", args.file, "--quiet", "--splits", *splits)
+    all_methods = (name for name in known("methods") if not needs_pooled(load_config("embeddings", name)))
     rows = {}
-    for method in args.methods:
+    for method in args.methods or all_methods:
         for mean in args.means if "mean" in load_config("embeddings", method).model else [""]:  # plain CLIP has none
             found = [result(method, mean, split, args.set) for split in range(SPLITS)]
             rows[f"{method}, {mean}" if mean else method] = found

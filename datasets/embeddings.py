@@ -97,12 +97,14 @@ class Joined:
 class Pairs:
     """An opened cache: memory-mapped embeddings of N images and M captions, and what is known of them.
 
-    Raises UserError where the cache is missing or unfinished.
+    pooled: whether `fed` will be asked for what goes into the towers' last maps. Raises UserError where the cache is
+    missing or unfinished, or lacks that.
     """
 
-    def __init__(self, dataset, backbone, split):
+    def __init__(self, dataset, backbone, split, pooled=False):
         self.folder = cache_folder(dataset, backbone, split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
+        self.command += " --features pooled" * pooled
         if not (self.folder / META).is_file():
             state = "unfinished" if (self.folder / WORKING).is_dir() else "missing"
             again = " again" * (state == "unfinished")
@@ -123,6 +125,11 @@ class Pairs:
         if (self.image.shape, self.text.shape) != shapes or len(owner) != len(self.text):
             raise UserError(
                 f"the cache {self.folder} holds other sizes than its {META} says: delete it and run `{self.command}`."
+            )
+        if pooled and self.meta["features"] != "pooled":
+            raise UserError(
+                f"{self.folder} has no pooled features, which this needs: run `{self.command} --overwrite`, with --root"
+                " if the data lie elsewhere than their YAML says."
             )
 
     def _read(self, name, read):
@@ -209,29 +216,20 @@ class Pairs:
     @cached_property
     def projection(self):
         """The towers' last linear maps, dict of image_weight (D, P), image_bias (D,) if any, text_weight, text_bias."""
-        self._must_be_pooled()
         return self._read("projection.npz", lambda path: dict(np.load(path)))
 
     def fed(self, side, pooled=False):
         """What an adaptor is fed of each `image`, `text` or `prompt` of a chain: the embedding (N, D), float16.
 
         pooled: beside it, (N, D + P), what the tower's last map W (D, P) was given, which ends in a 1 where that has a
-        bias: the embedding is W times it, and in a few families a residual. Raises UserError where that is not cached.
+        bias: the embedding is W times it, and in a few families a residual. Open the Pairs as pooled, then.
         """
         embedding = self.chains["text"] if side == "prompt" else getattr(self, side)
         if not pooled:
             return embedding
-        self._must_be_pooled()
         beside = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
         tower = "image" if side == "image" else "text"
         return Joined([embedding, beside], f"{tower}_bias" in self.projection)
-
-    def _must_be_pooled(self):
-        if self.meta["features"] != "pooled":
-            raise UserError(
-                f"{self.folder} has no pooled features, which the method needs: run"
-                f" `{self.command} --features pooled --overwrite`."
-            )
 
     def to(self, device, pooled=False):
         """Put what an adaptor is fed on `device`: float16 images and captions (see `fed`), int64 image_of_text (M,)."""

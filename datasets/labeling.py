@@ -19,7 +19,7 @@ class Splits:
         splits = [*pool, target, *([val] if val else [])]
         if len(set(splits)) < len(splits):
             raise UserError("--pool, --target and --val must name different splits, and none twice.")
-        self.pairs = {split: Pairs(dataset, backbone, split) for split in splits}
+        self.pairs = {split: Pairs(dataset, backbone, split, pooled=True) for split in splits}
         self.about = self.pairs[target]
         for pairs in self.pairs.values():
             if pairs.classes is None:

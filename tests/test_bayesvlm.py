@@ -304,12 +304,14 @@ def test_a_cache_without_pooled_features_is_refused(place, small_world, refusal)
     train.main(TRAIN)
     (place / "embeddings").unlink()
     (place / "embeddings").symlink_to(small_world / "embeddings")
-    way = "--features pooled --overwrite`"
+    way = "--features pooled --overwrite`, with --root if"
     error = refusal(train.main, *TRAIN, "--tag", "other")
-    assert "train has no pooled features, which the method needs: run `python cache_embeddings.py --dataset" in error
+    assert "train has no pooled features, which this needs: run `python cache_embeddings.py --dataset shapes" in error
     assert way in error and not list(place.glob("checkpoints/**/bayesvlm+other/seed0/adaptor.pt"))
     assert way in refusal(evaluation.main, *RUN)
     assert way in refusal(evaluation.main, *RUN, "--task", "hierarchy")
+    (place / "embeddings").unlink()  # of a cache that is not there, one that will do is asked for
+    assert "--splits train --features pooled`, with --root if" in refusal(train.main, *TRAIN, "--tag", "other")
 
 
 def test_a_killed_run_ends_with_the_same_weights(place, monkeypatch):

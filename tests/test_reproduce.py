@@ -128,6 +128,15 @@ def test_a_plan_does_nothing(world, capsys):
     assert sorted(path.name for path in world.iterdir()) == ["data", "embeddings"]
 
 
+def test_embeddings_of_ones_own_leave_out_what_needs_more(world, capsys):
+    every, _ = plan(capsys, "--datasets", "embeddings")
+    assert any("/clip/" in line for line in every) and not any("/bayesvlm/" in line for line in every)
+    named, _ = plan(capsys, "--datasets", "embeddings", "--methods", "bayesvlm")
+    assert named[-1].startswith("to do  embeddings/given/bayesvlm/seed0")
+    shapes, _ = plan(capsys, "--datasets", "shapes")
+    assert any("/bayesvlm/" in line for line in shapes)
+
+
 def test_what_is_not_as_asked_for_is_noticed(made, capsys):
     def why(*argv):
         (line,) = [line for line in plan(capsys, *(argv or command()))[0] if CELLS[0] in line]
