@@ -30,7 +30,7 @@ def parse(argv):
     add("--datasets", **names, required=True, help=f"trained on; any of {', '.join(known('datasets'))}")
     add("--evaluate-on", **names, help="data sets that every run is evaluated on; by default what it is trained on")
     add("--backbones", **names, default=[None], help="by default that of the data set trained on")
-    add("--methods", **names, default=["all"], help=f"all (that the data allow), or any of {', '.join(known('methods'))}")
+    add("--methods", **names, default=["all"], help=f"all that the data allow, or of {', '.join(known('methods'))}")
     add("--presets", **names, default=["default"], help=f"{PRESET}; methods are left out of those that they lack")
     add("--objectives", **names, default=["native"], help="native: the method's own loss; infonce: the unified one")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of initial weights and order")
