@@ -1,19 +1,37 @@
-# make demo   cache, train, evaluate and report on the built-in data set
-# make test   lint and every test
-# make bench  speed and memory, each beside a textbook baseline
+# make demo      cache, train, evaluate and report on the built-in data set
+# make bayesvlm  the same of BayesVLM: classes on backgrounds that are new, and which images to label
+# make test      lint and every test
+# make bench     speed and memory, each beside a textbook baseline
 # Each sets up .venv by itself.
 
 PYTHON ?= python3
 PY = .venv/bin/python
 CACHE = embeddings/shapes/shapes-tiny/val/meta.json
+CLASSES = shapes-objects shapes-colors
+SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo test lint bench
+.PHONY: demo bayesvlm test lint bench
 
 demo: $(CACHE)
 	$(PY) reproduce.py --datasets shapes --methods all --seeds 0 --score both --overwrite
 
 $(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
 	$(PY) cache_embeddings.py --dataset shapes --features pooled --overwrite
+	touch $@
+
+bayesvlm: $(CACHE) $(CLASSES:%=embeddings/%/shapes-tiny/shifted-test/meta.json)
+	set -e; for method in clip bayesvlm; do \
+		$(PY) train.py --dataset shapes --method $$method --overwrite; \
+		for data in $(CLASSES); do for split in test shifted-test; do \
+			$(PY) eval.py --dataset $$data --split $$split --val val --train-dataset shapes --method $$method; \
+		done; done; done
+	$(PY) -m benchmarks.factor_trace --dataset shapes
+	$(PY) report.py --dataset shapes
+	$(PY) active_learning.py --dataset shapes-colors --pool train shifted-train --target shifted-test --val shifted-val --overwrite
+	$(PY) report.py --dataset shapes-colors --quiet
+
+embeddings/%/shapes-tiny/shifted-test/meta.json: $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/%.yaml datasets/shape_classes.py datasets/embeddings.py | .venv/demo
+	$(PY) cache_embeddings.py --dataset $* --features pooled --splits $(SPLITS) --overwrite
 	touch $@
 
 test: lint

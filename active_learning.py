@@ -25,14 +25,13 @@ from tqdm import tqdm
 
 from datasets.embeddings import Pairs
 from datasets.labeling import Splits, image_map, items, must_share_backbone
-from metrics import learning_curve
+from metrics import calibration, summary
 from models.laplace import Factors, Posterior, activation_factor, curvature, load_published, loss_of
 from models.projection import Classifier
 from models.strategies import STRATEGIES, Choice
 from tasks.classification import class_embeddings
 from utils.arguments import add_data_flags, make_parser
-from utils.checkpoint import difference
-from utils.config import known, load_config
+from utils.config import difference, known, load_config
 from utils.curves import curves_text
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
@@ -256,7 +255,7 @@ def main(argv=None):
                 model, epoch = fine_tune(classifier, splits.pool.rows(chosen[:count]), val, args, seed)
                 after.append(judged(model, splits.target))
                 labels = {"budget": budget, "labels": count, "val_labels": 0 if val is None else len(val.label)}
-                curve.append(labels | {"epoch": epoch} | learning_curve.figures(after[-1]))
+                curve.append(labels | {"epoch": epoch} | summary.of_learner(after[-1]))
                 bar.update()
             rows = chosen.cpu().numpy()
             result = about | {
@@ -264,7 +263,7 @@ def main(argv=None):
                 "images": len(splits.target.label), "offered": offered,
                 "prior_precision": posterior.precision,
                 "chosen_split": splits.split_of[rows].tolist(), "chosen_id": splits.id_of[rows].tolist(),
-                "before": learning_curve.figures(before), "curve": curve,
+                "before": summary.of_learner(before), "curve": curve,
             }  # fmt: skip
             arrays = {name: np.stack([getattr(part, name) for part in after]) for name in before._fields}
             path.unlink(missing_ok=True)  # its arrays are about to be others
@@ -278,9 +277,10 @@ def main(argv=None):
 
 @torch.no_grad()
 def judged(classifier, target):
-    """What the classifier says of each image of the target, as learning_curve.Judged."""
+    """What the classifier forecasts of each image of the target, as calibration.Forecast."""
+    logit, label = classifier(target), target.label.cpu().numpy()
     try:
-        return learning_curve.judge(classifier(target), target.label.cpu())
+        return calibration.forecast(lambda rows: logit[rows], logit.shape[1], np.arange(len(label)), label)
     except FloatingPointError as error:
         raise UserError(f"on the target {error}: try --lr with less.") from None
 

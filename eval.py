@@ -2,11 +2,13 @@
 
     python eval.py --dataset coco --method asymvlm-psd --seed 0 --uncer_levels 10
     python eval.py --dataset cifar10 --train-dataset coco --method asymvlm-psd --seed 0
+    python eval.py --dataset shapes-objects --train-dataset shapes --method bayesvlm --split shifted-test --val val
     python eval.py --dataset hierarcaps --train-dataset coco --method asymvlm-psd --seed 0 --task hierarchy
 
 Pairs are retrieved both ways, images with classes are classified by prompts (zero-shot), and of chains of prompts it is
-asked whether uncertainty falls along them. Writes results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated
-on>-<task>.json, and beside it an .npz of what was measured per query.
+asked whether uncertainty falls along them. --val adds a temperature that is fitted on another split's labels.
+Writes results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated on>-<task>.json, and beside it an .npz of what was
+measured per query.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from datasets.embeddings import Pairs
 from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieval
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import LEVELS, load_config
+from utils.config import LEVELS, load_config, needs_pooled
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
 from utils.files import locked, save_arrays, write_json
@@ -43,6 +45,8 @@ def parse(argv):
     parser.add_argument("--levels_by", "--levels-by", choices=FOLLOWED, help=by)
     drop = "levels of one size without the most uncertain queries left over, as the public AsymVLM code has them"
     parser.add_argument("--drop_remainder", "--drop-remainder", action="store_true", help=drop)
+    val = "split of the same classes, on all of whose labeled images a temperature is fitted, beside the others"
+    parser.add_argument("--val", metavar="SPLIT", help=f"of classification: {val}")
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
     return parser.parse_args(argv)
 
@@ -54,6 +58,34 @@ def seen_images(pairs, seen):
     return int(np.isin(pairs.image_id, seen["image_id"].numpy()).sum())
 
 
+def open_val(args, pairs, run, identity):
+    """Open the split of --val; raises UserError unless it has the classes of `pairs`, and images that are new to all.
+
+    identity: what the run was trained on.
+    """
+    if pairs.classes is None:
+        raise UserError(
+            f"{pairs.folder} has captions and no classes: leave out --val, whose temperature is of classes."
+        )
+    val = Pairs(args.dataset, run.config.backbone, args.val, needs_pooled(run.config))
+    val.must_fit(identity, run.folder)
+    both = seen_images(pairs, val.seen(slice(None)))
+    if both:
+        raise UserError(
+            f"--val {args.val} has {both:,} of the images that are evaluated, those of {pairs.folder}: name another"
+            " split."
+        )
+    trained = seen_images(val, run.seen)
+    if trained and not args.allow_leakage:
+        raise UserError(
+            f"--val {args.val} has {trained:,} images that were trained on: name another split, or use them all the"
+            " same with --allow-leakage."
+        )
+    if val.classes != pairs.classes:
+        raise UserError(f"{val.folder} has other classes than {pairs.folder}: name another --val.")
+    return val
+
+
 @exits_cleanly()
 def main(argv=None):
     args = parse(argv)
@@ -61,7 +93,7 @@ def main(argv=None):
     data = load_config(args.dataset, backbone=run.config.backbone).data
     device = pick_device(args.device)
     split = args.split or data.eval_split
-    pairs = Pairs(args.dataset, run.config.backbone, split)
+    pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
     if pairs.classes is not None and not run.done and args.train_dataset is None:
         raise UserError(
             f"{args.dataset} has images with classes, on which nothing is trained: say with --train-dataset what the"
@@ -88,7 +120,8 @@ def main(argv=None):
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
-    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet)
+    val = args.val and open_val(args, pairs, run, identity)
+    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val or None)
     try:
         result, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
@@ -100,6 +133,7 @@ def main(argv=None):
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
         "skipped": pairs.meta["skipped"],
         "seen_in_training": seen,
+        "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
     path = config.result(evaluated_on, task)

@@ -12,7 +12,7 @@ import scipy.optimize
 import torch
 
 from metrics.retrieval import Columns, Positives, tiles
-from metrics.uncertainty import tie_means
+from metrics.uncertainty import bin_of, tie_means
 
 
 class Forecast(NamedTuple):
@@ -22,6 +22,7 @@ class Forecast(NamedTuple):
     hit: np.ndarray  # whether a positive has it; where several items do, the chance
     nll: np.ndarray  # negative log of the probability that one of the positives has, in nats
     brier: np.ndarray  # squared errors of the probabilities, all positives taken as one class; from 0 to 2
+    entropy: np.ndarray  # of the items' probabilities, in nats
 
 
 @torch.inference_mode()
@@ -56,9 +57,13 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, gro
         mine = torch.zeros_like(best).scatter_add(0, row, own.exp())
         own_squares = torch.zeros_like(best).scatter_add(0, row, own.exp().square())
         brier = (1 - mine).square() + (squares - own_squares).clamp_min(0)
+        # Where a probability underflows to 0, its logarithm stays finite for the product's sake.
+        log_probability.clamp_min_(torch.finfo(log_probability.dtype).min)
+        entropy = -probability.mul_(log_probability).sum(dim=1)
         if not torch.isfinite(nll + brier).all():
             raise FloatingPointError("a score is not finite")
-        columns.put(rows, *(x.cpu().double() for x in (sure, hit, nll.clamp_min(0), brier)))
+        found = sure, hit, nll.clamp_min(0), brier, entropy.clamp_min(0)
+        columns.put(rows, *(x.cpu().double() for x in found))
     return Forecast(*columns)
 
 
@@ -129,11 +134,7 @@ def reliability(confidence, hit, bins=15):
 
     Guo et al. (2017), Figure 1. Raises ValueError for a confidence outside [0, 1].
     """
-    confidence = np.asarray(confidence, dtype=np.float64)
-    if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():  # rounding may give a sure one a little over 1
-        raise ValueError("a confidence is outside of [0, 1]")
-    bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="right")
-    return _binned(bin_of, confidence, hit)
+    return _binned(bin_of(confidence, bins), np.asarray(confidence, dtype=np.float64), hit)
 
 
 def adaptive_reliability(confidence, hit, bins=15):
@@ -144,14 +145,14 @@ def adaptive_reliability(confidence, hit, bins=15):
     if not 1 <= bins <= len(hit):
         raise ValueError(f"{len(hit)} queries cannot be split into {bins} bins")
     confidence = np.asarray(confidence, dtype=np.float64)
-    bin_of = np.repeat(np.arange(bins), [len(part) for part in np.array_split(confidence, bins)])
-    return _binned(bin_of, np.sort(confidence), tie_means(confidence, hit))
+    of_rank = np.repeat(np.arange(bins), [len(part) for part in np.array_split(confidence, bins)])
+    return _binned(of_rank, np.sort(confidence), tie_means(confidence, hit))
 
 
-def _binned(bin_of, confidence, hit):
-    count = np.bincount(bin_of)
+def _binned(of_query, confidence, hit):
+    count = np.bincount(of_query)
     held = count > 0
-    means = [np.bincount(bin_of, weights=x)[held] / count[held] for x in (confidence, hit)]
+    means = [np.bincount(of_query, weights=x)[held] / count[held] for x in (confidence, hit)]
     return Reliability(count[held], *means)
 
 

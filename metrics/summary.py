@@ -10,6 +10,7 @@ from metrics import calibration, retrieval, uncertainty
 
 KS = (1, 5, 10)
 BINS = (15, 20)
+ENTROPY_LEVELS = 10  # in which a learner's errors are counted
 ON = 2**24  # scores held at most while a temperature is fitted, 64 MB: 600 captions' in a gallery of 25,000
 
 
@@ -56,9 +57,14 @@ def gallery_aware(ranking):
     return doubts | {"probability": -ranking.probability}
 
 
+def of_probabilities(*args, **options):
+    """How far the posterior over the gallery can be believed: figures of what `forecasts` gives, by the same name."""
+    return {name: of_forecast(*found) for name, found in forecasts(*args, **options).items()}
+
+
 @torch.inference_mode()
-def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale, group, group_of_item=None, seed=0):
-    """How far the posterior over the gallery can be believed, as it is and after temperature scaling.
+def forecasts(score, gallery, query_of_positive, item_of_positive, scale, group, group_of_item=None, seed=0):
+    """Judge the posterior over the gallery as it is, and after temperature scaling: {name: (Forecast, scales)}.
 
     score: function from rows of queries to their scores (q, G). group (Q,): queries of one group stay together in one
     of two halves; the temperature that each half is judged with is fitted on the other, on no more than ON scores.
@@ -66,29 +72,23 @@ def of_probabilities(score, gallery, query_of_positive, item_of_positive, scale,
     temperature, there is no `temperature`.
     """
     query, item = np.asarray(query_of_positive), np.asarray(item_of_positive)
-    found = {"model": _judged(calibration.forecast(score, gallery, query, item, scale, group_of_item), [scale])}
+    found = {"model": (calibration.forecast(score, gallery, query, item, scale, group_of_item), [scale])}
     if np.ptp(group) == 0:
         return found
-    rng, first, parts, scales = np.random.default_rng(seed), calibration.halves(group, seed), [], []
+    rng, first, scales = np.random.default_rng(seed), calibration.halves(group, seed), []
     for fitted in (first, ~first):
         rows = np.sort(rng.permutation(np.flatnonzero(fitted))[: max(2, ON // gallery)])
         held = retrieval.whole(lambda part, r=rows: score(r[part]), len(rows), gallery)
         scales.append(calibration.fit_scale(lambda part, h=held: h[part], gallery, *_among(rows, query, item)))
     if None in scales:
         return found
+    whole = calibration.Forecast(*(np.empty_like(column) for column in found["model"][0]))
     for judged, by in ((~first, scales[0]), (first, scales[1])):
         rows = np.flatnonzero(judged)
         about = (lambda part, r=rows: score(r[part])), gallery, *_among(rows, query, item), by, group_of_item
-        parts.append(calibration.forecast(*about))
-    whole = calibration.Forecast(*map(np.concatenate, zip(*parts, strict=True)))
-    return found | {"temperature": _judged(whole, scales)}
-
-
-@torch.inference_mode()
-def of_scale(score, gallery, query_of_positive, item_of_positive, scale):
-    """How far the posterior of other scores than those that rank can be believed, and how often it is right."""
-    judged = calibration.forecast(score, gallery, query_of_positive, item_of_positive, scale)
-    return _judged(judged, [scale]) | {"accuracy": float(judged.hit.mean())}
+        for column, part in zip(whole, calibration.forecast(*about), strict=True):
+            column[rows] = part
+    return found | {"temperature": (whole, scales)}
 
 
 def _among(rows, query, item):
@@ -97,7 +97,7 @@ def _among(rows, query, item):
     return np.searchsorted(rows, query[mine]), item[mine]
 
 
-def _judged(forecast, scales):
+def of_forecast(forecast, scales):
     """Figures of a Forecast; scales: what made logits of the scores, one of all queries or one of each half."""
     pair = forecast.confidence, forecast.hit
     bins = {count: calibration.reliability(*pair, count) for count in BINS}
@@ -106,3 +106,27 @@ def _judged(forecast, scales):
     figures["adaptive_ece"] = calibration.calibration_error(calibration.adaptive_reliability(*pair, count))
     figures |= {"nll": float(forecast.nll.mean()), "brier": float(forecast.brier.mean()), "scales": scales}
     return figures | {"reliability": {name: part.tolist() for name, part in bins[BINS[0]]._asdict().items()}}
+
+
+def of_answers(forecast):
+    """How often a Forecast is right, and how well the entropy of its probabilities tells where."""
+    entropy, hit = forecast.entropy, forecast.hit
+    figures = {"accuracy": float(hit.mean()), "auroc": uncertainty.auroc(entropy, hit)}
+    return figures | {"aurc": uncertainty.selective(entropy, hit).aurc}
+
+
+def of_learner(forecast):
+    """Accuracy, NLL and ECE of a Forecast; its error in levels of entropy of equal count, and how entropy tells it."""
+    count = min(ENTROPY_LEVELS, len(forecast.hit))
+    groups = uncertainty.levels(forecast.entropy, count) if count > 1 else [np.arange(count)]
+    return {
+        "accuracy": float(forecast.hit.mean()),
+        "nll": float(forecast.nll.mean()),
+        "ece": calibration.calibration_error(calibration.reliability(forecast.confidence, forecast.hit)),
+        "by_entropy": {
+            "count": [len(rows) for rows in groups],
+            "entropy": [float(forecast.entropy[rows].mean()) for rows in groups],
+            "error": [float(1 - forecast.hit[rows].mean()) for rows in groups],
+        },
+        "entropy_auroc": uncertainty.auroc(forecast.entropy, forecast.hit),
+    }

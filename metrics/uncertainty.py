@@ -113,6 +113,14 @@ def levels(uncertainty, count, drop_remainder=False):
     return np.split(np.argsort(uncertainty, kind="stable")[: edges[-1]], edges[:-1])
 
 
+def bin_of(confidence, bins=15):
+    """The bin of equal width, 0 .. bins - 1, of each confidence in [0, 1]; raises ValueError for one outside."""
+    confidence = np.asarray(confidence, dtype=np.float64)
+    if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():  # rounding may give a sure one a little over 1
+        raise ValueError("a confidence is outside of [0, 1]")
+    return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="right")
+
+
 def level_means(uncertainty, value, count, drop_remainder=False):
     """Mean of `value` (Q,) in each of the `levels`, (count,), tied queries standing in random order as everywhere."""
     edges = _edges(len(value), count, drop_remainder)
@@ -169,6 +177,15 @@ def _correlation(a, rows):
 DRAWN = 2**18  # queries drawn at once: what is counted of them stays in a processor's cache
 
 
+def times_drawn(count, draws, seed, step):
+    """Yield how often each of `count` things is in a draw of as many with replacement, (step, count), for all draws."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, draws, step):
+        rows = np.arange(min(step, draws - start))[:, None]
+        drawn = rng.integers(count, size=(len(rows), count)) + count * rows
+        yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+
+
 def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidence=0.95, drop_remainder=False):
     """Percentile intervals over queries drawn with replacement: dict of [low, high] (Efron, 1979).
 
@@ -176,17 +193,15 @@ def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidenc
     drawn together. Of every field of the trend over `count` levels, which every draw is split into anew, of `auroc`
     (None where that is), and of the recall of each level: `level_recall`, a list of `count` intervals.
     """
-    queries, rng = len(hit), np.random.default_rng(seed)
+    queries = len(hit)
     _edges(queries, count, drop_remainder)  # refuses what cannot be
     order, hit, starts = _in_order(uncertainty, hit)
     of_group = slice(None) if group is None else np.unique(group, return_inverse=True)[1][order]
     groups = queries if group is None else of_group.max() + 1
     sizes = np.diff(starts, append=queries)
     found = []
-    for start in range(0, draws, max(1, DRAWN // queries)):
-        rows = np.arange(min(max(1, DRAWN // queries), draws - start))[:, None]
-        drawn = rng.integers(groups, size=(len(rows), groups)) + groups * rows
-        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)[:, of_group]  # each was drawn
+    for drawn in times_drawn(groups, draws, seed, max(1, DRAWN // queries)):
+        rows, times = np.arange(len(drawn))[:, None], drawn[:, of_group]
         if len(starts) < queries:
             tied_times = np.add.reduceat(times, starts, axis=1)
             tied_hits = np.add.reduceat(times * hit, starts, axis=1)

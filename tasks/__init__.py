@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.embeddings import Pairs
 from metrics import summary
 from utils.errors import UserError
 
@@ -26,6 +27,7 @@ class Choices:
     levels_by: str | None = None  # of images: one of FOLLOWED; none: their own uncertainty, else the answer's
     drop_remainder: bool = False  # levels of one size, as the public AsymVLM code has them
     quiet: bool = False  # no progress bar
+    val: Pairs | None = None  # images of the same classes, on all of which a temperature is fitted
 
 
 def counted(compute, bar):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from metrics import retrieval, summary, uncertainty
+from metrics import calibration, retrieval, summary, uncertainty
 from models.base import adapt_all, cosine
 from tasks import HELD, Said, counted, doubts_of, examples, follow, judge_side, posterior_scales, score_bar
 
@@ -38,24 +38,41 @@ def evaluate(adaptor, pairs, choices, device):
     bar = score_bar(count, 1 if count <= HELD else 3, choices)
     computes = {"log_likelihood": adaptor.classify, "similarity": adaptor.similarity}
 
-    def scored(compute):
+    def scored(compute, image=image):
         """A function of rows of images to their scores, which are held if they are few."""
 
         def score(rows):
             return compute(image.rows(rows), prompt)
 
-        return score if count > HELD else retrieval.whole(score, len(label), len(pairs.classes)).__getitem__
+        if len(image.mean) * len(pairs.classes) > HELD:
+            return score
+        return retrieval.whole(score, len(image.mean), len(pairs.classes)).__getitem__
+
+    def judged_by(score, scale):
+        return calibration.forecast(score, len(pairs.classes), row, label, scale), [scale]
+
+    val = choices.val
+    if val is not None:
+        held_out = adapt_all(adaptor.adapt_image, val.fed("image", adaptor.pooled), device)
+        about_val = len(val.classes), np.arange(len(val.label)), val.label
 
     for name in choices.scores:
         score = scored(counted(computes[name], bar))
         ranking = retrieval.rank(score, len(pairs.classes), row, label, scales[name])
         side, doubt = judge_side(ranking, *doubts, choices, by, truth=human)
-        side["calibration"] = summary.of_probabilities(score, len(pairs.classes), row, label, scales[name], row)
+        found = summary.forecasts(score, len(pairs.classes), row, label, scales[name], row)
+        if val is not None:
+            fitted = calibration.fit_scale(scored(computes[name], held_out), *about_val)
+            found |= {} if fitted is None else {"validation": judged_by(score, fitted)}
         with torch.inference_mode():
             matched = adaptor.matched_scale(image, prompt) if name == "log_likelihood" else None
         if matched is not None:
-            plain = scored(cosine)
-            side["calibration"]["matched"] = summary.of_scale(plain, len(pairs.classes), row, label, matched)
+            found["matched"] = judged_by(scored(cosine), matched)
+        side["calibration"] = {
+            entry: summary.of_forecast(*pair) | summary.of_answers(pair[0]) for entry, pair in found.items()
+        }
+        if "validation" in found:
+            side["calibration"]["validation"]["split"] = val.folder.name
         figures = {"score": name, "posterior_scale": scales[name], "image_to_class": side}
         if result:
             result["other_score"] = figures
@@ -66,5 +83,10 @@ def evaluate(adaptor, pairs, choices, device):
         result = figures
         arrays |= {f"image_to_class_{field}": value for field, value in ranking._asdict().items()}
         arrays |= {"image_to_class_hit": retrieval.recall_at(ranking, 1), "image_to_class_uncertainty": doubt}
+        arrays |= {
+            f"image_to_class_{entry}_{field}": getattr(of_entry, field)
+            for entry, (of_entry, _) in found.items()
+            for field in ("nll", "confidence", "hit")
+        }
     bar.close()
     return result, arrays

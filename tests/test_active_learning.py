@@ -16,7 +16,7 @@ from scipy import stats
 
 import active_learning
 from datasets.embeddings import LAYOUT
-from metrics import learning_curve
+from metrics import comparison
 from models import strategies
 from models.laplace import Factors, Posterior
 from models.projection import Classifier, Items
@@ -551,13 +551,13 @@ def test_a_sigmoid_model_has_its_own_curvature(caches):
 def test_paired_differences_are_those_of_the_t_test():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 5))
-    found = learning_curve.paired(a, b)
+    found = comparison.paired(a, b)
     test = stats.ttest_rel(a, b)
     assert found.mean == pytest.approx((a - b).mean()) and found.p == pytest.approx(test.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert learning_curve.paired(a[:1], b[:1]) is None
-    assert learning_curve.paired(a, a) == (0, 0, 0, 1)
-    assert learning_curve.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert comparison.paired(a[:1], b[:1]) is None
+    assert comparison.paired(a, a) == (0, 0, 0, 1)
+    assert comparison.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_the_table_says_means_and_differences(caches):

@@ -455,7 +455,8 @@ def test_classes_that_are_too_many_to_hold_are_scored_by_blocks(place, monkeypat
     evaluation.main(evaluate)
     found, parts = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
     for name, values in arrays.items():
-        np.testing.assert_allclose(parts[name], values, rtol=1e-3, atol=1e-5)
+        rounds = 2e-2 if "temperature" in name else 1e-3  # the search for one stops within a thousandth
+        np.testing.assert_allclose(parts[name], values, rtol=rounds, atol=1e-5)
     for name, figures in whole["image_to_class"]["calibration"].items():
         again = found["image_to_class"]["calibration"][name]
         assert again["nll"] == pytest.approx(figures["nll"], rel=1e-3)

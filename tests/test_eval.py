@@ -538,7 +538,11 @@ def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained,
     doubt = text.uncertainty.double().numpy()[scores.argmax(axis=1)]
     agrees(part["uncertainty"]["retrieved"], slow_uncertainty(doubt, hits, 10, None, truth))
     posterior = torch.tensor(scores).double().mul(adaptor.posterior_scale).softmax(dim=1).numpy()
-    agrees(part["calibration"]["model"], slow_calibration(posterior, own, [adaptor.posterior_scale], np.arange(6)))
+    expected = slow_calibration(posterior, own, [adaptor.posterior_scale], np.arange(6))
+    doubt = stats.entropy(posterior, axis=1)
+    slowly = slow_uncertainty(doubt, hits, 10, None, None)
+    expected |= {"accuracy": hits[1].mean(), "auroc": slowly["auroc"], "aurc": slowly["aurc"]}
+    agrees(part["calibration"]["model"], expected)
     entropy = np.load(trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.npz")
     expected = stats.spearmanr(entropy["image_to_class_entropy"], [stats.entropy(row) for row in shares]).statistic
     assert found["image_to_class"]["uncertainty"]["entropy"]["spearman"] == pytest.approx(expected)

@@ -1,6 +1,7 @@
 """The page and the figures of report.py on small synthetic results: what they show, and the page in a browser."""
 
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -13,11 +14,13 @@ import PIL.Image
 import pytest
 import torch.nn.functional as F
 from scipy import sparse
+from studies import write_study, write_trace
 
 from models.base import Adaptor, Embedding
+from models.strategies import STRATEGIES
 from tasks import Choices, classification, hierarchy, retrieval
+from utils import active_results, factor_traces, plots, results
 from utils import html as pages
-from utils import plots, results
 from utils.files import save_arrays
 from utils.tables import NONE
 
@@ -146,17 +149,26 @@ def crowd(tmp_path_factory):
     return results.read(folder / "shapes")
 
 
-def make_page(folder, blocks):
+def make_page(folder, blocks, *others):
     path = folder / "shapes" / "report.html"
-    path.write_text(pages.page("shapes", blocks, plots.looks(blocks)), encoding="utf-8")
+    path.write_text(pages.page("shapes", [*blocks, *others], plots.looks(blocks)), encoding="utf-8")
     for suffix in ("md", "tex", "csv"):
         path.with_name(f"table.{suffix}").write_text("")
     return path
 
 
 @pytest.fixture(scope="module")
-def page(folder, blocks):
-    return make_page(folder, blocks)
+def others(folder, blocks):
+    """What a page has beside evaluations: comparisons over data sets, active learning, traces of factors."""
+    write_study(folder, STRATEGIES)
+    write_trace(folder)
+    read = (active_results.read(folder / "shapes"), factor_traces.read(folder / "shapes"))
+    return [*results.across(blocks), *itertools.chain(*read)]
+
+
+@pytest.fixture(scope="module")
+def page(folder, blocks, others):
+    return make_page(folder, blocks, *others)
 
 
 class Page(html.parser.HTMLParser):
@@ -242,8 +254,34 @@ def test_published_columns_are_marked(folder):
     assert "<dt>published (a paper)</dt><dd>&lt;of its table 1&gt;</dd>" in text
 
 
-def test_pages_of_the_same_results_are_the_same(page, blocks):
-    assert pages.page("shapes", blocks, plots.looks(blocks)) == page.read_text(encoding="utf-8")
+def test_pages_of_the_same_results_are_the_same(page, blocks, others):
+    assert pages.page("shapes", [*blocks, *others], plots.looks(blocks)) == page.read_text(encoding="utf-8")
+
+
+def test_every_part_has_its_section_tables_and_figures(page, blocks, others):
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert [part.task for part in others][-2:] == ["active", "factor-trace"]
+    for i, part in enumerate([*blocks, *others], 1):
+        assert f'<h2 id="b{i}">{part.title}</h2>' in text and f'<li><a href="#b{i}">{part.title}</a></li>' in text
+        for table in part.tables:
+            assert f'<h3 id="b{i}-{table.name}">{table.title}</h3>' in text
+    for name in (name for drawn in plots.OTHERS.values() for name in drawn):
+        assert text.count(f'role="img" aria-label="{pages.FIGURES[name][0]}, ') == 2  # for wide and for narrow screens
+    assert '<th class="name" scope="col">strategy</th><th scope="col">seeds</th>' in text
+    assert '<a href="tiny/active/shifted-test/bald-seed2.json">seed 2</a>' in text
+    assert "<dt>labels that pick the epoch</dt><dd>500 of shifted-val, free</dd>" in text
+
+
+def test_differences_sort_by_their_number(page, others, opened):
+    tab, _, _ = opened(page)
+    active = next(part for part in others if part.task == "active")
+    [(_, rows), _] = active.tables[1].groups
+    gaps = {row.name: row.cells["nll_25_gap"].mean for row in rows if "nll_25_gap" in row.cells}
+    at = 2 + [column.key for column in active.tables[1].columns].index("nll_25_gap")
+    table = tab.locator(".scroll[aria-labelledby$=-nll] table")
+    table.locator("thead tr").last.locator("th").nth(at).locator("button").click()
+    names = table.locator("tbody tr:not(.reference) th").all_inner_texts()
+    assert names == [*sorted(gaps, key=gaps.get, reverse=True), "random"] and len(gaps) == 6
 
 
 DRAWN = {

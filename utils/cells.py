@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 
 from datasets.embeddings import META, Pairs, cache_folder
-from utils.checkpoint import Run, difference
-from utils.config import LEVELS, load_config, needs_pooled
+from utils.checkpoint import Run
+from utils.config import LEVELS, difference, load_config, needs_pooled
 from utils.errors import UserError
 from utils.files import read_json
 

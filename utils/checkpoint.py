@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils.config import Config, make_adaptor
+from utils.config import Config, difference, make_adaptor
 from utils.errors import UserError
 from utils.files import atomic
 
@@ -119,15 +119,3 @@ def read_run(path):
         return value
     except BROKEN:
         raise UserError(f"{path} is damaged or truncated: delete {Path(path).parent} and train again.") from None
-
-
-def difference(held, wanted, prefix=""):
-    """Dotted names of the values in which two nested dicts differ."""
-    names = []
-    for name in dict.fromkeys([*held, *wanted]):
-        a, b = held.get(name), wanted.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += difference(a, b, f"{prefix}{name}.")
-        elif a != b:
-            names.append(prefix + name)
-    return names

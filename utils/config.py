@@ -348,3 +348,15 @@ def _build(cls, values, where):
             raise UserError(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, not {value!r}.")
         filled[name] = value
     return cls(**filled)
+
+
+def difference(held, wanted, prefix=""):
+    """Dotted names of the values in which two nested dicts differ."""
+    names = []
+    for name in dict.fromkeys([*held, *wanted]):
+        a, b = held.get(name), wanted.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += difference(a, b, f"{prefix}{name}.")
+        elif a != b:
+            names.append(prefix + name)
+    return names

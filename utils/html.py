@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from utils import plots, tables
 from utils.paper_tables import level_counts
+from utils.results import TASKS
 from utils.terminal import ANSWER, QUERY, followed
 
 NARROW = 3.6  # inches: a figure as wide as a phone, so that its type keeps its size there
@@ -56,13 +57,35 @@ FIGURES = {  # title and caption
         "Along a chain prompts become more specific, so that an honest uncertainty falls. Line: median; band: the"
         " middle 80 % of prompts. First seed.",
     ),
+    "learning_curves": (
+        "Learning curves",
+        "How well the model does on the target after so many labels have been paid for, by the strategy that chose what"
+        " to label. Line: mean over seeds; band: their standard deviation, up and down, which says how much seeds"
+        " differ and not whether strategies do (the tables do). Dashed: the model without any label.",
+    ),
+    "error_by_entropy": (
+        "Error by entropy",
+        "The images of the target in levels of equal size by the entropy of their prediction, and the share of wrong"
+        " predictions in each: before any label, and after fine-tuning with as many labels as were paid for at most."
+        " Line: mean over seeds; band: their standard deviation. AUROC: the chance that a wrong prediction has more"
+        " entropy than a right one, before and after (mean over seeds).",
+    ),
+    "factor_trace": (
+        "Trace of the B factor by candidates and batches",
+        "Whether a smaller set of candidates K, or fewer random batches of it, would do for the factors of BayesVLM:"
+        " where the trace per item is nearly 1, it would. Marker: mean over trials, each with other random batches;"
+        " bar: their standard deviation. Those of the same K stand beside one another to be told apart.",
+    ),
 }
 LINES = {"recall_by_level", "risk_coverage", "uncertainty_against_ambiguity", "hierarchy"}  # a method's line is its own
 UNIFIED = " Dashes and hollow markers: trained by the unified objective."
 
 
-def page(dataset, blocks, looks):
-    """Render the page of all blocks. dataset: trained on. looks: dict of variant to its plots.Look."""
+def page(dataset, parts, looks):
+    """Render the page of all parts of the report: results.Blocks, active_results.Studies and factor_traces.Traces.
+
+    dataset: trained on. looks: dict of variant to its plots.Look.
+    """
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -72,12 +95,13 @@ def page(dataset, blocks, looks):
         lstrip_blocks=True,
     )
     environment.globals.update(parts=tables.parts, absent=tables.NONE)
-    environment.filters.update(has_best=_has_best, heads=_heads, minus=_minus, url=_url)
+    environment.filters.update(has_best=tables.has_best, heads=_heads, minus=_minus, url=_url)
     script = (folder / "report.js").read_text(encoding="utf-8")
     pictures = Pictures()
     return environment.get_template("report.html.j2").render(
         dataset=dataset,
-        sections=[_section(block, looks, pictures, f"b{i}") for i, block in enumerate(blocks, 1)],
+        sections=[_section(part, looks, pictures, f"b{i}") for i, part in enumerate(parts, 1)],
+        adaptors=any(part.task in TASKS for part in parts),
         pictures=pictures,
         script=Markup(script),
         # The one script that the page allows itself to run.
@@ -98,50 +122,78 @@ class Pictures:
         return small and self.kept.setdefault(small[0], (len(self.kept), small[1]))[0]
 
 
-def _section(block, looks, pictures, name):
-    """Gather what the template shows of one block; name: begins the ids of what is in it."""
+def _section(part, looks, pictures, name):
+    """Gather what the template shows of one part of the report; name: begins the ids of what is in it."""
+    figures = {key: _drawn(draw, f"{name}-{key}") for key, draw in plots.drawings(part, looks).items()}
+    section = {"facts": {"numbers": part.summary}, "warnings": [], "gallery": {}, "files": {}, "unified": False}
+    if part.task in TASKS:
+        section |= _of_block(part, looks, pictures)
+    elif part.task in plots.OTHERS:
+        section |= {"facts": part.facts, "files": part.files}
+    return section | {
+        "name": name,
+        "title": part.title,
+        "tables": part.tables,
+        "figures": [
+            (title, caption + UNIFIED * (section["unified"] and key in LINES), figures[key])
+            for key, (title, caption) in FIGURES.items()
+            if figures.get(key)
+        ],
+    }
+
+
+def _of_block(block, looks, pictures):
+    """What a section has of a results.Block alone."""
     values = {variant: runs[0].values for variant, runs in block.results.items()}
     sides = plots.sides_of(block)
-    constant, gallery = [], {}
+    warnings, gallery = [], {}
+    for variant, result in values.items():
+        if result["seen_in_training"]:
+            count = f"{result['seen_in_training']:,} of these {block.any['images']:,} images"
+            warnings.append(f"Leakage: {variant} was trained on {count}, so that its numbers are too good.")
     for variant, result in values.items():
         for side in sides:
             by = result[side]["levels_by"]
             if result[side]["uncertainty"].get(by, {}).get("constant"):
-                constant.append((variant, f"{QUERY[side]}s", followed(side, by)))
+                alike = f"all {QUERY[side]}s are equally uncertain (by the {followed(side, by)})"
+                warnings.append(f"To {variant} {alike}: for them it has no levels.")
         strips = [_strip(side, result[side], pictures) for side in sides if "examples" in result[side]]
         if strips:
             gallery[variant] = strips
-    unified = any(looks[variant].unified for variant in block.results)
-    figures = {key: _drawn(draw, block, looks, f"{name}-{key}") for key, draw in plots.FIGURES.items()}
     return {
-        "name": name,
-        "block": block,
-        "levels": _levels(block),
-        "constant": constant,
-        "leaks": {variant: result["seen_in_training"] for variant, result in values.items()},
-        "figures": [
-            (title, caption + UNIFIED * (unified and key in LINES), figures[key])
-            for key, (title, caption) in FIGURES.items()
-            if figures[key]
-        ],
+        "facts": _facts(block),
+        "warnings": warnings,
         "gallery": gallery,
+        "unified": any(looks[variant].unified for variant in block.results),
+        "files": {
+            variant: [(f"seed {run.values['config']['seed']}", run.path) for run in runs]
+            for variant, runs in block.results.items()
+        },
     }
 
 
-def _levels(block):
-    """Say how many queries a level holds: dict of "captions" to "10 levels of 500"."""
-    said = {}
+def _facts(block):
+    """What a reader has to know of a block: dict of a short name to text."""
+    one = block.any
+    facts = {"split": one["split"], "images": f"{one['images']:,}"}
+    if one["classes"]:
+        facts["classes"] = f"{one['classes']:,}"
+    facts["prompts" if one["classes"] else "captions"] = f"{one['captions']:,}"
+    if one["skipped"]:
+        facts["skipped as unreadable"] = f"{one['skipped']:,}"
+    if one.get("hierarchy"):
+        facts["chains of prompts"] = f"{one['hierarchy']['chains']:,}"
     for side in plots.sides_of(block):
-        counts = level_counts(block.any[side])
+        counts = level_counts(one[side])
         if counts:
             sizes = " or ".join(f"{size:,}" for size in sorted(set(counts)))
-            said[f"{QUERY[side]}s"] = f"{len(counts)} levels of {sizes}"
-    return said
+            facts[f"{QUERY[side]}s as queries"] = f"{len(counts)} levels of {sizes}"
+    return facts | {"numbers": block.summary}
 
 
-def _drawn(draw, block, looks, name):
+def _drawn(draw, name):
     """Draw a figure for wide and for narrow screens: dict of the kind of screen to SVG, None where there is nothing."""
-    figures = {"wide": draw(block, looks, plots.WIDE), "narrow": draw(block, looks, NARROW)}
+    figures = {"wide": draw(plots.WIDE), "narrow": draw(NARROW)}
     return {kind: Markup(plots.svg(figure, f"{name}-{kind}")) for kind, figure in figures.items() if figure} or None
 
 
@@ -192,10 +244,6 @@ def _thumbnail(path):
         encoded[kind] = file.getvalue()
     kind = min(encoded, key=lambda kind: len(encoded[kind]))
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}", small.size
-
-
-def _has_best(table):
-    return any(cell.best for _, rows in table.groups for row in rows for cell in row.cells.values())
 
 
 def _heads(table):

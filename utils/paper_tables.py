@@ -3,11 +3,13 @@
 Every table is a function of a results.Block, and gives None where the block has nothing for it.
 """
 
-from functools import partial
+import statistics
+from functools import lru_cache, partial
 
+from metrics import comparison
 from utils import published, tables
 from utils.tables import MINUS, Cell, Column, Row
-from utils.terminal import GALLERY_AWARE, SCORES, followed
+from utils.terminal import BELIEFS, GALLERY_AWARE, SCORES, followed
 
 UNIFIED = "unified objective"  # heads the rows trained by it
 SIDES = {"text_to_image": "text→image", "image_to_text": "image→text"}
@@ -31,7 +33,6 @@ SELECTIVE = (
 )
 COVERAGES = ("80", "90", "95")
 TRUTH = {"spearman": "Spearman", "kendall": "Kendall"}
-TEMPERATURES = {"temperature": "temperature", "matched": "matched temperature"}  # rows below that of a classifier
 ERRORS = {
     "nll": ("NLL", "negative log-likelihood of the right answer"),
     "ece_15": ("ECE", "expected calibration error, 15 bins of equal width"),
@@ -39,6 +40,15 @@ ERRORS = {
     "adaptive_ece": ("adaptive ECE", "expected calibration error, 15 bins of equally many answers"),
     "brier": ("Brier", "squared error of the probabilities"),
 }
+BASE, REAL = "clip", "†"  # what rows are compared with, and the mark of an interval that leaves 0 out
+ACROSS = (  # figures of classification on several data sets: key, title, digits, scale, which is best, what it is
+    ("accuracy", "Accuracy (ACC), %", 1, 100, max, ""),
+    ("nll", "NLPD", 3, 1, min, ERRORS["nll"][1]),
+    ("ece_15", "ECE", 3, 1, min, ERRORS["ece_15"][1]),
+    ("auroc", "AUROC of failure by entropy", 3, 1, max, SELECTIVE[0][3]),
+    ("query", "AUROC of failure by the query's own uncertainty", 3, 1, max, SELECTIVE[0][3]),
+    ("aurc", "AURC by entropy", 3, 1, min, SELECTIVE[2][3]),
+)
 HIERARCHY = (
     ("falling_steps", "steps, %", 100, 1, max, "steps from general to specific at which uncertainty falls"),
     ("falling_chains", "chains, %", 100, 1, max, "chains along which uncertainty falls at every step"),
@@ -224,7 +234,6 @@ def calibration(block):
 
 def classification(block):
     """Accuracy and calibration in the form of BayesVLM (arXiv 2412.06014)."""
-    side = "image_to_class"
     columns = [
         Column("acc", "", "ACC, %", 1, partial(_accuracy, "1")),
         *([Column("top5", "", "top-5, %", 1, partial(_accuracy, "5"))] if block.any["classes"] > 5 else []),
@@ -238,21 +247,101 @@ def classification(block):
         ("spearman", "human labels", "Spearman", of_people),
     ):
         for name, title in (("query", "query-only"), ("entropy", "entropy")):
-            read = partial(_unscaled, key, name)
+            read = _by_entropy if (name, key) == ("entropy", "auroc") else partial(_unscaled, key, name)
             columns.append(Column(f"{name}_{key}", group, f"{head}, {title}", 3, read, max, note=note))
 
-    def parts(runs):
-        held = [name for name in TEMPERATURES if all(name in run.values[side]["calibration"] for run in runs)]
-        return [("", "model"), *((f" + {TEMPERATURES[name]}", name) for name in held)]
+    note = _of_temperatures(block) + _constant(block, CLASSES, ("query",))
+    return tables.make("classification", "Classification", columns, rows_of(block, columns, believed), note)
 
-    note = "The temperature of each half of the images is fitted on the other; it changes no answer."
-    if any("matched" in run.values[side]["calibration"] for runs in block.results.values() for run in runs):
-        note += (
-            " Matched temperature: plain cosines of the frozen embeddings at the one temperature that cools as much as"
-            " the method does on average, so that what is better than that comes from telling items apart."
-        )
-    note += _constant(block, CLASSES, ("query",))
-    return tables.make("classification", "Classification", columns, rows_of(block, columns, parts), note)
+
+def across(key, title, digits, scale, best, said, block):
+    """One figure of classification on every data set and on average, in the form of BayesVLM's table 1."""
+    names = data_sets(block)
+    if len(names) < 2:  # the table of the data set itself has it
+        return None
+    others = {"query": partial(_unscaled, "auroc", key), "auroc": _by_entropy}
+    read = others.get(key, partial(_believed, key, scale))
+    columns = {data: [Column(f"{data}_{key}", *head, digits, read, best)] for data, head in names.items()}
+    if key == "ece_15":
+        more = partial(_believed, "ece_20", 1)
+        for data, head in names.items():
+            columns[data].append(Column(f"{data}_ece_20", *head, digits, more, best, shown=False))
+
+    def mean(values, about):
+        found = [read(each, about) for each in values]
+        return None if None in found else statistics.fmean(found)
+
+    average = Column(f"average_{key}", "", "average", digits, mean, best)
+
+    def cells(runs, about):
+        of = {data: [run.values for run in runs if run.values["evaluated_on"] == data] for data in names}
+        found = {}
+        for data, values in of.items():
+            found |= tables.cells_of(columns[data], values, about) if values else {}
+        by_seed = [{each["config"]["seed"]: each for each in values} for values in of.values()]
+        shared = [[each[seed] for each in by_seed] for seed in by_seed[0] if all(seed in each for each in by_seed)]
+        return found | (tables.cells_of([average], shared, about) if shared else {})
+
+    parts = (lambda runs: [("", "model")]) if key == "query" else believed
+    rows = [(heading, [row for row in rows if row.cells]) for heading, rows in rows_of(block, [], parts, cells)]
+    every_column = [column for data in names for column in columns[data]]
+    note = f"{said[0].upper()}{said[1:]}." if said else _of_temperatures(block)
+    return tables.make(f"across_{key}", title, [*every_column, average], rows, note)
+
+
+def differences(figure, block):
+    """One figure of probabilities less that of a baseline on the same images, with an interval: a row per comparison.
+
+    figure: nll or ece. Seeds are averaged over, draw by draw.
+    """
+    names, rows, columns = data_sets(block), [], []
+    for data, head in names.items():
+        columns.append(Column(f"{data}_{figure}_gap", *head, 3, None, None))
+        columns += [Column(f"{data}_{figure}_gap_{end}", *head, 3, None, None, shown=False) for end in ("low", "high")]
+    drawn = _drawn(block)
+    for name, ours, theirs in comparisons(block):
+        cells = {}
+        for data in names:
+            if ours in drawn[data] and theirs in drawn[data]:
+                gap = comparison.gap(drawn[data][ours][figure], drawn[data][theirs][figure])
+                # With its sign: what rounds to zero may be real.
+                mean, low, high = (f"{value:+.3f}".replace("-", MINUS) for value in gap)
+                key = f"{data}_{figure}_gap"
+                cells |= {key: Cell(gap.mean, text=f"{mean} [{low}, {high}]" + REAL * gap.real)}
+                cells |= {f"{key}_low": Cell(gap.low), f"{key}_high": Cell(gap.high)}
+        if cells:
+            runs = block.results[ours[0]]
+            rows.append(Row(name, runs[0].path.parent.parent, seeds_of(runs), cells, ours[0]))
+    title = f"{'NLPD' if figure == 'nll' else 'ECE'} less that of a baseline"
+    note = (
+        f"Below 0 is better. In brackets the 95 % interval over draws of images, the same for both: {REAL} leaves 0"
+        " out, each for itself. clip has the plain probabilities (MAP); what is better than a matched temperature comes"
+        " from telling items apart rather than from cooling."
+    )
+    if figure == "ece":
+        note += " Drawing adds noise, which raises a small ECE more than a large one: intervals err toward 0."
+    return tables.make(f"differences_{figure}", title, columns, [("", rows)], note, heads=("comparison", "seeds"))
+
+
+def comparisons(block):
+    """What is compared: list of (name, (variant, entry), (variant, entry)).
+
+    Methods as they are, and the plain probabilities under a temperature, with the plain ones; methods with those under
+    a temperature, and with the one matched to their own.
+    """
+    rows = [(variant, label, name) for variant, runs in block.results.items() for label, name in believed(runs)]
+    found = []
+    for variant, label, name in rows if BASE in block.results else ():
+        if (variant == BASE) != (name == "model"):
+            found.append((f"{variant}{label} less {BASE}", (variant, name), (BASE, "model")))
+    for base, baseline, scaled in rows:
+        if base == BASE and scaled != "model":
+            others = [variant for variant in block.results if variant != BASE]
+            found += [(f"{name} less {BASE}{baseline}", (name, "model"), (BASE, scaled)) for name in others]
+    for variant, _, name in rows:
+        if name == "matched":
+            found.append((f"{variant} less its matched temperature", (variant, "model"), (variant, name)))
+    return found
 
 
 def hierarchy(block):
@@ -274,6 +363,10 @@ TABLES = {
     "retrieval": (recall, uncertainty, levels, selective, truth, eccv, calibration, hierarchy),
     "classification": (classification, selective),
     "hierarchy": (hierarchy,),
+    "comparison": (
+        *(partial(across, *figure) for figure in ACROSS),
+        *(partial(differences, x) for x in ("nll", "ece")),
+    ),
 }
 
 
@@ -282,22 +375,78 @@ def is_unified(runs):
     return runs[0].values["config"].get("objective") == "infonce"
 
 
-def rows_of(block, columns, parts=lambda runs: [("", None)]):
+def rows_of(block, columns, parts=lambda runs: [("", None)], cells=None):
     """The rows of a block by objective: list of (heading, rows), no heading where all are trained by the same.
 
     parts: function from a variant's runs to its rows, each what its name is followed by, and what its columns are read
-    with beside the values.
+    with beside the values. cells: function from the runs, and that, to the cells of a row, by default of `columns`.
     """
+    cells = cells or (lambda runs, about: tables.cells_of(columns, [run.values for run in runs], about))
     groups = {}
     for variant, runs in block.results.items():
         heading = UNIFIED if is_unified(runs) else ""
         seen = max(run.values["seen_in_training"] for run in runs)
         name = variant + f" (trained on {seen:,} of the images)" * bool(seen)
-        folder, values = runs[0].path.parent.parent, [run.values for run in runs]
+        folder, seeds = runs[0].path.parent.parent, seeds_of(runs)
         for label, about in parts(runs):
-            cells = tables.cells_of(columns, values, about)
-            groups.setdefault(heading, []).append(Row(name + label, folder, len(runs), cells, variant))
+            groups.setdefault(heading, []).append(Row(name + label, folder, seeds, cells(runs, about), variant))
     return list(groups.items()) if len(groups) > 1 else [("", rows) for rows in groups.values()]
+
+
+def seeds_of(runs):
+    """How many seeds a variant's Results are of, on however many data sets."""
+    return len({run.values["config"]["seed"] for run in runs})
+
+
+def _runs(block):
+    return [run for runs in block.results.values() for run in runs]
+
+
+def data_sets(block):
+    """What the results of a block were evaluated on: {evaluated_on: (data set, split)}."""
+    found = {}
+    for run in _runs(block):
+        data, split = run.values["evaluated_on"], run.values["split"]
+        found.setdefault(data, (data.removesuffix(f"+{split}"), split))
+    return found
+
+
+def believed(runs):
+    """The rows of a classifier: its own probabilities, and below them those of temperatures that some data set has."""
+    of = {}
+    for run in runs:
+        of.setdefault(run.values["evaluated_on"], []).append(run.values["image_to_class"]["calibration"])
+    found = [("", "model")]
+    for name, title in BELIEFS.items():
+        held = [each for each in of.values() if all(name in calibration for calibration in each)]
+        if held and name != "model":
+            splits = dict.fromkeys(calibration[name].get("split", "") for each in held for calibration in each)
+            found.append((f" + {title.format(split=' or '.join(splits))}", name))
+    return found
+
+
+@lru_cache(maxsize=1)  # of the tables of one block
+def _drawn(block):
+    """NLL and ECE of what is compared, averaged over seeds: {data set: {(variant, entry): {figure: (1 + draws,)}}}."""
+    wanted = {side for _, *both in comparisons(block) for side in both}
+    found = {data: {} for data in data_sets(block)}
+    for data, drawn in found.items():
+        runs = [
+            (side, run)
+            for side in sorted(wanted)
+            for run in block.results[side[0]]
+            if run.values["evaluated_on"] == data and side[1] in run.values["image_to_class"]["calibration"]
+        ]
+        if not runs:
+            continue
+        fields = "nll", "confidence", "hit"
+        arrays = [[run.arrays[f"image_to_class_{side[1]}_{field}"] for side, run in runs] for field in fields]
+        figures = comparison.resampled(*arrays)
+        for side in wanted:
+            mine = [i for i, (other, _) in enumerate(runs) if other == side]
+            if mine:
+                drawn[side] = {name: values[:, mine].mean(axis=1) for name, values in figures.items()}
+    return found
 
 
 def find(values, *path):
@@ -399,6 +548,32 @@ def _accuracy(k, values, about):
     if about == "matched":
         return 100 * values["image_to_class"]["calibration"][about]["accuracy"] if k == "1" else None
     return 100 * values["image_to_class"]["recall"][k]
+
+
+def _of_temperatures(block):
+    """Say what the temperatures of a block's classifiers are."""
+    entries = {name for runs in block.results.values() for _, name in believed(runs)}
+    note = "The temperature of each half of the images is fitted on the other; it changes no answer."
+    if any("temperature" not in run.values["image_to_class"]["calibration"] for run in _runs(block)):
+        note += " Where too few answers are wrong to bound one, there is none."
+    if "validation" in entries:
+        note += " That of another split is fitted on all of its labeled images."
+    if "matched" in entries:
+        note += (
+            " Matched temperature: plain cosines of the frozen embeddings at the one temperature that cools as much as"
+            " the method does on average, so that what is better than that comes from telling items apart."
+        )
+    return note
+
+
+def _believed(key, scale, values, about):
+    found = find(values, "image_to_class", "calibration", about, key)
+    return None if found is None else scale * found
+
+
+def _by_entropy(values, about):
+    """AUROC of failure by the entropy of a row's own probabilities."""
+    return _unscaled("auroc", "entropy", values, about) if about == "model" else _believed("auroc", 1, values, about)
 
 
 def _error(key, values, about):

@@ -4,6 +4,7 @@ import io
 import re
 import textwrap
 from collections import Counter
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,15 +13,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 from scipy import stats
 
 from metrics.uncertainty import risk_coverage as risks
-from utils import paper_tables
+from utils import factor_traces, paper_tables
+from utils.curves import ORDER, SCALE, TITLES, curves
 from utils.files import atomic
 from utils.paper_tables import is_unified
-from utils.results import has_uncertainty
-from utils.tables import MINUS
+from utils.results import TASKS, has_uncertainty
+from utils.tables import MINUS, NONE
 from utils.terminal import followed
 
 # Hues that the color-blind tell apart (after Okabe and Ito), dark enough for paper or light enough for a dark page.
@@ -293,7 +295,7 @@ def reliability(block, looks, width=WIDE):
     """Share of right answers over confidence in the best one, a panel per variant and side; None where not known.
 
     Of first seeds, as trained and after temperature scaling; the area of a marker is the share of queries in its bin.
-    Arguments as for recall_by_level.
+    Of a matched temperature the title has the ECE alone. Arguments as for recall_by_level.
     """
     found = {}
     for side in sides_of(block):
@@ -340,7 +342,9 @@ def _reliability_panel(axes, variant, calibration, look):
         ink = {"color": LIGHT["ink"], "linestyle": dash, "linewidth": 1, "marker": "o"}
         handles.append(Line2D([], [], label=title, **ink, markerfacecolor=LIGHT["ink" if face == color else "paper"]))
     errors = [f"{calibration[name]['ece_15']:.3f}" for name in ("model", "temperature") if name in calibration]
-    axes.set_title(f"{variant}\nECE {' → '.join(errors)}", fontsize=8)
+    # A third curve would hide the others.
+    matched = f"\nmatched {calibration['matched']['ece_15']:.3f}" if "matched" in calibration else ""
+    axes.set_title(f"{variant}\nECE {' → '.join(errors)}{matched}", fontsize=8)
     axes.set(xlim=(-4, 104), ylim=(-4, 104), xticks=(0, 50, 100), yticks=(0, 50, 100))
     axes.grid()
     return handles
@@ -496,6 +500,121 @@ def _few_ticks(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
+def learning_curves(study, width=WIDE):
+    """Accuracy, NLL and ECE over the number of labels, a panel each, a line per strategy: mean and s.d. over seeds.
+
+    study: active_results.Study. width: inches.
+    """
+    below = 0.1 + 0.18 * -(-(len(study.seeds) + 1) // (4 if width >= WIDE else 2))
+    with matplotlib.rc_context(_style()):
+        styles = _styles(study)
+        rows, columns = (1, len(TITLES)) if width >= WIDE else (len(TITLES), 1)
+        figure, [(part, legend)] = _parts(width, [0.4 + 2.6 * rows], below)
+        panels = part.subplots(rows, columns, squeeze=False).ravel()
+        for axes, name in zip(panels, TITLES):
+            for strategy, by_seed in curves(study.results, name).items():
+                values = np.array(list(by_seed.values()))[:, :-1]
+                _with_spread(axes, study.budgets, values, styles[strategy] | {"label": strategy})
+            before = SCALE[name] * study.any["before"][name]
+            axes.axhline(before, color=LIGHT["limit"], linestyle="--", linewidth=1, label="no label")
+            axes.set_title(TITLES[name])
+            _log_ticks(axes, study.budgets)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.grid(axis="y")
+        part.supxlabel("Labels", fontsize=9)
+        part.supylabel("On the target", fontsize=9)
+        legend.legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=4 if width >= WIDE else 2, fontsize=8)
+    return figure
+
+
+def error_by_entropy(study, width=WIDE):
+    """Share of wrong predictions over their entropy, in levels of equal count, with no label and with the most labels.
+
+    A panel per strategy, mean and s.d. over seeds; above it the AUROC by which entropy tells wrong from right
+    predictions. study: active_results.Study. width: inches.
+    """
+    columns = min(4 if width >= WIDE else 2, len(study.seeds))
+    rows = -(-len(study.seeds) // columns)
+    with matplotlib.rc_context(_style()):
+        styles = _styles(study)
+        figure, [(part, legend)] = _parts(width, [0.4 + 1.75 * rows], 0.25)
+        grid = part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        before = study.any["before"]
+        for axes, (strategy, seeds) in zip(grid, study.seeds.items()):
+            after = [study.results[seed, strategy]["curve"][-1] for seed in seeds]
+            levels = before["by_entropy"]
+            first = {"color": LIGHT["limit"], "linestyle": (0, (3, 1)), "linewidth": 1.2}
+            axes.plot(levels["entropy"], 100 * np.array(levels["error"]), **first)
+            entropy, error = (np.array([point["by_entropy"][key] for point in after]) for key in ("entropy", "error"))
+            _with_spread(axes, entropy.mean(axis=0), 100 * error, styles[strategy])
+            aurocs = [before["entropy_auroc"], _mean_of([point["entropy_auroc"] for point in after])]
+            said = " → ".join(NONE if value is None else f"{value:.3f}" for value in aurocs)
+            axes.set_title(f"{strategy}\nAUROC {said}", fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.grid(axis="y")
+        _finish_grid(grid, len(study.seeds), columns)
+        part.supxlabel("Entropy of the prediction (nats)", fontsize=9)
+        part.supylabel("Wrong predictions (%)", fontsize=9)
+        ink = {"color": LIGHT["ink"], "marker": "o"}
+        last = Line2D([], [], label=f"{study.budgets[-1]:,} labels", **ink)
+        legend.legend(handles=[Line2D([], [], label="no label", **first), last], loc="center", ncols=2, fontsize=8)
+    return figure
+
+
+def _mean_of(values):
+    return None if None in values else float(np.mean(values))
+
+
+def factor_trace(trace, width=WIDE):
+    """Relative trace of the B factor over the size of the candidate set, a panel per tower, a line per batches.
+
+    Mean and s.d. over trials, those of the same size beside one another. trace: factor_traces.Trace. width: inches.
+    """
+    sizes = np.array(sorted({size for lines in trace.lines.values() for found in lines.values() for size in found}))
+    beside = min(sizes[1:] / sizes[:-1], default=2) ** (0.3 / max(map(len, trace.lines.values())))
+    with matplotlib.rc_context(_style()):
+        rows, columns = (1, len(trace.lines)) if width >= WIDE else (len(trace.lines), 1)
+        figure, [(part, legend)] = _parts(width, [0.4 + 2.1 * rows], 0.45)
+        panels = part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for axes, (side, lines) in zip(panels, trace.lines.items()):
+            for i, (count, found) in enumerate(lines.items()):
+                middle, spread = np.array([(mean, sd or 0) for mean, sd in found.values()]).T
+                at = np.array([*found]) * beside ** (i - (len(lines) - 1) / 2)
+                style = _mark(Look(i, False)) | {"linewidth": 0.8, "elinewidth": 1.5, "capsize": 2}
+                axes.errorbar(at, middle, spread, label=factor_traces.batches(count), **style)
+            axes.axhline(1, color=LIGHT["limit"], linestyle=":", linewidth=1)
+            axes.set_title(f"{side} tower")
+            _log_ticks(axes, sizes)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.grid(axis="y")
+        _finish_grid(panels, len(panels), columns)
+        part.supxlabel("Candidates K", fontsize=9)
+        part.supylabel("Relative trace", fontsize=9)
+        handles = [
+            Line2D([], [], label=factor_traces.batches(count), **_mark(Look(i, False))) for i, count in enumerate(lines)
+        ]
+        legend.legend(handles=handles, loc="center", ncols=5 if width >= WIDE else 3, fontsize=8)
+    return figure
+
+
+def _with_spread(axes, x, values, style):
+    """Draw the mean of values (S, X) over x (X,), and their standard deviation as a band where there are several."""
+    middle = values.mean(axis=0)
+    if len(values) > 1:
+        spread = values.std(axis=0, ddof=1)
+        axes.fill_between(x, middle - spread, middle + spread, color=style["color"], alpha=0.12, linewidth=0)
+    axes.plot(x, middle, **style)
+
+
+def _log_ticks(axes, values):
+    """A logarithmic axis for a few whole numbers, some of which are named."""
+    axes.set_xscale("log")
+    shown = values[:: -(-len(values) // 6)]
+    axes.set_xticks(shown, labels=[f"{value:,}" for value in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 # Each draws a results.Block, or gives None where that has nothing for it.
 FIGURES = {
     draw.__name__: draw
@@ -503,6 +622,22 @@ FIGURES = {
         recall_by_level, risk_coverage, reliability, uncertainty_against_ambiguity, uncertainty_distributions, hierarchy
     )
 }  # fmt: skip
+# The same of what else a report has, by its task.
+OTHERS = {
+    "active": {draw.__name__: draw for draw in (learning_curves, error_by_entropy)},
+    "factor-trace": {factor_trace.__name__: factor_trace},
+}
+EVERY = (*FIGURES, *(name for drawn in OTHERS.values() for name in drawn))
+
+
+def drawings(part, looks):
+    """What may be drawn of a part of the report: dict of a figure's name to a function of its width in inches.
+
+    looks: dict of variant to Look.
+    """
+    if part.task in TASKS:
+        return {name: partial(draw, part, looks) for name, draw in FIGURES.items()}
+    return {name: partial(draw, part) for name, draw in OTHERS.get(part.task, {}).items()}
 
 
 def save(figure, stem):
@@ -552,6 +687,11 @@ def _mark(look):
     number = look.number or 0
     mark = {"color": colors[number % len(colors)], "marker": markers[number % len(markers)]}
     return mark | ({"linestyle": (0, (3, 1)), "markerfacecolor": LIGHT["paper"]} if look.unified else {})
+
+
+def _styles(study):
+    """The looks of strategies, the same in every report for those that are known: dict of name to plot()'s options."""
+    return {name: _mark(Look(i, False)) for i, name in enumerate(dict.fromkeys([*ORDER, *study.seeds]))}
 
 
 def _style():

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from utils import paper_tables, tables
-from utils.config import known
 from utils.errors import UserError
 from utils.files import read_json
 from utils.paper_tables import is_unified
@@ -19,8 +18,9 @@ from utils.terminal import SIDES
 TASKS = ("retrieval", "classification", "hierarchy")
 NUMBER = (int, float)
 ABOUT = {
-    "evaluated_on": str, "variant": str, "images": int, "captions": int, "classes": int, "uncer_levels": int,
-    "drop_remainder": bool, "levels_by": (str, type(None)), "seen_in_training": int, "fingerprint": str,
+    "evaluated_on": str, "split": str, "variant": str, "images": int, "captions": int, "classes": int,
+    "uncer_levels": int, "drop_remainder": bool, "levels_by": (str, type(None)),
+    "seen_in_training": int, "fingerprint": str,
     "config": {
         "backbone": str, "method": str, "objective": str, "seed": int, "model": dict, "optim": dict,
         "train": {"batch_size": int, "epochs": int},
@@ -99,45 +99,44 @@ class Block:
     @property
     def summary(self):
         """Say what the numbers are: of one seed, or means over 3, or over 1 to 3 where rows differ."""
-        seeds = [len(runs) for runs in self.results.values()]
-        least, most = min(seeds), max(seeds)
-        if most == 1:
-            return "one seed"
-        return f"mean ± s.d. over {most if least == most else f'{least} to {most}'} seeds"
+        return tables.over([paper_tables.seeds_of(runs) for runs in self.results.values()], "seed")
 
 
-def folder_of(root, dataset):
-    """The folder of the results of what was trained on a data set; raises UserError, naming those that there are."""
-    there = sorted(path.name for path in root.glob("*") if path.is_dir() and next(_paths(path), None))
-    if dataset not in there:
-        run = f"run `python eval.py --dataset {dataset} --method METHOD` first"
-        way_out = run if dataset in known("datasets") else "name one that is"
-        have = f"but of {', '.join(there)}" if there else "nor of any other data set"
-        raise UserError(f"no results of '{dataset}' are in {root.absolute()}, {have}: {way_out}.")
-    return root / dataset
-
-
-def _paths(folder):
-    return (path for task in TASKS for path in sorted(folder.glob(f"**/*-{task}.json")))
+def paths(folder):
+    """The result files of eval.py under the folder of a data set."""
+    return [path for task in TASKS for path in sorted(folder.glob(f"**/*-{task}.json"))]
 
 
 def read(folder, backbone=None):
     """Read the results in `folder` into Blocks; raises UserError where one is damaged or they do not fit."""
     found = defaultdict(lambda: defaultdict(list))
-    for path in _paths(folder):
+    for path in paths(folder):
         values = _read_one(path)
         key = values["evaluated_on"], values["config"]["backbone"], values["task"]
         found[key][values["variant"]].append(Result(path.relative_to(folder), values, folder))
-    backbones = sorted({key[1] for key in found})
     found = {key: variants for key, variants in found.items() if backbone in (None, key[1])}
-    if not found:
-        others = ", ".join(backbones)
-        raise UserError(f"no results in {folder} are of backbone '{backbone}', but of {others}: name one of these.")
     # What was trained on is looked at first.
     order = sorted(found, key=lambda key: (key[0] != folder.name, key[0], key[1], TASKS.index(key[2])))
     for key in order:
         _must_fit(folder, found[key], key[2])
     return [Block(task, data, name, _in_order(found[data, name, task])) for data, name, task in order]
+
+
+def across(blocks):
+    """What the Blocks of classification of each backbone say side by side: a list of Blocks over several data sets.
+
+    One of a single data set has what the Block itself has not, the differences from a baseline; none has no table.
+    """
+    merged = defaultdict(lambda: defaultdict(list))
+    for block in blocks:
+        for variant, runs in block.results.items() if block.task == "classification" else ():
+            merged[block.backbone][variant] += runs
+    found = []
+    for backbone, variants in merged.items():
+        data = list(paper_tables.data_sets(Block("comparison", "", backbone, variants)))
+        name = data[0] if len(data) == 1 else f"{len(data)} data sets"
+        found.append(Block("comparison", name, backbone, _in_order(variants)))
+    return [block for block in found if block.tables]
 
 
 def _read_one(path):
@@ -150,14 +149,14 @@ def _read_one(path):
             raise UserError(f"{path} was written by an earlier eval.py, which measured less: {again}.")
         if values["task"] != task:
             raise ValueError(f"{path} is named after another task")
-        _must_hold(values, ABOUT | HOLDS[task])
+        must_hold(values, ABOUT | HOLDS[task])
         if "hierarchy" in values:
-            _must_hold(values, HOLDS["hierarchy"])
+            must_hold(values, HOLDS["hierarchy"])
         for side in SIDES.keys() & values.keys():
             for record in values[side]["uncertainty"].values():
-                _must_hold(record, {"family": str} | ({} if record.get("constant") else RECORD))
+                must_hold(record, {"family": str} | ({} if record.get("constant") else RECORD))
             for belief in values[side]["calibration"].values():
-                _must_hold(belief, BELIEF)
+                must_hold(belief, BELIEF)
         block = Block(task, "", "", {values["variant"]: [Result(path, values)]})
         tables.to_text([block])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
@@ -165,16 +164,16 @@ def _read_one(path):
     return values
 
 
-def _must_hold(values, shape):
+def must_hold(values, shape):
     """Raise TypeError or KeyError unless values are of the types that `shape` has in their place."""
+    if not isinstance(values, type(shape) if isinstance(shape, (dict, list)) else shape):
+        raise TypeError(f"{values} is no {shape}")
     if isinstance(shape, dict):
         for name, part in shape.items():
-            _must_hold(values[name], part)
+            must_hold(values[name], part)
     elif isinstance(shape, list):
         for value in values:
-            _must_hold(value, shape[0])
-    elif not isinstance(values, shape):
-        raise TypeError(f"{values} is no {shape}")
+            must_hold(value, shape[0])
 
 
 def _must_fit(folder, variants, task):
@@ -186,6 +185,8 @@ def _must_fit(folder, variants, task):
     _must_agree(folder, runs, alike)
     # Without an uncertainty there is nothing to choose.
     _must_agree(folder, [run for run in runs if has_uncertainty(run)], {"levels_by": "choices of --levels-by"})
+    scaled = [run for run in runs if run.values.get("val")]
+    _must_agree(folder, scaled, {"val": "choices of --val", "val_fingerprint": "embeddings of --val"})
     for seeds in variants.values():
         for i, run in enumerate(seeds):
             for other in seeds[:i]:

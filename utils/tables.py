@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 NONE = "\N{EN DASH}"  # stands where there is no such number
 MINUS = "\N{MINUS SIGN}"
-LONG = ("levels", "selective", "calibration")  # tables that would take a terminal's reader too far
+HEADS = "method", "seeds"
+LONG = (
+    "levels",
+    "selective",
+    "calibration",
+    "across_auroc",
+    "across_query",
+    "across_aurc",
+)  # tables that would take a terminal's reader too far
 TERMINAL, PAPER = 128, 104  # characters of a line, the latter in small type on a page's 5.5 inches of text
 
 
@@ -24,7 +32,7 @@ class Column(NamedTuple):
     group: str
     title: str
     digits: int
-    read: Callable  # of a result's values, and of what the row is about beside them
+    read: Callable | None  # of a result's values, and of what the row is about beside them; None: cells come ready
     best: Callable | None = max  # of its values; None where a value alone says nothing
     among: str = ""  # key of the column of text whose cells must be equal where values are compared
     note: str = ""  # says what it is
@@ -52,7 +60,10 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows under headings, the reference rows last, and columns; `hidden` columns are in the CSV alone."""
+    """Rows under headings, the reference rows last, and columns; `hidden` columns are in the CSV alone.
+
+    heads: what rows are, and what their numbers are means over.
+    """
 
     name: str
     title: str
@@ -60,9 +71,10 @@ class Table(NamedTuple):
     columns: list[Column]
     groups: list[tuple[str, list[Row]]]
     hidden: tuple[Column, ...] = ()
+    heads: tuple[str, str] = HEADS
 
 
-def make(name, title, columns, groups, note="", references=()):
+def make(name, title, columns, groups, note="", references=(), heads=HEADS):
     """Make a Table of those columns for which any row has a figure, its best ones marked; None where there is none.
 
     groups: list of (heading, rows). references: rows that stand below the others, and are never the best.
@@ -76,7 +88,12 @@ def make(name, title, columns, groups, note="", references=()):
         return None
     references = [row for row in references if any(column.key in row.cells for column in shown)]
     groups = [group for group in groups if group[1]] + ([("", references)] if references else [])
-    return Table(name, title, note, shown, groups, tuple(column for column in found if not column.shown))
+    return Table(name, title, note, shown, groups, tuple(column for column in found if not column.shown), heads)
+
+
+def has_best(table):
+    """Whether a cell of the table is marked as the best of its column."""
+    return any(cell.best for _, rows in table.groups for row in rows for cell in row.cells.values())
 
 
 def mean_sd(values):
@@ -118,10 +135,19 @@ def number(value, digits):
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
+def over(counts, what):
+    """Say what the numbers are, whose rows are of so many seeds or trials: of one, or means over 3, or over 1 to 3."""
+    least, most = min(counts), max(counts)
+    if most == 1:
+        return f"one {what}"
+    return f"mean ± s.d. over {most if least == most else f'{least} to {most}'} {what}s"
+
+
 def parts(cell, digits):
-    """What a cell prints: its mean, and its standard deviation or None."""
+    """What a cell prints: its mean, and its standard deviation or whatever its text has behind ±, or None."""
     if cell.text:
-        return cell.text, None
+        text, _, spread = cell.text.partition(" ± ")
+        return text, spread or None
     return number(cell.mean, digits), None if cell.sd is None else number(cell.sd, digits)
 
 
@@ -168,7 +194,8 @@ def to_markdown(blocks):
 
 
 def _markdown_block(block):
-    about = f"## {_in_markdown(block.title)}\n\nNumbers: {block.summary}, best in bold.\n"
+    best = ", best in bold" if any(map(has_best, block.tables)) else ""
+    about = f"## {_in_markdown(block.title)}\n\nNumbers: {block.summary}{best}.\n"
     return "\n".join([about, *(_markdown_table(table) for table in block.tables)])
 
 
@@ -177,7 +204,7 @@ def _markdown_table(table):
     lines += [_in_markdown(table.note), ""] if table.note else []
     # No head spans columns in Markdown: a title says what the head above it says elsewhere.
     titles = [", ".join(filter(None, [column.title, column.group])) for column in table.columns]
-    heads = [_in_markdown(head) for head in ("method", "seeds", *titles)]
+    heads = [_in_markdown(head) for head in (*table.heads, *titles)]
     table_lines = [heads, [":--", *["--:"] * (len(heads) - 1)]]
     for title, rows in table.groups:
         table_lines += [[f"*{title}*", *[""] * (len(heads) - 1)]] if title else []
@@ -212,12 +239,14 @@ def _markdown_cell(cell, digits):
     if cell is None:
         return NONE
     mean, sd = parts(cell, digits)
+    mean = _in_markdown(mean)
     return (f"**{mean}**" if cell.best else mean) + (f" ± {sd}" if sd else "")
 
 
 LATEX = {character: rf"\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     MINUS: "$-$", "±": r"$\pm$", "→": r"$\rightarrow$", "²": r"\textsuperscript{2}", "·": r"$\cdot$", NONE: "--",
+    "†": r"$\dagger$", "‡": r"$\ddagger$",
 }  # fmt: skip
 
 
@@ -233,7 +262,8 @@ def to_latex(blocks):
 
 
 def _latex_table(block, table, part, columns):
-    said = f"{table.title}{part}. {block.title}, {block.summary}, best in bold. {table.note}".strip()
+    best = ", best in bold" if has_best(table) else ""
+    said = f"{table.title}{part}. {block.title}, {block.summary}{best}. {table.note}".strip()
     said = _in_latex(said).replace("s.d. ", r"s.d.\ ")
     lines = [r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"]
     lines += [rf"\caption{{{said}}}", r"\smallskip", _latex_panel(table, columns), r"\end{table}", ""]
@@ -248,7 +278,7 @@ def _latex_panel(table, columns):
         lines += [_latex_line(["", *(rf"\multicolumn{{{count}}}{{c}}{{{_in_latex(name)}}}" for name, count in heads)])]
         rules = [(start, count) for start, (name, count) in zip(starts, heads, strict=True) if name]
         lines += [" ".join(rf"\cmidrule(lr){{{start}-{start + count - 1}}}" for start, count in rules)]
-    lines += [_latex_line(["method", *(_in_latex(column.title) for column in columns)])]
+    lines += [_latex_line([table.heads[0], *(_in_latex(column.title) for column in columns)])]
     for title, rows in _groups_of(table, columns):
         lines += [r"\midrule"]
         lines += [_latex_line([rf"\multicolumn{{{1 + len(columns)}}}{{@{{}}l}}{{\emph{{{title}}}}}"])] if title else []
@@ -265,9 +295,9 @@ def _latex_line(cells):
 def _latex_cell(cell, digits):
     if cell is None:
         return "--"
-    mean, sd = parts(cell, digits)
     if cell.text:
-        return _in_latex(mean)
+        return _in_latex(cell.text)
+    mean, sd = parts(cell, digits)
     mean = rf"\mathbf{{{mean}}}" if cell.best else mean
     return f"${mean}$" if sd is None else rf"${mean} {{\scriptstyle\pm {sd}}}$"
 
@@ -304,7 +334,7 @@ def to_text(blocks):
 
 
 def _text_block(block):
-    lines = [f"{block.title}: {block.summary}, * best"]
+    lines = [f"{block.title}: {block.summary}" + ", * best" * any(map(has_best, block.tables))]
     long = [table.title for table in block.tables if table.name in LONG]
     for table in block.tables:
         if table.name in LONG:
@@ -355,7 +385,7 @@ def _text_cell(cell, digits):
     if cell is None:
         return f"{NONE} "
     mean, sd = parts(cell, digits)
-    return mean + (f" ± {sd}" if sd else "") + ("*" if cell.best else " ")
+    return _in_text(mean) + (f" ± {sd}" if sd else "") + ("*" if cell.best else " ")
 
 
 def _in_text(text):

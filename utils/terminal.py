@@ -6,6 +6,13 @@ ANSWER = {"text_to_image": "image", "image_to_text": "caption", "image_to_class"
 SCORES = {"similarity": "cosine", "log_likelihood": "likelihood"}
 GALLERY_AWARE = {"top": "top score", "margin": "margin", "entropy": "entropy", "probability": "top probability"}
 
+BELIEFS = {  # what is said of the probabilities of a calibration's entries
+    "model": "model",
+    "temperature": "temperature",
+    "validation": "temperature of {split}",
+    "matched": "matched temperature",
+}
+
 
 def followed(side, name):
     """Say whose uncertainty is meant: the query caption's, the retrieved image's, ... or the gallery's entropy."""
@@ -25,6 +32,8 @@ def result_text(result):
     for side, title in SIDES.items():
         if side in result:
             lines += _side(side, title, result[side], result["classes"])
+            if result.get("val") and "validation" not in result[side]["calibration"]:
+                lines.append(f"    no temperature of {result['val']}: too few of its images are mistaken to bound one")
             if "other_score" in result:
                 other = result["other_score"]
                 by, part = SCORES[other["score"]], other[side]
@@ -61,10 +70,22 @@ def _side(side, title, part, classes):
     for name in names:
         record = part["uncertainty"][name]
         lines.append(f"    {followed(side, name):{width}}  ({record['family']}): {_measures(record)}")
-    if "temperature" in part["calibration"]:
-        errors = [_number(part["calibration"][name]["ece_15"]) for name in ("model", "temperature")]
-        lines.append(f"    calibration error (ECE) {errors[0]}, after temperature scaling {errors[1]}")
-    return lines
+    return [*lines, *_calibration(part["calibration"])]
+
+
+def _calibration(found):
+    """A line where there is the usual temperature, and one for each entry where there are others."""
+    errors = {name: _number(belief["ece_15"]) for name, belief in found.items()}
+    if found.keys() <= {"model", "temperature"}:
+        said = f"    calibration error (ECE) {errors['model']}, after temperature scaling"
+        return [f"{said} {errors['temperature']}"] if "temperature" in found else []
+    titles = {name: title.format(**found[name]) for name, title in BELIEFS.items() if name in found}
+    width = max(map(len, (head := "calibration of the", *titles.values())))
+    head = f"    {head:{width}}  NLPD   ECE"
+    return [
+        head,
+        *(f"    {title:{width}} {_number(found[name]['nll'])} {errors[name]}" for name, title in titles.items()),
+    ]
 
 
 TREND = {"s": "S", "r2": "R2", "minus_s_r2": "-S*R2"}

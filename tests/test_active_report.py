@@ -1,0 +1,424 @@
+"""What report.py makes of active_learning.py's and factor_trace.py's results: numbers against scripts of their own."""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+from studies import BUDGETS, FIGURES, SETTINGS, make_result, write_result, write_study, write_trace
+
+import report
+from models.strategies import STRATEGIES
+from utils import active_results, factor_traces, html, plots, tables
+from utils.curves import ORDER
+
+SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
+DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
+NAMES = [*map(str, BUDGETS), "mean"]
+
+
+def run(folder, capsys, *flags, dataset="shapes"):
+    report.main(["--dataset", dataset, "--results", str(folder), *flags])
+    return capsys.readouterr().out
+
+
+def fails(folder, capsys, *flags, **options):
+    with pytest.raises(SystemExit) as error:
+        run(folder, capsys, *flags, **options)
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    return said
+
+
+def study_of(folder, **options):
+    write_study(folder, **options)
+    [study] = active_results.read(folder / "shapes")
+    return study
+
+
+def values_of(strategy, seeds, figure):
+    """Figures (S, budgets and their mean) as they should print, from the files' numbers."""
+    by_budget = [[point[figure] for point in make_result(strategy, seed)["curve"]] for seed in seeds]
+    return SCALE[figure] * np.array([[*row, sum(row) / len(row)] for row in by_budget])
+
+
+def rows_of(table):
+    return {row.name: row for _, rows in table.groups for row in rows}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_means_and_deviations_over_seeds(tmp_path, figure):
+    study = study_of(tmp_path)
+    rows = rows_of(study.tables[FIGURES.index(figure)])
+    assert list(rows) == ["random", "entropy", "bald", "no label"]
+    for strategy in ("random", "entropy", "bald"):
+        values = values_of(strategy, range(3), figure)
+        for name, column in zip(NAMES, values.T, strict=True):
+            cell = rows[strategy].cells[f"{figure}_{name}"]
+            assert (cell.mean, cell.sd) == pytest.approx((column.mean(), column.std(ddof=1)))
+            best = {"accuracy": max}.get(figure, min)
+            means = [rows[other].cells[f"{figure}_{name}"].mean for other in ("random", "entropy", "bald")]
+            assert cell.best == (round(cell.mean, DIGITS[figure]) == round(best(means), DIGITS[figure]))
+    before = SCALE[figure] * make_result("random", 0)["before"][figure]
+    assert [cell.mean for cell in rows["no label"].cells.values()] == pytest.approx([before] * len(NAMES))
+    assert rows["no label"].folder is None
+
+
+def adjusted(p):
+    """Holm's procedure, one hypothesis after the other."""
+    found, least = {}, 0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        least = max(least, (len(p) - rank) * p[i])
+        found[i] = min(1, least)
+    return [found[i] for i in range(len(p))]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_differences_from_random_are_paired_by_seed(tmp_path, figure):
+    seeds = range(5)
+    study, others = study_of(tmp_path, seeds=seeds), ("entropy", "bald")
+    rows = rows_of(study.tables[FIGURES.index(figure)])
+    base = values_of("random", seeds, figure)
+    tests = [stats.ttest_rel(values_of(name, seeds, figure), base) for name in others]
+    single = adjusted([p for test in tests for p in test.pvalue[:-1]])
+    means = adjusted([test.pvalue[-1] for test in tests])
+    for i, (name, test) in enumerate(zip(others, tests, strict=True)):
+        interval = test.confidence_interval(0.95)
+        for j, column in enumerate(NAMES):
+            cells, key = rows[name].cells, f"{figure}_{column}_gap"
+            low, high, p = interval.low[j], interval.high[j], [*single[3 * i : 3 * i + 3], means[i]][j]
+            found = [cells[f"{key}_{end}"].mean for end in ("low", "high", "adjusted_p")]
+            assert found == pytest.approx([low, high, p])
+            mark = "‡" if p < 0.05 else "†" if low > 0 or high < 0 else ""
+            digits = DIGITS[figure]
+            said = f"{(low + high) / 2:+.{digits}f} ± {(high - low) / 2:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+            assert cells[key].text == said + mark and cells[key].mean == pytest.approx((low + high) / 2)
+    assert not any("gap" in key for key in rows["random"].cells)
+
+
+def test_marks_tell_one_comparison_from_all(tmp_path):
+    gaps = {"random": [0, 0, 0, 0], "entropy": [-0.5, -0.505, -0.51, -0.495], "bald": [-0.2, -0.8, -0.5, -0.3]}
+    for strategy, row in gaps.items():
+        for seed, gap in enumerate(row):
+            curve = [point | {"nll": 1 + 0.1 * seed + gap} for point in make_result(strategy, seed)["curve"]]
+            write_result(tmp_path, strategy, seed, curve=curve)
+    [study] = active_results.read(tmp_path / "shapes")
+    rows = rows_of(study.tables[1])
+    p = stats.ttest_1samp(gaps["bald"], 0).pvalue
+    assert 0.02 < p < 0.05
+    # Alone it is one of two comparisons, the other of which is surer; by budget there are three surer ones of six.
+    for column, adjusted, mark in (("10", 3 * p, "†"), ("mean", p, "‡")):
+        cells = rows["bald"].cells
+        assert cells[f"nll_{column}_gap_adjusted_p"].mean == pytest.approx(adjusted)
+        assert cells[f"nll_{column}_gap"].text[-1] == mark
+    assert rows["entropy"].cells["nll_10_gap"].text[-1] == "‡"
+
+
+def test_only_shared_seeds_are_compared(tmp_path):
+    write_study(tmp_path, ["random"], seeds=(0, 1, 2))
+    write_study(tmp_path, ["entropy"], seeds=(1, 2, 3))
+    write_study(tmp_path, ["bald"], seeds=(2, 7))
+    [study] = active_results.read(tmp_path / "shapes")
+    rows = rows_of(study.tables[0])
+    gap = values_of("entropy", (1, 2), "accuracy") - values_of("random", (1, 2), "accuracy")
+    assert rows["entropy"].cells["accuracy_mean_gap"].mean == pytest.approx(gap.mean(axis=0)[-1])
+    assert "accuracy_10_gap" not in rows["bald"].cells and rows["bald"].cells["accuracy_10"].sd is not None
+    assert [rows[name].seeds for name in ("random", "entropy", "bald")] == [3, 3, 2]
+    assert study.summary == "mean ± s.d. over 2 to 3 seeds"
+
+
+@pytest.mark.parametrize("options", [{"seeds": (4,)}, {"strategies": ("entropy", "bald")}])
+def test_without_random_or_with_one_seed_nothing_is_compared(tmp_path, options):
+    study = study_of(tmp_path, **options)
+    for table in study.tables:
+        assert {column.group for column in table.columns} == {table.columns[0].group}
+        assert "†" not in table.note and "less random" not in table.note.lower()
+    if options.get("seeds"):
+        assert study.summary == "one seed" and "±" not in tables.to_text([study])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "500 of shifted-val, free"),
+        ({"val_counts": 0.2}, "20 % of every budget, of shifted-val"),
+        ({"val": None}, "none: training ends with its last epoch"),
+    ],
+)
+def test_it_is_said_what_picks_the_epoch_and_what_was_offered(tmp_path, settings, said):
+    study = study_of(tmp_path, settings=SETTINGS | settings)
+    assert study.facts["labels that pick the epoch"] == said
+    assert study.facts["pool of each seed"] == "2,000 images of train and shifted-train"
+    assert study.facts["target"] == "shifted-test: 1,000 images of 8 classes"
+
+
+def test_every_format_holds_the_tables(tmp_path, capsys):
+    write_study(tmp_path, seeds=range(5))
+    write_study(tmp_path, name="shifted-test+other", settings=SETTINGS | {"lr": 0.1})
+    write_trace(tmp_path)
+    out, folder = run(tmp_path, capsys), tmp_path / "shapes"
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    values = values_of("bald", range(5), "nll")[:, -1]
+    assert (
+        f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" in text.replace("**", "") and "| strategy | seeds |" in text
+    )
+    assert (
+        "[bald](<tiny/active/shifted-test>)" in text and "| batches | trials |" in text and "shifted-test+other" in text
+    )
+    assert "[nll] NLL by number of labels" in out and "*" not in out.split("[factor_trace]")[1]  # nothing is the best
+    latex = (folder / "table.tex").read_text(encoding="utf-8")
+    assert "strategy & " in latex and "†" not in latex and "‡" not in latex
+    lines = [*csv.DictReader(io.StringIO((folder / "table.csv").read_text(encoding="utf-8")))]
+    keys = [(line["evaluated_on"], line["task"], line["table"], line["row"], line["column"]) for line in lines]
+    assert len(keys) == len(set(keys))
+    line = lines[keys.index(("shifted-test", "active", "nll", "bald", "nll_mean"))]
+    assert (float(line["mean"]), float(line["sd"])) == (pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
+    assert ("shifted-test+other", "active", "nll", "bald", "nll_10_gap_low") in keys
+    drawn = {path.name for path in folder.glob("*.p[nd][gf]")}
+    for kind in ("png", "pdf"):
+        assert {f"learning_curves-shifted-test-tiny.{kind}", f"error_by_entropy-shifted-test+other-tiny.{kind}"} < drawn
+        assert f"factor_trace.{kind}" in drawn
+    shutil.rmtree(folder / "tiny" / "active" / "shifted-test+other")
+    run(tmp_path, capsys)  # what had another name is gone
+    assert {path.name for path in folder.glob("*.png")} == {
+        "learning_curves.png", "error_by_entropy.png", "factor_trace.png"
+    }  # fmt: skip
+
+
+def test_the_same_bytes_each_time(tmp_path, capsys):
+    write_study(tmp_path)
+    write_trace(tmp_path)
+    folder = tmp_path / "shapes"
+    files = []
+    for _ in range(2):
+        run(tmp_path, capsys)
+        files.append({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    assert files[0] == files[1] and len(files[0]) == 4 + 2 * 3
+
+
+def test_a_backbone_filters_them(tmp_path, capsys):
+    write_study(tmp_path)
+    write_study(tmp_path, backbone="large")
+    write_trace(tmp_path)
+    write_trace(tmp_path, backbone="huge")
+    said = {name: run(tmp_path, capsys, "--backbone", name) for name in ("tiny", "large", "huge")}
+    assert ["active learning" in out for out in said.values()] == [True, True, False]
+    assert ["[factor_trace]" in out for out in said.values()] == [True, False, True]
+    assert "shapes, tiny" not in said["large"]
+    assert "of backbone 'small', but of huge, large, tiny" in fails(tmp_path, capsys, "--backbone", "small")
+
+
+def test_a_data_set_with_nothing_else_is_one_that_there_is(tmp_path, capsys):
+    write_trace(tmp_path)
+    write_study(tmp_path, dataset="shapes-colors")
+    assert "but of shapes, shapes-colors: name one that is" in fails(tmp_path, capsys, dataset="shaeps")
+    run(tmp_path, capsys)
+    text = (tmp_path / "shapes" / "report.html").read_text(encoding="utf-8")
+    assert "Adaptors trained" not in text and "checkpoints/" not in text
+
+
+def spoiled_results():
+    yield from ("", "{", "[]", "{}", "null", '{"a": NaN}', '{"settings": 3}')
+    for path, value in (
+        (("seed",), "zero"),
+        (("images",), 999),
+        (("settings",), None),
+        (("settings", "budgets"), [10, 25]),
+        (("settings", "pool"), "train"),
+        (("curve",), []),
+        (("curve",), {}),
+        (("curve", 0, "nll"), "high"),
+        (("curve", 2, "by_entropy", "error"), [0.5]),
+        (("curve", 1, "by_entropy"), None),
+        (("before", "accuracy"), None),
+        (("before", "by_entropy", "count"), [1]),
+        (("images",), None),
+    ):
+        part = result = make_result("entropy", 1)
+        for name in path[:-1]:
+            part = part[name]
+        part[path[-1]] = value
+        yield json.dumps(result)
+
+
+@pytest.mark.parametrize("damage", [*spoiled_results()], ids=lambda text: None)
+def test_a_damaged_result_is_named(tmp_path, capsys, damage):
+    path = write_study(tmp_path) / "entropy-seed1.json"
+    path.write_text(damage)
+    assert f"{path} is damaged or not a result of active_learning.py: delete it" in fails(tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": SETTINGS | {"lr": 1.0}},
+        {"settings": SETTINGS | {"val_counts": 0.2}},
+        {"fingerprint": {"train": "g"}},
+    ],
+)
+def test_results_of_other_settings_are_named(tmp_path, capsys, changes):
+    folder = write_study(tmp_path)
+    write_result(tmp_path, "bald", 1, **changes)
+    said = fails(tmp_path, capsys)
+    assert all(str(folder / f"bald-seed{seed}.json") in said for seed in (0, 1))
+    assert {"settings": "settings.", "fingerprint": "fingerprint.train"}[next(iter(changes))] in said
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("bald-seed3.json", {}),
+        ("epig-seed1.json", {}),
+        ("bald-seed1.json", {"dataset": "shapes-colors"}),
+        ("bald-seed1.json", {"backbone": "large"}),
+        ("bald-seed1.json", {"settings": SETTINGS | {"target": "test"}}),
+    ],
+)
+def test_a_copy_from_elsewhere_is_named(tmp_path, capsys, name, changes):
+    path = write_study(tmp_path) / name
+    path.write_text(json.dumps(make_result("bald", 1, **changes)))
+    assert f"{path} holds bald-seed1 of" in fails(tmp_path, capsys)
+
+
+def test_traces_are_means_over_trials(tmp_path, capsys):
+    path = write_trace(tmp_path)
+    out = run(tmp_path, capsys)
+    [trace] = factor_traces.read(tmp_path / "shapes")
+    rows = rows_of(trace.tables[0])
+    assert list(rows) == ["1 batch", "2 batches", "3 batches"] and trace.summary == "mean ± s.d. over 5 trials"
+    for side, points in json.loads(path.read_text())["sides"].items():
+        for point in points:
+            cell = rows[factor_traces.batches(point["batches"])].cells[f"{side}_{point['candidates']}"]
+            values = point["relative_trace"]
+            assert (cell.mean, cell.sd) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+            assert f"{cell.mean:.3f} ± {cell.sd:.3f}" in out
+    assert "K = 2,048 with 3 batches" in out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trials": 4},
+        {"trials": 0},
+        {"sides": {"image": []}},
+        {"sides": {"image": [], "text": []}},
+        {"sides": {side: [{"candidates": 8, "batches": 1, "relative_trace": 1}] for side in ("image", "text")}},
+        {"sides": {side: [{"candidates": 0, "batches": 1, "relative_trace": [1] * 5}] for side in ("image", "text")}},
+    ],
+)
+def test_damaged_traces_are_named(tmp_path, capsys, changes):
+    path = write_trace(tmp_path, **changes)
+    assert f"{path} is damaged or not a result of benchmarks.factor_trace" in fails(tmp_path, capsys)
+
+
+def test_traces_of_something_else_are_named(tmp_path, capsys):
+    path = write_trace(tmp_path)
+    other = tmp_path / "coco" / "tiny"
+    other.mkdir(parents=True)
+    shutil.copy(path, other)
+    assert f"{other / path.name} is of shapes, tiny" in fails(tmp_path, capsys, dataset="coco")
+
+
+def band(axes, i):
+    """The lower and upper edge of a panel's band, by its x."""
+    edge = axes.collections[i].get_paths()[0].vertices
+    return {x: (edge[edge[:, 0] == x, 1].min(), edge[edge[:, 0] == x, 1].max()) for x in np.unique(edge[:, 0])}
+
+
+def test_learning_curves_are_means_with_bands_of_deviations(tmp_path):
+    study = study_of(tmp_path)
+    for width in (plots.WIDE, html.NARROW):
+        figure = plots.learning_curves(study, width)
+        for axes, name in zip(figure.axes, FIGURES, strict=True):
+            *lines, dashed = axes.lines
+            assert [line.get_label() for line in lines] == ["random", "entropy", "bald"]
+            for i, line in enumerate(lines):
+                values = values_of(line.get_label(), range(3), name)[:, :-1]
+                assert line.get_xdata() == pytest.approx(BUDGETS) and line.get_ydata() == pytest.approx(
+                    values.mean(axis=0)
+                )
+                low, high = np.array(list(band(axes, i).values())).T
+                spread = values.std(axis=0, ddof=1)
+                assert (low, high) == (
+                    pytest.approx(line.get_ydata() - spread),
+                    pytest.approx(line.get_ydata() + spread),
+                )
+            assert dashed.get_ydata()[0] == pytest.approx(SCALE[name] * study.any["before"][name])
+
+
+def test_strategies_have_looks_of_their_own_wherever_they_stand(tmp_path):
+    assert list(STRATEGIES) == list(ORDER)
+    styles = plots._styles(study_of(tmp_path / "all", strategies=STRATEGIES))
+    assert len({style["color"] for style in styles.values()}) == len(STRATEGIES)
+    assert len({style["marker"] for style in styles.values()}) == len(STRATEGIES)
+    alone = plots.learning_curves(study_of(tmp_path, strategies=["bald"]))
+    assert alone.axes[0].lines[0].get_color() == styles["bald"]["color"]
+
+
+def test_error_over_entropy_before_and_after(tmp_path):
+    write_study(tmp_path, ["random", "k-center"])
+    write_result(tmp_path, "k-center", 5, curve=make_result("k-center", 5)["curve"][:2] + [undecided()])
+    [study] = active_results.read(tmp_path / "shapes")
+    first, last = plots.error_by_entropy(study).axes
+    before = make_result("random", 0)["before"]["by_entropy"]
+    points = [make_result("random", seed)["curve"][-1]["by_entropy"] for seed in range(3)]
+    dashed, line = first.lines
+    assert dashed.get_xdata() == pytest.approx(before["entropy"])
+    assert dashed.get_ydata() == pytest.approx(100 * np.array(before["error"]))
+    assert line.get_xdata() == pytest.approx(np.mean([point["entropy"] for point in points], axis=0))
+    errors = 100 * np.array([point["error"] for point in points])
+    assert line.get_ydata() == pytest.approx(errors.mean(axis=0))
+    edges = band(first, 0)
+    for x, y, spread in zip(line.get_xdata(), errors.mean(axis=0), errors.std(axis=0, ddof=1), strict=True):
+        assert edges[x] == pytest.approx((y - spread, y + spread))
+    assert first.get_title() == "random\nAUROC 0.500 → 0.750"
+    assert last.get_title() == f"k-center\nAUROC 0.500 → {tables.NONE}"
+
+
+def undecided():
+    """A model of the largest budget that is always right, so that nothing tells wrong predictions."""
+    return make_result("k-center", 5)["curve"][-1] | {"entropy_auroc": None}
+
+
+def test_traces_stand_beside_one_another_with_their_deviations(tmp_path):
+    path = write_trace(tmp_path)
+    [trace] = factor_traces.read(tmp_path / "shapes")
+    figure = plots.factor_trace(trace)
+    sides = json.loads(path.read_text())["sides"]
+    for axes, side in zip(figure.axes, ("image", "text"), strict=True):
+        assert axes.get_xscale() == "log" and axes.get_title() == f"{side} tower"
+        for container, batches in zip(axes.containers, (1, 2, 3), strict=True):
+            line, _, [bars] = container
+            points = [point["relative_trace"] for point in sides[side] if point["batches"] == batches]
+            assert line.get_ydata() == pytest.approx(np.mean(points, axis=1))
+            lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+            assert lengths == pytest.approx(2 * np.std(points, axis=1, ddof=1))
+            assert abs(np.log(line.get_xdata() / [128, 512, 2048])).max() < 0.5 * np.log(4) / 2  # nearest to its own K
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, html.NARROW])
+@pytest.mark.parametrize(
+    "options",
+    [{"strategies": STRATEGIES}, {"strategies": ["epig"], "seeds": [0], "settings": SETTINGS | {"budgets": [7]}}],
+)
+def test_nothing_is_cut_off_and_colors_are_the_pages(tmp_path, width, options):
+    study = study_of(tmp_path, **options)
+    write_trace(tmp_path)
+    [trace] = factor_traces.read(tmp_path / "shapes")
+    for part in (study, trace):
+        for name, draw in plots.drawings(part, {}).items():
+            figure = draw(width)
+            figure.draw_without_rendering()
+            box = figure.get_tightbbox().extents
+            assert min(box[:2]) >= -0.02 and box[2] <= width + 0.02 and box[3] <= figure.get_figheight() + 0.02, name
+            for axes in figure.axes:
+                labels = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+                assert all(one.x1 < other.x0 for one, other in itertools.pairwise(labels))
+            text = plots.svg(figure, "name")
+            assert not set(text.split("#")[1:]) & set(plots.LIGHT["colors"]) and "var(--figure-ink)" in text
+            assert not any(hue in text for theme in plots.THEMES for hue in plots.variables(theme).values())

@@ -1,0 +1,384 @@
+"""Classification side by side: temperatures of a validation split, paired intervals, and their tables, all slowly."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_report import make_result, mean, rows_of, save
+
+import cache_embeddings
+import eval as evaluation
+import report
+import train
+from datasets.embeddings import Pairs
+from datasets.shapes import VALUES, Shapes
+from metrics import calibration, comparison
+from metrics.uncertainty import DRAWN, times_drawn
+from models.base import adapt_all
+from tasks.classification import class_embeddings
+from utils import results, tables
+from utils.checkpoint import Run
+from utils.config import load_config
+from utils.errors import UserError
+
+CLASSES = ["--dataset", "folder", "--backbone", "shapes-tiny", "--device", "cpu"]
+METHOD = ["--train-dataset", "shapes", "--method", "bayesvlm"]
+JUDGED = [*CLASSES, *METHOD, "--split", "test", "--quiet"]
+RESULT = "results/shapes/shapes-tiny/bayesvlm/seed0/folder+test-classification.json"
+SMALL = ["data.options.train_images=300", "data.options.val_images=100"]
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """A folder with a small `shapes` and its val images in folders by shape, half of them as val and half as test."""
+    folder = tmp_path_factory.mktemp("halved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pooled = ["--features", "pooled", "--quiet", "--device", "cpu", "--workers", "1"]
+        cache_embeddings.main(["--dataset", "shapes", *pooled, "--set", *SMALL])
+        source = Shapes("data/shapes", train_images=300, val_images=100)
+        for number, (image, scene) in enumerate(zip(source.images("val"), source.scenes("val"), strict=True)):
+            of_shape = folder / "drawn" / ("val", "test")[number % 2] / VALUES[0][scene[0]]
+            of_shape.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image.path, of_shape)
+        cache_embeddings.main([*CLASSES, "--root", "drawn", *pooled, "--splits", "val", "test"])
+        run = ["--dataset", "shapes", "--device", "cpu", "--quiet"]
+        train.main([*run, "--method", "clip", "--val-fraction", "0"])
+        train.main([*run, "--method", "bayesvlm", "--set", "model.candidates=160"])
+    return folder
+
+
+@pytest.fixture
+def place(halved, tmp_path, monkeypatch):
+    for name in ("embeddings", "data", "checkpoints"):
+        (tmp_path / name).symlink_to(halved / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def logits(split, score="classify"):
+    """Logits (N, C) of a split's images up to a scale, and their labels."""
+    adaptor, pairs = Run(load_config("shapes", "bayesvlm")).load("cpu")[0], Pairs("folder", "shapes-tiny", split)
+    image = adapt_all(adaptor.adapt_image, pairs.fed("image", True), "cpu")
+    prompt = adapt_all(adaptor.adapt_text, class_embeddings(Pairs("folder", "shapes-tiny", "test"), True), "cpu")
+    return getattr(adaptor, score)(image, prompt).double(), np.array(pairs.label)
+
+
+def test_a_temperature_is_fitted_on_all_of_another_split(place, capsys):
+    evaluation.main([*JUDGED, "--val", "val", "--score", "both"])
+    found, arrays = json.loads((place / RESULT).read_text()), np.load((place / RESULT).with_suffix(".npz"))
+    assert (
+        found["val"] == "val" and found["val_fingerprint"] == Pairs("folder", "shapes-tiny", "val").meta["fingerprint"]
+    )
+    for part, score in ((found, "classify"), (found["other_score"], "similarity")):
+        of_entry = part["image_to_class"]["calibration"]
+        assert list(of_entry) == ["model", "temperature", "validation", *["matched"] * (score == "classify")]
+        belief = of_entry["validation"]
+        [scale] = belief["scales"]
+        (held_out, held_label), (logit, label) = logits("val", score), logits("test", score)
+
+        def nll(by, logit=held_out, label=held_label):
+            return -(by * logit).log_softmax(dim=1)[range(len(label)), label].numpy()
+
+        assert nll(scale).mean() <= min(nll(1.02 * scale).mean(), nll(scale / 1.02).mean())
+        assert belief["split"] == "val" and belief["nll"] == pytest.approx(nll(scale, logit, label).mean(), rel=1e-4)
+        probability = (scale * logit).softmax(dim=1).numpy()
+        confidence, hit = probability.max(axis=1), (probability.argmax(axis=1) == label).astype(float)
+        assert belief["accuracy"] == hit.mean() and 0 < hit.mean() < 1
+        wrong, right = (stats.entropy(probability, axis=1)[hit == value] for value in (0, 1))
+        chance = stats.mannwhitneyu(wrong, right).statistic / len(wrong) / len(right)
+        assert belief["auroc"] == pytest.approx(chance, abs=1e-3)
+        if score == "classify":  # which ranks: its arrays are kept
+            assert arrays["image_to_class_validation_nll"] == pytest.approx(nll(scale, logit, label), rel=1e-3)
+            assert arrays["image_to_class_validation_confidence"] == pytest.approx(confidence, rel=1e-4)
+            assert (arrays["image_to_class_validation_hit"] == hit).all()
+
+
+def test_arrays_of_every_entry_stand_in_the_order_of_the_images(place, capsys):
+    evaluation.main([*JUDGED[:-1], "--val", "val"])
+    said = capsys.readouterr().out
+    found, arrays = json.loads((place / RESULT).read_text()), np.load((place / RESULT).with_suffix(".npz"))
+    part, (logit, label) = found["image_to_class"]["calibration"], logits("test")
+    entropy = found["image_to_class"]["uncertainty"]["entropy"]
+    assert (part["model"]["auroc"], part["model"]["aurc"]) == (entropy["auroc"], pytest.approx(entropy["aurc"]))
+    halves, scales = calibration.halves(np.arange(len(label))), part["temperature"]["scales"]
+    scaled = logit * torch.tensor(np.where(halves, scales[1], scales[0]))[:, None]  # each half by that of the other
+    expected = {"model": logit, "temperature": scaled}
+    for name, logit in expected.items():
+        log_probability = logit.log_softmax(dim=1)
+        nll = -log_probability[range(len(label)), label].numpy()
+        assert arrays[f"image_to_class_{name}_nll"] == pytest.approx(nll, rel=1e-3, abs=1e-5)
+        sure = log_probability.exp().amax(dim=1).numpy()
+        assert arrays[f"image_to_class_{name}_confidence"] == pytest.approx(sure, rel=1e-3)
+    titles = {"model": "model", "temperature": "temperature", "validation": "temperature of val"}
+    for name, belief in part.items():
+        mine = [arrays[f"image_to_class_{name}_{field}"] for field in ("nll", "confidence", "hit")]
+        assert belief["nll"] == pytest.approx(mine[0].mean()) and belief["accuracy"] == pytest.approx(mine[2].mean())
+        assert belief["ece_15"] == calibration.calibration_error(calibration.reliability(*mine[1:]))
+        title = (titles | {"matched": "matched temperature"})[name]
+        assert f"    {title:19} {belief['nll']:.3f} {belief['ece_15']:.3f}\n" in said
+
+
+def test_what_a_temperature_cannot_be_fitted_on_is_refused(place, refusal, monkeypatch):
+    shapes = ["--dataset", "shapes", "--method", "clip", "--device", "cpu"]
+    assert "has captions and no classes: leave out --val" in refusal(evaluation.main, *shapes, "--val", "train")
+    assert "--val test has 50 of the images that are evaluated" in refusal(evaluation.main, *JUDGED, "--val", "test")
+    assert "/folder/shapes-tiny/all is missing" in refusal(evaluation.main, *JUDGED, "--val", "all")
+    assert not (place / "results").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "seen_images", lambda pairs, seen: 7 * (pairs.folder.name == "val"))
+        assert "--val val has 7 images that were trained on" in refusal(evaluation.main, *JUDGED, "--val", "val")
+        evaluation.main([*JUDGED, "--val", "val", "--allow-leakage"])
+    monkeypatch.setattr(Pairs, "classes", property(lambda self: self.meta["classes"][:: of(self, val=-1, test=1)]))
+    assert "has other classes than" in refusal(evaluation.main, *JUDGED, "--val", "val")
+
+
+def of(pairs, **by_split):
+    return by_split[pairs.folder.name]
+
+
+def test_without_mistakes_there_is_no_temperature_of_a_split(place, capsys, monkeypatch):
+    answers, labels = logits("val")[0].argmax(dim=1).numpy(), Pairs("folder", "shapes-tiny", "test").label
+    monkeypatch.setattr(Pairs, "label", property(lambda self: of(self, val=answers, test=labels)))
+    evaluation.main([*JUDGED[:-1], "--val", "val"])
+    found = json.loads((place / RESULT).read_text())
+    assert list(found["image_to_class"]["calibration"]) == ["model", "temperature", "matched"]
+    assert "no temperature of val: too few of its images are mistaken to bound one" in capsys.readouterr().out
+
+
+def forecasts(runs=3, queries=200, seed=0, shift=0.0):
+    """Random NLL, confidences and hits (R, Q), the latter as often as the confidences say."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0, 1, (runs, queries))
+    hit = (rng.uniform(size=confidence.shape) < confidence - shift).astype(float)
+    return -np.log(np.where(hit, confidence, 1 - confidence)), confidence, hit
+
+
+def slow_figures(nll, confidence, hit, rows, bins=15):
+    """Mean NLL and ECE of the queries in `rows`, some of them more than once, by the definition."""
+    nll, confidence, hit = (values[rows] for values in (nll, confidence, hit))
+    error = 0.0
+    for low in range(bins):
+        inside = (confidence >= low / bins) & ((confidence < (low + 1) / bins) | (low == bins - 1))
+        if inside.any():
+            error += inside.sum() * abs(hit[inside].mean() - confidence[inside].mean())
+    return np.mean(nll), error / len(rows)
+
+
+def test_draws_of_queries_by_a_loop(monkeypatch):
+    """The draws are those of the bootstrap, which tests/test_metrics.py holds against a loop."""
+    arrays = forecasts()
+    found = comparison.resampled(*arrays, draws=20, seed=3)
+    [times] = times_drawn(200, 20, 3, 20)
+    assert found["nll"].shape == found["ece"].shape == (21, 3) and (times.sum(axis=1) == 200).all()
+    for draw, count in enumerate([np.ones(200, int), *times]):
+        for run in range(3):
+            expected = slow_figures(*(values[run] for values in arrays), np.repeat(np.arange(200), count))
+            assert (found["nll"][draw, run], found["ece"][draw, run]) == pytest.approx(expected, abs=1e-12)
+    monkeypatch.setattr(comparison, "DRAWN", 600)  # three draws at once: the same ones
+    parts = comparison.resampled(*arrays, draws=20, seed=3)
+    for name, values in found.items():
+        np.testing.assert_allclose(parts[name], values, atol=1e-12)
+    assert comparison.resampled(*arrays, bins=20, draws=1)["ece"][0, 0] == pytest.approx(
+        calibration.calibration_error(calibration.reliability(arrays[1][0], arrays[2][0], 20))
+    )
+    with pytest.raises(ValueError, match="a confidence is outside of"):
+        comparison.resampled(arrays[0], 2 + arrays[1], arrays[2])
+
+
+def test_intervals_of_differences_hold_what_is_true_as_often_as_they_say():
+    """Of a hundred pairs of forecasts some 95 intervals hold the difference that very many queries show."""
+    truth = [forecasts(1, 10**6, shift=shift)[0].mean() for shift in (0, 0.1)]
+    held = 0
+    for seed in range(100):
+        one = comparison.resampled(*forecasts(1, 400, seed=2 * seed), draws=200)["nll"][:, 0]
+        other = comparison.resampled(*forecasts(1, 400, seed=2 * seed + 1, shift=0.1), draws=200)["nll"][:, 0]
+        gap = comparison.gap(other, one)
+        held += gap.low <= truth[1] - truth[0] <= gap.high
+    assert 85 <= held <= 100
+
+
+def test_a_gap_is_of_the_same_draws():
+    ours, theirs = np.arange(41.0), np.append(1.0, np.arange(40.0) + np.tile([2, -1], 20))
+    gap = comparison.gap(ours, theirs)  # of the draws 1 - 2 and 1 + 1
+    assert gap == (-1, -1, 2) and not gap.real
+    assert comparison.gap(ours - 3, theirs).real and comparison.gap(ours + 3, theirs).real
+
+
+DATA = {"cifar": "test", "cifar+shifted": "shifted"}
+NLL = {("clip", "model"): 2.0, ("clip", "temperature"): 1.0, ("bayesvlm", "model"): 1.5, ("bayesvlm", "matched"): 1.75}
+
+
+def write(folder, variant, seed, data, left=()):
+    """A synthetic result of classification and its arrays, whose NLL is that of NLL, and 0.1 more for each seed."""
+    doubt = None if variant == "clip" else -0.5
+    result = make_result(variant, seed, 0.6, doubt, task="classification", evaluated_on=data, split=DATA[data])
+    side, arrays, rng = result["image_to_class"], {}, np.random.default_rng([seed, len(data)])
+    one, side["calibration"] = side["calibration"]["model"], {}
+    noise = rng.uniform(-0.5, 0.5, 100)
+    for (name, entry), value in NLL.items():
+        if name == variant and entry not in left:
+            nll = value + 0.1 * seed + 0.01 * len(data) + noise * (1 + value)
+            arrays |= {f"image_to_class_{entry}_nll": nll, f"image_to_class_{entry}_hit": np.tile([0.0, 1.0], 50)}
+            arrays[f"image_to_class_{entry}_confidence"] = np.full(100, 0.5 + value / 10)
+            side["calibration"][entry] = one | {"nll": float(nll.mean()), "accuracy": 0.5, "auroc": 0.75, "aurc": 0.125}
+    path = save(folder, result)
+    np.savez_compressed(path.with_suffix(".npz"), **dict(np.load(path.with_suffix(".npz"))) | arrays)
+    return arrays
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Two data sets; clip with one seed and bayesvlm with two; on the second no temperature of clip's is bounded."""
+    kept = {}
+    for data in DATA:
+        kept["clip", 0, data] = write(tmp_path, "clip", 0, data, ["temperature"] * (data == "cifar+shifted"))
+        for seed in range(2):
+            kept["bayesvlm", seed, data] = write(tmp_path, "bayesvlm", seed, data)
+    return tmp_path, kept
+
+
+def side_by_side(folder):
+    [block] = results.across(results.read(folder / "shapes"))
+    return block, {table.name: table for table in block.tables}
+
+
+def test_data_sets_side_by_side(compared):
+    folder, kept = compared
+    block, found = side_by_side(folder)
+    assert block.title == "2 data sets, tiny: comparison" and block.summary == "mean ± s.d. over 1 to 2 seeds"
+    names = ["across_accuracy", "across_nll", "across_ece_15", "across_auroc", "across_query", "across_aurc"]
+    assert list(found) == [*names, "differences_nll", "differences_ece"]
+    table = found["across_nll"]
+    heads = [(column.group, column.title) for column in table.columns]
+    assert heads == [("cifar", "test"), ("cifar", "shifted"), ("", "average")]
+    rows = rows_of(table)
+    assert list(rows) == ["clip", "clip + temperature", "bayesvlm", "bayesvlm + matched temperature"]
+    of = {key: arrays["image_to_class_model_nll"].mean() for key, arrays in kept.items()}
+    by_seed = [[of["bayesvlm", seed, data] for data in DATA] for seed in range(2)]
+    for data, values in zip(DATA, np.transpose(by_seed), strict=True):
+        cell = rows["bayesvlm"].cells[f"{data}_nll"]
+        assert cell.mean == pytest.approx(values.mean()) and cell.sd == pytest.approx(values.std(ddof=1))
+    cell, averages = rows["bayesvlm"].cells["average_nll"], np.mean(by_seed, axis=1)
+    assert cell.mean == pytest.approx(averages.mean()) and cell.sd == pytest.approx(averages.std(ddof=1))
+    assert (
+        rows["clip + temperature"].cells.keys() == {"cifar_nll"} and rows["clip + temperature"].cells["cifar_nll"].best
+    )
+    assert cell.best and not rows["clip"].cells["average_nll"].best and rows["bayesvlm"].seeds == 2
+    assert mean(found["across_accuracy"], "clip", "average_accuracy") == 50
+    assert mean(found["across_aurc"], "bayesvlm + matched temperature", "average_aurc") == 0.125
+    assert [column.key for column in found["across_ece_15"].hidden] == ["cifar_ece_20", "cifar+shifted_ece_20"]
+    assert "none" in found["across_accuracy"].note and "Matched temperature" in found["across_accuracy"].note
+
+
+def test_averages_are_over_seeds_that_have_every_data_set(compared):
+    folder, kept = compared
+    gone = folder / "shapes/tiny/bayesvlm/seed1/cifar+shifted-classification.json"
+    gone.unlink()
+    rows = rows_of(side_by_side(folder)[1]["across_nll"])
+    first = [kept["bayesvlm", 0, data]["image_to_class_model_nll"].mean() for data in DATA]
+    assert rows["bayesvlm"].cells["average_nll"].mean == pytest.approx(np.mean(first))
+    assert rows["bayesvlm"].cells["average_nll"].sd is None and rows["bayesvlm"].cells["cifar_nll"].sd > 0
+    (gone.parents[1] / "seed0" / gone.name).unlink()
+    assert rows_of(side_by_side(folder)[1]["across_nll"])["bayesvlm"].cells.keys() == {"cifar_nll"}
+
+
+def test_paired_differences_by_a_loop(compared):
+    folder, kept = compared
+    table = side_by_side(folder)[1]["differences_nll"]
+    assert list(rows_of(table)) == [
+        "clip + temperature less clip", "bayesvlm less clip", "bayesvlm less clip + temperature",
+        "bayesvlm less its matched temperature",
+    ]  # fmt: skip
+    assert table.heads == ("comparison", "seeds") and [column.title for column in table.columns] == ["test", "shifted"]
+    draws = np.concatenate(list(times_drawn(100, 1000, 0, DRAWN // 100)))
+    entries = {"bayesvlm less clip": ("model", "clip", "model")}
+    entries["bayesvlm less its matched temperature"] = ("model", "bayesvlm", "matched")
+    entries["bayesvlm less clip + temperature"] = ("model", "clip", "temperature")
+    for name, (entry, base, other) in entries.items():
+        for data in DATA:
+            cells = rows_of(table)[name].cells
+            if base == "clip" and other == "temperature" and data == "cifar+shifted":
+                assert f"{data}_nll_gap" not in cells
+                continue
+            seeds = range(1 if base == "clip" else 2)
+            field = "image_to_class_{}_nll".format
+            ours = np.mean([kept["bayesvlm", seed, data][field(entry)] for seed in range(2)], axis=0)
+            theirs = np.mean([kept[base, seed, data][field(other)] for seed in seeds], axis=0)
+            gaps = [np.mean(np.repeat(ours - theirs, count)) for count in draws]
+            low, high = np.quantile(gaps, [0.025, 0.975])
+            found = [cells[f"{data}_nll_gap{end}"].mean for end in ("", "_low", "_high")]
+            assert found == pytest.approx([np.mean(ours - theirs), low, high])
+            text = f"{found[0]:+.3f} [{low:+.3f}, {high:+.3f}]" + "†" * bool(low > 0 or high < 0)
+            assert cells[f"{data}_nll_gap"].text == text.replace("-", tables.MINUS)
+    # Of alike confidences and hits by halves, so that ECE is the distance of the two.
+    cells = rows_of(side_by_side(folder)[1]["differences_ece"])["bayesvlm less clip"].cells
+    assert cells["cifar_ece_gap"].mean == pytest.approx(0.15 - 0.2)
+
+
+def test_what_has_no_baseline_or_one_data_set_is_compared_with_less(tmp_path):
+    write(tmp_path, "clip", 0, "cifar", ["temperature"])
+    assert results.across(results.read(tmp_path / "shapes")) == []  # the table of the data set says all there is
+    write(tmp_path, "bayesvlm", 0, "cifar", ["matched"])
+    block, found = side_by_side(tmp_path)
+    assert block.title == "cifar, tiny: comparison" and list(found) == ["differences_nll", "differences_ece"]
+    assert list(rows_of(found["differences_nll"])) == ["bayesvlm less clip"]
+    shutil.rmtree(tmp_path / "shapes/tiny/clip")
+    assert results.across(results.read(tmp_path / "shapes")) == []
+    write(tmp_path, "bayesvlm", 0, "cifar+shifted", ["matched"])
+    assert "differences_nll" not in side_by_side(tmp_path)[1]
+    assert results.across([]) == []
+
+
+def test_the_report_has_them_in_every_format(compared):
+    folder, _ = compared
+    report.main(["--dataset", "shapes", "--results", str(folder), "--quiet"])
+    told = {
+        name: (folder / "shapes" / name).read_text() for name in ("table.md", "table.tex", "table.csv", "report.html")
+    }
+    assert all("bayesvlm less its matched temperature" in text for text in told.values())
+    assert (
+        "2 data sets,tiny,comparison,differences_nll,bayesvlm less clip,bayesvlm,2,cifar_nll_gap_low,-"
+        in told["table.csv"]
+    )
+
+
+def test_results_that_do_not_fit_are_refused(compared):
+    folder, _ = compared
+    path = folder / "shapes/tiny/clip/seed0/cifar-classification.json"
+    values = json.loads(path.read_text())
+    one = {"val": "val", "val_fingerprint": "a"}
+    path.write_text(json.dumps(values | one))
+    results.read(folder / "shapes")  # some with and some without
+    other = folder / "shapes/tiny/bayesvlm/seed0/cifar-classification.json"
+    for name, value, what in (("val", "more", "choices of --val"), ("val_fingerprint", "b", "embeddings of --val")):
+        other.write_text(json.dumps(json.loads(other.read_text()) | one | {name: value}))
+        with pytest.raises(
+            UserError, match=rf"seed0/cifar-classification\.json have different {what}, .*: evaluate one"
+        ):
+            results.read(folder / "shapes")
+    path.write_text(json.dumps(values))
+    np.savez(path.with_suffix(".npz"), image_to_class_hit=np.ones(100))
+    with pytest.raises(UserError, match=r"npz holds no 'image_to_class_model_nll': delete it and evaluate again\."):
+        results.across(results.read(folder / "shapes"))
+
+
+def test_rows_of_a_temperature_are_named_by_the_split_it_is_of(tmp_path):
+    for data, split in (("cifar", "val"), ("cifar+shifted", "late")):
+        write(tmp_path, "clip", 0, data)
+        path = tmp_path / f"shapes/tiny/clip/seed0/{data}-classification.json"
+        values = json.loads(path.read_text())
+        entries = values["image_to_class"]["calibration"]
+        entries["validation"] = entries["temperature"] | {"split": split}
+        path.write_text(json.dumps(values | {"val": split, "val_fingerprint": split}))
+        arrays = dict(np.load(path.with_suffix(".npz")))
+        new = {key.replace("temperature", "validation"): value for key, value in arrays.items()}
+        np.savez_compressed(path.with_suffix(".npz"), **arrays | new)
+        [table] = [table for table in results.read(tmp_path / "shapes")[-1].tables if table.name == "classification"]
+    assert list(rows_of(table)) == ["clip", "clip + temperature", "clip + temperature of late"]
+    assert "all of its labeled images" in table.note
+    found = side_by_side(tmp_path)[1]["across_nll"]
+    assert list(rows_of(found)) == ["clip", "clip + temperature", "clip + temperature of val or late"]
