@@ -74,7 +74,8 @@ def main(argv=None):
     args = parse(argv)
     folder = folder_of(args.results, args.dataset)
     blocks, studies, traces = read(folder, args.backbone)
-    parts = [*blocks, *results.across(blocks), *studies, *traces]
+    details = next((i for i, block in enumerate(blocks) if block.task == "classification"), len(blocks))
+    parts = [*blocks[:details], *results.across(blocks), *blocks[details:], *studies, *traces]
     looks = plots.looks(blocks)
     write_tables(folder, parts)
     for name in plots.EVERY:  # of fewer parts, they may have had other names
