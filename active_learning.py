@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from datasets.embeddings import Pairs
-from datasets.labeling import Splits, image_map, items, must_share_backbone
+from datasets.labeling import Splits, image_map, must_share_backbone
 from metrics import calibration, summary
-from models.laplace import Factors, Posterior, activation_factor, curvature, load_published, loss_of
+from models.bayesvlm import BayesVLM
+from models.laplace import Factors, Posterior, activation_factor, curvature, loss_of
 from models.projection import Classifier
 from models.strategies import STRATEGIES, Choice
 from tasks.classification import class_embeddings
@@ -49,13 +50,14 @@ ELSEWHERE = (
 )  # no setting, or named
 COUNTS = ("k", "epig_pool", "epig_targets", "epig_weight", "epochs", "batch_size", "patience")
 FACTORS = (
-    "what the posterior is of: pool, its images against the classes; a data set of captions, its training split; or the"
-    " folder or .npz of published factors"
+    "what the posterior is of: pool, its images against the classes; a data set of captions, its training split; the"
+    " adaptor.pt of a run of bayesvlm; or the folder or .npz of published factors"
 )
 
 
 def parse(argv):
-    parser = make_parser(__doc__)
+    strategies = (f"  {name:18}{strategy.__doc__.splitlines()[0]}" for name, strategy in STRATEGIES.items())
+    parser = make_parser("\n".join([__doc__, "strategies, each of which chooses from the pool:", *strategies]))
     add_data_flags(parser, "a set of images with classes")
     add = parser.add_argument
     add("--pool", nargs="+", required=True, metavar="SPLIT", help="splits whose images may be labeled")
@@ -72,7 +74,7 @@ def parse(argv):
     add("--k", type=int, default=1, help="images of the pool that each chosen image of the target brings in")
     add("--similarity", choices=["wasserstein", "cosine"], default="wasserstein", help="by which it brings them in")
     add("--factors", default="pool", help=FACTORS)
-    add("--n", type=float, default=10.0, help="how often each item behind the factors counts")
+    add("--n", type=float, default=10.0, help="how often each item counts, 10 as in BayesVLM's; bayesvlm's is 4")
     add("--draws", type=int, default=100, help="of the weights, for bald and epig")
     add("--epig-pool", type=int, default=500, help="images next to targets, among which epig looks")
     add("--epig-targets", type=int, default=200, help="drawn anew for each of epig's picks")
@@ -90,7 +92,7 @@ def parse(argv):
 
 def check(args):
     """Put lists in order, nothing twice; raises UserError for flags that cannot be."""
-    args.strategies = list(STRATEGIES) if args.strategies == ["all"] else list(dict.fromkeys(args.strategies))
+    args.strategies = list(STRATEGIES) if "all" in args.strategies else list(dict.fromkeys(args.strategies))
     for name in args.strategies:
         if name not in STRATEGIES:
             raise UserError(f"there is no strategy '{name}'; there is all, or any of {', '.join(STRATEGIES)}.")
@@ -124,27 +126,32 @@ def make_posterior(args, splits, classifier, loss):
     """The posterior of the pretrained projection, and a fingerprint of what it is of beside the splits.
 
     Of the pool, all of its images count, whatever their labels, against the classes: the very likelihood that is
-    trained, which needs no other data. Captions that the backbone was trained on, and published factors, say instead
-    what it has seen before, so that images unlike those stay uncertain however many the pool has.
+    trained, which needs no other data. Factors of captions, as `bayesvlm` gathers or takes them, say instead what the
+    backbone has seen before, so that images unlike that stay uncertain however many the pool has.
     """
-    device, weight, source = classifier.weight.device, classifier.pretrained, {}
-    images, candidates, published = splits.pool, classifier.classes, None
-    if args.factors in known("datasets"):
-        config = load_config(args.factors, backbone=splits.about.meta["backbone"])
-        pairs = Pairs(args.factors, config.backbone, config.data.train_split, pooled=True)
-        must_share_backbone(pairs, splits.about)
-        images, candidates = items(pairs, device), torch.from_numpy(np.array(pairs.text)).to(device).float()
-        source = {"factors": pairs.meta["fingerprint"]}
-    elif args.factors != "pool":
-        text = splits.about.projection["text_weight"].shape
-        sizes = {"image": weight.shape[::-1], "text": (text[1] + ("text_bias" in splits.about.projection), text[0])}
-        published = load_published(args.factors, sizes=sizes).factors["image"]
-        source = {"factors": hashlib.sha256(published.a.numpy().tobytes() + published.b.numpy().tobytes()).hexdigest()}
-    if published:
-        factors = Factors(published.a.to(weight), published.b.to(weight), published.count)
+    weight, pairs, source = classifier.pretrained, splits.about, {}
+    if args.factors == "pool":
+        phi = splits.pool.phi
+        b = curvature(splits.pool.embedding, classifier.classes, classifier.scale, **loss) / math.sqrt(len(phi))
+        factors = Factors(activation_factor(phi, device=phi.device), b, len(phi))
     else:
-        b = curvature(images.embedding, candidates, classifier.scale, **loss) / math.sqrt(len(images.phi))
-        factors = Factors(activation_factor(images.phi, device=device), b, len(images.phi))
+        named = args.factors in known("datasets")
+        if not named and not Path(args.factors).exists():
+            raise UserError(
+                f"--factors {args.factors} is neither pool, nor a data set, nor a file or folder of factors."
+            )
+        if named:
+            config = load_config(args.factors, backbone=pairs.meta["backbone"])
+            pairs = Pairs(args.factors, config.backbone, config.data.train_split, pooled=True)
+            must_share_backbone(pairs, splits.about)
+            if pairs.classes is not None:
+                raise UserError(f"--factors {args.factors} has classes: name a data set of captions, or pool.")
+        torch.manual_seed(0)
+        adaptor = BayesVLM(pairs.dim, factors="" if named else args.factors)
+        found = adaptor.find_factors(pairs, args.quiet)[0]["image"]
+        held = [part.float().numpy().tobytes() for part in found if isinstance(part, torch.Tensor)]
+        source = {"factors": pairs.meta["fingerprint"] if named else hashlib.sha256(b"".join(held)).hexdigest()}
+        factors = type(found)(*(part.to(weight) for part in found[:-1]), found.count)
     try:
         return Posterior(factors, weight.cpu().double().square().sum().item(), args.n), source
     except ValueError as error:
@@ -210,8 +217,15 @@ def main(argv=None):
     if picks[-1] > offered:
         share = f" (--pool-share {args.pool_share} of {len(splits.pool.label):,})"
         raise UserError(f"--budgets {most:,} is more than the {offered:,} images that the pool offers{share}.")
-    if picks[0] < 1 or (args.val and spent_on_val(args, most) > len(splits.val.label)):
-        raise UserError(f"--val-counts {args.val_counts} leaves no label for the pool, or wants more than --val has.")
+    if picks[0] < 1:
+        raise UserError(
+            f"--val-counts {args.val_counts} of --budgets {args.budgets[0]:,} leaves no label for the pool."
+        )
+    if args.val and spent_on_val(args, most) > len(splits.val.label):
+        raise UserError(
+            f"--val-counts {args.val_counts} of --budgets {most:,} is more than the {len(splits.val.label):,} images of"
+            f" '{args.val}'."
+        )
 
     classifier, loss = pretrained(splits, device)
     posterior, source = make_posterior(args, splits, classifier, loss)

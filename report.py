@@ -39,7 +39,7 @@ def folder_of(root, dataset):
     """The folder of what was trained or made on a data set; raises UserError, naming those that there are."""
     there = sorted(path.name for path in root.glob("*") if path.is_dir() and backbones(path))
     if dataset not in there:
-        run = f"run `python eval.py --dataset {dataset} --method METHOD` first"
+        run = f"run `python eval.py --dataset {dataset} --method METHOD` or, of classes, active_learning.py first"
         way_out = run if dataset in known("datasets") else "name one that is"
         have = f"but of {', '.join(there)}" if there else "nor of any other data set"
         raise UserError(f"no results of '{dataset}' are in {root.absolute()}, {have}: {way_out}.")

@@ -51,9 +51,11 @@ def main(argv=None):
     if pairs.classes is not None:
         raise UserError(f"{pairs.folder} has classes and no captions: name a data set of pairs.")
     items = len(pairs.image)
-    sizes = sorted(set(args.candidates or [max(2, items // part) for part in (64, 16, 4)]))
-    if not (sizes[0] >= 2 and sizes[-1] <= items and args.batches > 0 and args.trials > 0):
-        raise UserError(f"--candidates must be from 2 to the {items:,} images of {pairs.folder}, the others above 0.")
+    sizes = sorted(set(args.candidates or [max(2, min(items, 32768) // part) for part in (64, 16, 4, 1)]))
+    if not 2 <= sizes[0] <= sizes[-1] <= items:
+        raise UserError(f"--candidates must be from 2 to {items:,}, the images of {pairs.folder}.")
+    if args.batches < 1 or args.trials < 1:
+        raise UserError(f"--batches and --trials must be 1 or more, not {args.batches} and {args.trials}.")
 
     found = {side: {size: [] for size in sizes} for side in SIDES}
     bar = tqdm(total=len(sizes) * args.trials, unit="trial", desc="factors", disable=None)

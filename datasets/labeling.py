@@ -1,5 +1,7 @@
 """The cached splits of a set of images with classes, as an active learner uses them: pool, target, validation part."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ class Splits:
     """Opened splits as Items on a device: `pool` of one split or more, `target`, and `val` or None.
 
     Raises UserError where a cache is missing or has no pooled features or no classes, where classes or backbones
-    differ, and where an image of the pool is in the target or the validation part, too.
+    differ, and where two splits share an image.
     """
 
     def __init__(self, dataset, backbone, pool, target, val, device):
@@ -30,10 +32,10 @@ class Splits:
             must_share_backbone(pairs, self.about)
         if len(self.about.classes) < 2:
             raise UserError(f"{self.about.folder} has one class, '{self.about.classes[0]}': there is nothing to tell.")
-        for split in splits[len(pool) :]:
-            shared = sum(_shared(self.pairs[split], self.pairs[part]) for part in pool)
+        for one, other in itertools.combinations(splits, 2):
+            shared = _shared(self.pairs[one], self.pairs[other])
             if shared:
-                raise UserError(f"{shared:,} images of '{split}' are in the pool, too: name splits that share none.")
+                raise UserError(f"'{one}' and '{other}' share {shared:,} images: name splits that share none.")
         parts = {split: items(pairs, device) for split, pairs in self.pairs.items()}
         self.pool, self.target, self.val = joined([parts[split] for split in pool]), parts[target], parts.get(val)
         self.split_of = np.repeat(pool, [len(parts[split].label) for split in pool])  # each image of the pool

@@ -57,7 +57,10 @@ def gap(ours, theirs):
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences over seeds, its 95 % interval by Student's t, and the p-value of no difference."""
+    """Mean of paired differences over seeds, its 95 % interval by Student's t, and the p-value of no difference.
+
+    Where every seed has the same difference there is no test: p is 1.
+    """
 
     mean: float
     low: float
@@ -71,8 +74,8 @@ def paired(values, against):
     if len(gap) < 2:
         return None
     mean, error = gap.mean(), gap.std(ddof=1) / np.sqrt(len(gap))
-    if error == 0:  # all alike, of which t knows nothing
-        return Difference(mean, mean, mean, float(mean == 0))
+    if error <= 1e-9 * np.abs([values, against]).max():  # alike up to rounding, as counts may be: t knows nothing
+        return Difference(mean, mean, mean, 1.0)
     low, high = stats.t.interval(0.95, len(gap) - 1, mean, error)
     return Difference(mean, low, high, stats.ttest_1samp(gap, 0).pvalue)
 

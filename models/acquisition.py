@@ -6,7 +6,6 @@ embedding is certain: of its coordinates, or along the basis that all covariance
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,23 +30,20 @@ def bald(samples: Tensor) -> Tensor:
     return (entropy(samples.mean(dim=0)) - entropy(samples).mean(dim=0)).clamp_min(0)  # below 0 is only rounding
 
 
-def epig(pool: Tensor, target: Tensor, corrected: bool = True, permutations: int = 1, block: int = 2**20) -> Tensor:
+def epig(pool: Tensor, target: Tensor, corrected: bool = True, block: int = 2**20) -> Tensor:
     """Information (N,) in nats between the labels of an item and a random target; Bickford Smith et al. (AISTATS 2023).
 
     pool: drawn probabilities (K, N, C). target: (K, T, C'), where draw k is of the same weights as the pool's draw k.
-    corrected: less the bias of a finite K, so that what tells nothing is about 0 and may be below. permutations: how
-    many estimates of that bias are averaged. block: entries of a joint table that are in memory at once.
+    corrected: less the bias of a finite K, so that what tells nothing is about 0 and may be below. block: entries of a
+    joint table that are in memory at once.
     Draws of the pool's weights and of others for the target, uncorrected, are what BayesVLM publishes (in float16): all
-    of it is bias. Raises ValueError if the numbers of draws differ or are too few to permute, or without a target.
+    of it is bias. Raises ValueError if the numbers of draws differ, for a single draw to correct, or without a target.
     """
     (draws, items, classes), (target_draws, targets, target_classes) = pool.shape, target.shape
     if draws != target_draws or not targets:
         raise ValueError(f"pool and target need the same draws, and a target: {draws}, {target_draws} and {targets}")
-    if corrected and not 1 <= permutations < draws:
-        raise ValueError(f"{draws} draws are too few for {permutations} permutations, which must be 1 at least")
-    # Rotated by some number of draws, the target's are of other weights than the pool's: the information that is left
-    # is the bias. The entropies of the single labels are the same, and cancel.
-    shifts = [draws * i // (permutations + 1) for i in range(1, permutations + 1)] if corrected else []
+    if corrected and draws < 2:
+        raise ValueError(f"to correct for the bias takes 2 draws or more, not {draws}")
     pool, target = at_least_float32(pool), at_least_float32(target)
     rows = max(1, math.isqrt(block) // classes)
     columns = max(1, block // (rows * classes * target_classes))
@@ -57,8 +53,10 @@ def epig(pool: Tensor, target: Tensor, corrected: bool = True, permutations: int
         for j in range(0, targets, columns):
             right = target[:, j : j + columns]
             by_class = _p_log_p(left @ right.flatten(1))
-            for shift in shifts:
-                by_class -= _p_log_p(left @ right.roll(shift, 0).flatten(1)) / permutations
+            if corrected:
+                # Rotated, the target's draws are of other weights than the pool's: the information that is left is the
+                # bias. The entropies of the single labels are the same, and cancel.
+                by_class -= _p_log_p(left @ right.roll(draws // 2, 0).flatten(1))
             information[i : i + rows] += by_class.view(-1, classes).sum(dim=1) / targets
     if not corrected:
         information += entropy(pool.mean(dim=0)) + entropy(target.mean(dim=0)).mean()
@@ -70,44 +68,32 @@ def _p_log_p(table: Tensor) -> Tensor:
     return torch.linalg.vecdot(table, table.clamp_min(torch.finfo(table.dtype).tiny).log_())
 
 
-def select(score: Tensor, budget: int, chosen: Sequence[int] | Tensor = ()) -> Tensor:
-    """Indices (budget,) of the highest scores (N,) but the chosen ones, highest first; of equals the first.
+def select(score: Tensor, budget: int) -> Tensor:
+    """Indices (budget,) of the highest scores (N,), highest first; of equals the first.
 
-    All that are left, if they are fewer. Raises ValueError if a score is NaN, which would rank highest.
+    All, if they are fewer. Raises ValueError if a score is NaN, which would rank highest.
     """
     if score.isnan().any():
         raise ValueError(f"{int(score.isnan().sum())} of {len(score)} scores are NaN")
-    order = score.argsort(descending=True, stable=True)
-    return order[~_mark(chosen, score)[order]][:budget]
+    return score.argsort(descending=True, stable=True)[:budget]
 
 
-def _mark(chosen: Sequence[int] | Tensor, like: Tensor) -> Tensor:
-    """Which of the items (N,) are chosen, as bool (N,)."""
-    marks = torch.zeros(len(like), dtype=torch.bool, device=like.device)
-    marks[torch.as_tensor(chosen, dtype=torch.long, device=like.device)] = True
-    return marks
+def k_center(features: Tensor, budget: int) -> Tensor:
+    """Indices (budget,) of items (N, P), each the farthest from all before it; Sener & Savarese (2018), algorithm 1.
 
-
-def k_center(features: Tensor, chosen: Sequence[int] | Tensor, budget: int) -> Tensor:
-    """Indices (budget,) of items (N, P), each the farthest from all that are chosen; Sener & Savarese (2018), alg. 1.
-
-    Of equally far ones the first; with none chosen, the one next to the mean comes first. All that are left, if they
-    are fewer than the budget. Raises ValueError if a feature is not finite.
+    The one next to the mean comes first; of equally far ones the first. All, if they are fewer than the budget. Raises
+    ValueError if a feature is not finite.
     """
     if not features.isfinite().all():
         raise ValueError("features must be finite")
-    features, taken, found = at_least_float32(features), _mark(chosen, features), []
-    distance = features.new_full((len(features),), math.inf)
-    for index in taken.nonzero().flatten().tolist():
-        distance = distance.minimum(_squared_distance_to(features, features[index]))
-    for _ in range(min(budget, len(features) - int(taken.sum()))):
-        if taken.any():
-            index = int(distance.masked_fill(taken, -1).argmax())
-        else:
-            index = int(_squared_distance_to(features, features.mean(dim=0)).argmin())
-        taken[index] = True
+    features, found = at_least_float32(features), []
+    distance = -_squared_distance_to(features, features.mean(dim=0))
+    for _ in range(min(budget, len(features))):
+        index = int(distance.argmax())
+        away = _squared_distance_to(features, features[index])
+        distance = distance.minimum(away) if found else away
+        distance[index] = -1  # its copies, at 0, come before it
         found.append(index)
-        distance = distance.minimum(_squared_distance_to(features, features[index]))
     return torch.tensor(found, dtype=torch.long, device=features.device)
 
 

@@ -18,6 +18,7 @@ from models.laplace import (
     PRIORS,
     Factors,
     Posterior,
+    Spectrum,
     activation_factor,
     curvature,
     load_published,
@@ -28,9 +29,9 @@ from models.prob_cosine import (
     Gaussians,
     Half,
     half,
+    independent_probabilities,
     joint_probabilities,
     mean_of,
-    probabilities,
     probit_factor,
     variance_of,
 )
@@ -120,8 +121,11 @@ class BayesVLM(Adaptor):
                 raise ValueError(f"{name} must be {' or '.join(known[name])}, not '{value}'")
         if evidence == "published" and prior == "exact":
             raise ValueError("the published evidence is of the damped prior only")
-        if not (0 < n < math.inf and candidates >= 2 and batches >= 1 and draws >= 1):
-            raise ValueError("n must be above 0, candidates 2 or more, batches and draws 1 or more")
+        if isinstance(n, str) or not 0 < n < math.inf:
+            raise ValueError(f"n must be a number above 0, not {n!r}")
+        for name, value, least in (("candidates", candidates, 2), ("batches", batches, 1), ("draws", draws, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
         self.dim, self.n, self.prior, self.evidence = dim, n, prior, evidence
         self.candidates, self.batches, self.factors = candidates, batches, factors
         self.variance, self.probabilities, self.draws = variance, probabilities, draws
@@ -135,7 +139,7 @@ class BayesVLM(Adaptor):
         Returns which images they are of (`Pairs.seen`), None where that is not known. Raises UserError for a cache
         without pooled features, and for factors that cannot be used.
         """
-        factors, seen = self._taken(pairs) if self.factors else self._gathered(pairs, quiet)
+        factors, seen = self.find_factors(pairs, quiet)
         self.logit_scale.fill_(pairs.meta["logit_scale"])
         self._held.clear()
         for side in SIDES:
@@ -174,11 +178,16 @@ class BayesVLM(Adaptor):
             halves = self._halves(image, text)
             logit, variance = self.logit_scale * mean_of(*halves), self.logit_scale**2 * variance_of(*halves)
             generator = torch.Generator().manual_seed(0)
-            found = probabilities(logit, variance, "mc-independent", self.draws, generator)
+            found = independent_probabilities(logit, variance, self.draws, generator)
         return found.clamp_min(torch.finfo(found.dtype).tiny).log()
 
-    def matched_scale(self, image: Embedding, text: Embedding) -> float:
-        """The logit scale times what ProbCosine and the probit factor multiply cosines by, on average over (N, C)."""
+    def matched_scale(self, image: Embedding, text: Embedding) -> float | None:
+        """The logit scale times what ProbCosine and the probit factor multiply cosines by, on average over (N, C).
+
+        None where probabilities are means over draws, which multiply logits by nothing.
+        """
+        if self.probabilities.startswith("mc-"):
+            return None
         left, right = self._halves(image, text)
         shrunk, total = right.mean.norm(dim=-1), 0.0
         for rows in torch.arange(len(left.mean), device=shrunk.device).split(max(1, TILE // len(shrunk))):
@@ -222,6 +231,13 @@ class BayesVLM(Adaptor):
         posterior, phi = getattr(self, side).posterior, embedding.spread[:, self.dim :]
         return posterior.samples(phi, embedding.mean, torch.Generator().manual_seed(SEEDS[side]), self.draws)
 
+    def find_factors(self, pairs, quiet: bool = False) -> tuple[dict[str, Factors | Spectrum], dict | None]:
+        """Gather the factors of both towers, or take those that are named: also returns which images they are of.
+
+        Raises UserError as `prepare` does.
+        """
+        return self._taken(pairs) if self.factors else self._gathered(pairs, quiet)
+
     def _gathered(self, pairs, quiet):
         """Factors of random images with a caption of each, batch by batch, and the images."""
         fed = {side: pairs.fed(side, pooled=True) for side in SIDES}
@@ -252,7 +268,7 @@ class BayesVLM(Adaptor):
         weights = {side: pairs.projection[f"{side}_weight"].shape for side in SIDES}
         sizes = {side: (p + (f"{side}_bias" in pairs.projection), d) for side, (d, p) in weights.items()}
         if path.suffix != ".pt":
-            return load_published(path, sizes=sizes).factors, None
+            return load_published(path, sizes=sizes), None
         saved = read_run(path)
         if saved["identity"]["encoder_fingerprint"] != pairs.meta["encoder_fingerprint"]:
             raise UserError(f"{path} has the factors of another backbone than {pairs.folder} was cached with.")

@@ -103,38 +103,23 @@ def probit_factor(variance: Tensor) -> Tensor:
     return (1 + math.pi / 8 * variance).rsqrt()
 
 
-def probabilities(
-    logit: Tensor,
-    variance: Tensor | None = None,
-    how: str = "probit",
-    draws: int = 1000,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Class probabilities (N, C) of logits with these means and variances (N, C).
+def independent_probabilities(logit: Tensor, variance: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Class probabilities (N, C), the mean softmax over draws of logits with these means and variances (N, C).
 
-    `mean`: the softmax of the means; `probit`: of the means times `probit_factor`, as published; `mc-independent`: the
-    mean softmax of draws in which no logit knows of another. Joint draws are `joint_probabilities`. Raises ValueError
-    for another kind.
+    No logit of a draw knows of another; joint draws are `joint_probabilities`.
     """
-    if how == "mean":
-        return logit.softmax(dim=-1)
-    if how == "probit":
-        return (probit_factor(variance) * logit).softmax(dim=-1)
-    if how != "mc-independent":
-        raise ValueError(f"probabilities of means and variances are mean, probit or mc-independent, not '{how}'")
     deviation, total = variance.sqrt(), torch.zeros_like(logit)
-    device = generator.device if generator else logit.device
     for _ in range(draws):
-        noise = torch.randn(logit.shape, generator=generator, dtype=logit.dtype, device=device).to(logit.device)
-        total += torch.addcmul(logit, deviation, noise).softmax(dim=-1)
+        noise = torch.randn(logit.shape, generator=generator, dtype=logit.dtype, device=generator.device)
+        total += torch.addcmul(logit, deviation, noise.to(logit.device)).softmax(dim=-1)
     return total / draws
 
 
 def joint_probabilities(draws: Iterable[tuple[Tensor, Tensor]], scale: float) -> Tensor:
     """Class probabilities (N, C), the mean softmax over draws of all embeddings (N, D), (C, D) under one map a side.
 
-    draws: such as `zip(images.sample(...), texts.sample(...))` of two posteriors. Logits are scale times cosine; a bias
-    common to all would cancel. Raises ValueError if there is no draw.
+    draws: such as `zip(images.samples(...), texts.samples(...))` of two posteriors. Logits are scale times cosine; a
+    bias common to all would cancel. Raises ValueError if there is no draw.
     """
     total, count = 0.0, 0
     for g, h in draws:

@@ -95,7 +95,7 @@ def informative(choice: Choice) -> Tensor:
 
 def spread_out(choice: Choice) -> Tensor:
     """Each the farthest from all chosen before, by directions of embeddings (k-center)."""
-    return k_center(F.normalize(choice.pool.embedding, dim=-1), [], choice.budget)
+    return k_center(F.normalize(choice.pool.embedding, dim=-1), choice.budget)
 
 
 STRATEGIES = {

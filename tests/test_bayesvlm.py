@@ -253,6 +253,33 @@ def test_classes_by_joint_and_independent_draws():
     assert sure["mean"] > sure["mc-joint"] > 1 / 12 and sure["mean"] > sure["probit"]
 
 
+def test_joint_draws_of_the_towers_have_nothing_to_do_with_each_other():
+    """Against Monte Carlo of two dense Gaussians; with one noise for both towers, the first class is 0.4 off.
+
+    The map of both is of one posterior. Classes 0 and 1 have the same embedding, and phi toward and away from the
+    image's, so that only what the towers' draws have in common could tell them apart.
+    """
+    rng, count, scale, root = np.random.default_rng(0), 50_000, 6.0, 3.0**0.5
+    a, b = (x @ x.T for x in (rng.normal(size=(3, 3)), rng.normal(size=(4, 4))))
+    phi, mean, other = rng.normal(size=3), *rng.normal(size=(2, 4))
+    rows = {"image": (mean[None], phi[None]), "text": (np.stack([mean, mean, other]), np.stack([phi, -phi, 0 * phi]))}
+    adaptor = BayesVLM(4, probabilities="mc-joint", draws=4000).double()
+    adaptor.logit_scale.fill_(scale)
+    precision = np.kron(b + root * np.eye(4), a + root * np.eye(3))  # n = 1
+    drawn, embedded = {}, []
+    for side, adapt in (("image", adaptor.adapt_image), ("text", adaptor.adapt_text)):
+        posterior = Posterior(Factors(torch.from_numpy(a), torch.from_numpy(b), 30), 1.0, 1.0, precision=3.0)
+        getattr(adaptor, side).hold(posterior)
+        embedded.append(adapt(torch.from_numpy(np.hstack(rows[side]))))
+        moved = rng.multivariate_normal(np.zeros(12), np.linalg.inv(precision), count).reshape(count, 4, 3)
+        z = rows[side][0] + rows[side][1] @ moved.transpose(0, 2, 1)
+        drawn[side] = z / np.linalg.norm(z, axis=2, keepdims=True)
+    logit = scale * (drawn["image"] * drawn["text"]).sum(axis=2)
+    expected = (np.exp(logit) / np.exp(logit).sum(axis=1, keepdims=True)).mean(axis=0)
+    assert expected[0] == pytest.approx(expected[1], abs=0.01)
+    np.testing.assert_allclose(adaptor.classify(*embedded).exp()[0], expected, atol=0.02)
+
+
 def test_published_factors(shared, tmp_path):
     """ViT-B/32's with the |W|^2 of its weights: the precisions that are known (n = 4; reference: n = 10, faulty)."""
     path = shared / "data" / "bayesvlm_vitb32laion.npz"
@@ -480,8 +507,8 @@ def test_a_grid_caches_what_its_methods_need(tmp_path, monkeypatch):
         (["model.variance=full"], "variance must be diagonal or kronecker or tangent"),
         (["model.probabilities=mc"], "probabilities must be mean or probit or mc-independent or mc-joint"),
         (["model.evidence=published", "model.prior=exact"], "the published evidence is of the damped prior only"),
-        (["model.n=0"], "n must be above 0"),
-        (["model.candidates=1"], "candidates 2 or more"),
+        (["model.n=0"], "n must be a number above 0, not 0"),
+        (["model.candidates=1"], "candidates must be a whole number, 2 or more, not 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(settings, said):
@@ -524,9 +551,17 @@ def test_trace_against_candidates_and_batches(place, capsys):
     assert "text   K =    300  batches 3  1.000" in printed
 
 
-@pytest.mark.parametrize("flags", ["--candidates 1", "--candidates 301", "--batches 0", "--trials 0"])
-def test_traces_of_what_is_not_there_are_refused(place, capsys, flags):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--candidates 1", "--candidates must be from 2 to 300, the images of"),
+        ("--candidates 301", "--candidates must be from 2 to 300"),
+        ("--batches 0", "--batches and --trials must be 1 or more, not 0 and 5"),
+        ("--trials 0", "--batches and --trials must be 1 or more, not 5 and 0"),
+    ],
+)
+def test_traces_of_what_is_not_there_are_refused(place, capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         factor_trace.main(["--dataset", "shapes", "--device", "cpu", *flags.split()])
-    assert stop.value.code == 2 and "--candidates must be from 2 to the 300 images" in capsys.readouterr().err
+    assert stop.value.code == 2 and said in capsys.readouterr().err
     assert not (place / "results").exists()

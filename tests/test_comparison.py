@@ -264,10 +264,13 @@ def test_data_sets_side_by_side(compared):
         assert cell.mean == pytest.approx(values.mean()) and cell.sd == pytest.approx(values.std(ddof=1))
     cell, averages = rows["bayesvlm"].cells["average_nll"], np.mean(by_seed, axis=1)
     assert cell.mean == pytest.approx(averages.mean()) and cell.sd == pytest.approx(averages.std(ddof=1))
-    assert (
-        rows["clip + temperature"].cells.keys() == {"cifar_nll"} and rows["clip + temperature"].cells["cifar_nll"].best
-    )
-    assert cell.best and not rows["clip"].cells["average_nll"].best and rows["bayesvlm"].seeds == 2
+    scaled = rows["clip + temperature"].cells
+    assert scaled.keys() == {"cifar_nll", "average_nll"} and scaled["cifar_nll"].best
+    # Where no temperature is bounded, the average has the probabilities as they are.
+    of_scaled = [kept["clip", 0, "cifar"]["image_to_class_temperature_nll"].mean(), of["clip", 0, "cifar+shifted"]]
+    assert scaled["average_nll"].mean == pytest.approx(np.mean(of_scaled)) and scaled["average_nll"].best
+    assert not cell.best and rows["bayesvlm"].seeds == 2
+    assert "the average has the probabilities as they are" in found["across_nll"].note
     assert mean(found["across_accuracy"], "clip", "average_accuracy") == 50
     assert mean(found["across_aurc"], "bayesvlm + matched temperature", "average_aurc") == 0.125
     assert [column.key for column in found["across_ece_15"].hidden] == ["cifar_ece_20", "cifar+shifted_ece_20"]
@@ -290,14 +293,14 @@ def test_paired_differences_by_a_loop(compared):
     folder, kept = compared
     table = side_by_side(folder)[1]["differences_nll"]
     assert list(rows_of(table)) == [
-        "clip + temperature less clip", "bayesvlm less clip", "bayesvlm less clip + temperature",
+        "(clip + temperature) less clip", "bayesvlm less clip", "bayesvlm less (clip + temperature)",
         "bayesvlm less its matched temperature",
     ]  # fmt: skip
     assert table.heads == ("comparison", "seeds") and [column.title for column in table.columns] == ["test", "shifted"]
     draws = np.concatenate(list(times_drawn(100, 1000, 0, DRAWN // 100)))
     entries = {"bayesvlm less clip": ("model", "clip", "model")}
     entries["bayesvlm less its matched temperature"] = ("model", "bayesvlm", "matched")
-    entries["bayesvlm less clip + temperature"] = ("model", "clip", "temperature")
+    entries["bayesvlm less (clip + temperature)"] = ("model", "clip", "temperature")
     for name, (entry, base, other) in entries.items():
         for data in DATA:
             cells = rows_of(table)[name].cells
@@ -348,21 +351,32 @@ def test_the_report_has_them_in_every_format(compared):
 
 def test_results_that_do_not_fit_are_refused(compared):
     folder, _ = compared
-    path = folder / "shapes/tiny/clip/seed0/cifar-classification.json"
+    clip, path, other = (
+        folder / f"shapes/tiny/{run}/cifar-classification.json"
+        for run in ("clip/seed0", "bayesvlm/seed0", "bayesvlm/seed1")
+    )
     values = json.loads(path.read_text())
     one = {"val": "val", "val_fingerprint": "a"}
     path.write_text(json.dumps(values | one))
     results.read(folder / "shapes")  # some with and some without
-    other = folder / "shapes/tiny/bayesvlm/seed0/cifar-classification.json"
+    clip.write_text(json.dumps(json.loads(clip.read_text()) | one | {"val": "other"}))
+    results.read(folder / "shapes")  # rows say which split their temperature is of
     for name, value, what in (("val", "more", "choices of --val"), ("val_fingerprint", "b", "embeddings of --val")):
         other.write_text(json.dumps(json.loads(other.read_text()) | one | {name: value}))
         with pytest.raises(
-            UserError, match=rf"seed0/cifar-classification\.json have different {what}, .*: evaluate one"
+            UserError, match=rf"seed1/cifar-classification\.json have different {what}, .*: evaluate one"
         ):
             results.read(folder / "shapes")
     path.write_text(json.dumps(values))
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"val": None}))
+    # Trained anew since one of its data sets was evaluated.
+    trained = path.with_stem("cifar+shifted-classification")
+    trained.write_text(json.dumps(json.loads(trained.read_text()) | {"checkpoint": "new"}))
+    with pytest.raises(UserError, match="are of different weights: evaluate again the one"):
+        results.across(results.read(folder / "shapes"))
+    trained.write_text(json.dumps(json.loads(trained.read_text()) | {"checkpoint": "c"}))
     np.savez(path.with_suffix(".npz"), image_to_class_hit=np.ones(100))
-    with pytest.raises(UserError, match=r"npz holds no 'image_to_class_model_nll': delete it and evaluate again\."):
+    with pytest.raises(UserError, match=r"npz holds no 'image_to_class_matched_nll': delete it and evaluate again\."):
         results.across(results.read(folder / "shapes"))
 
 

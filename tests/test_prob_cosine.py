@@ -21,8 +21,8 @@ from models.prob_cosine import (
     Gaussians,
     cosine_mean,
     cosine_variance,
+    independent_probabilities,
     joint_probabilities,
-    probabilities,
     probit_factor,
 )
 from utils.config import HOME
@@ -245,21 +245,15 @@ def test_points_of_no_length_are_finite():
         cosine_variance(g, h, "full")
 
 
-def test_probabilities_are_the_literal_ones():
+def test_independent_probabilities_are_those_of_quadrature():
     logit, variance = 3 * randn(3, 4), 2 * torch.rand(3, 4, generator=generator(1), dtype=torch.float64)
     np.testing.assert_allclose(probit_factor(variance)[0, 0], (1 + math.pi * variance[0, 0] / 8) ** -0.5)
-    assert torch.equal(probabilities(logit, how="mean"), logit.softmax(dim=-1))
-    scaled = [[(z / math.sqrt(1 + math.pi * v / 8)) for z, v in zip(*rows)] for rows in zip(logit, variance)]
-    expected = [[math.exp(z) / sum(map(math.exp, row)) for z in row] for row in scaled]
-    np.testing.assert_allclose(probabilities(logit, variance), expected, rtol=1e-12)
-    found = probabilities(logit, variance, "mc-independent", 4000, generator())
+    found = independent_probabilities(logit, variance, 4000, generator())
     nodes, weights = np.polynomial.hermite_e.hermegauss(24)
     grid = torch.tensor(np.stack(np.meshgrid(*[nodes] * 4, indexing="ij"), axis=-1).reshape(-1, 4))
     weight = torch.tensor(np.prod(np.meshgrid(*[weights] * 4, indexing="ij"), axis=0).ravel())
     quadrature = [(weight / weight.sum()) @ (z + v.sqrt() * grid).softmax(dim=-1) for z, v in zip(logit, variance)]
     np.testing.assert_allclose(found, torch.stack(quadrature), atol=1e-2)
-    with pytest.raises(ValueError, match="not 'mc'"):
-        probabilities(logit, variance, "mc")
 
 
 def test_joint_probabilities_are_means_over_draws():
@@ -281,7 +275,7 @@ def read_real(path):
     arrays, published, found = np.load(path), load_published(path), {}
     for tower, name in (("image", "img"), ("text", "text")):
         mean, phi = (torch.as_tensor(arrays[f"food101_{name}_{part}"]) for part in ("embed", "activation"))
-        found[tower] = mean, phi, Posterior(published.factors[tower], NORM_SQ[tower], 4)
+        found[tower] = mean, phi, Posterior(published[tower], NORM_SQ[tower], 4)
     return found
 
 
@@ -295,9 +289,9 @@ def test_probabilities_of_real_images(real):
     logit, variance = 100 * cosine_mean(g, h), 1e4 * cosine_variance(g, h)
     found = {
         "map": (100 * cosines(g.mean, h.mean)).softmax(dim=-1),
-        "mean": probabilities(logit, how="mean"),
-        "probit": probabilities(logit, variance),
-        "independent": probabilities(logit, variance, "mc-independent", 2000, generator()),
+        "mean": logit.softmax(dim=-1),
+        "probit": (probit_factor(variance) * logit).softmax(dim=-1),
+        "independent": independent_probabilities(logit, variance, 2000, generator()),
     }
     draws = [p.samples(phi, mean, generator(seed), 150) for seed, (mean, phi, p) in enumerate(real.values())]
     found["joint"] = joint_probabilities(zip(*draws), 100.0)

@@ -693,7 +693,10 @@ def test_other_data_backbones_and_tasks_stand_apart(tmp_path):
 
 def test_no_results_names_the_command_and_what_there_is(tmp_path, capsys):
     said = fails(tmp_path, capsys)
-    assert "run `python eval.py --dataset shapes --method METHOD` first" in said and "nor of any other" in said
+    assert (
+        "run `python eval.py --dataset shapes --method METHOD` or, of classes, active_learning.py first" in said
+        and "nor of any other" in said
+    )
     write(tmp_path, "clip", 0, 0.3)
     assert "of backbone 'huge', but of tiny" in fails(tmp_path, capsys, "--backbone", "huge")
     (tmp_path / "empty").mkdir()

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from utils import tables
 from utils.config import difference
-from utils.curves import BASE, DIGITS, ORDER, SCALE, TITLES, curves, gaps
+from utils.curves import BASE, DIGITS, INTERVAL, ORDER, SCALE, TITLES, curves, gaps
 from utils.errors import UserError
 from utils.files import read_json
 from utils.results import NUMBER, must_hold
@@ -22,11 +22,10 @@ SETTINGS = {
 ABOUT = {"dataset": str, "backbone": str, "settings": SETTINGS, "fingerprint": dict}  # what all of a folder agree in
 HOLDS = ABOUT | {
     "seed": int, "strategy": str, "classes": int, "images": int, "offered": int, "before": JUDGED,
-    "curve": [JUDGED | {"budget": int, "labels": int, "val_labels": int}],
+    "curve": [JUDGED | {"budget": int, "labels": int, "val_labels": int, "epoch": int}],
 }  # fmt: skip
 HEADINGS = {"accuracy": "Accuracy", "nll": "NLL", "ece": "ECE"}
 BEST = {"accuracy": max, "nll": min, "ece": min}
-MARKS = ("", "†", "‡")  # by Gap.stars
 AGAIN = "delete it and run active_learning.py again"
 
 
@@ -73,8 +72,11 @@ class Study:
             "target": f"{settings['target']}: {one['images']:,} images of {one['classes']:,} classes",
             "pool of each seed": f"{one['offered']:,} images of {' and '.join(settings['pool'])}",
             "labels that pick the epoch": validation,
-            "posterior": f"factors of {settings['factors']}"
-            + f", {settings['preset']}" * (settings["preset"] != "default"),
+            "posterior": f"factors of {settings['factors']}",
+            "preset": settings["preset"],
+            "other settings": ", ".join(
+                f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name not in SETTINGS
+            ),
             "numbers": self.summary,
         }
 
@@ -97,9 +99,9 @@ class Study:
         compared = gaps(found)
         heads = [*(f"{budget:,}" for budget in self.budgets), "mean"]
         keys = [f"{figure}_{name}" for name in (*self.budgets, "mean")]
-        columns = [
-            Column(key, TITLES[figure], head, digits, None, BEST[figure]) for key, head in zip(keys, heads, strict=True)
-        ]
+        # Means over other seeds are of other draws, and the fewer the luckier.
+        best = BEST[figure] if len(set(map(len, found.values()))) == 1 else None
+        columns = [Column(key, TITLES[figure], head, digits, None, best) for key, head in zip(keys, heads, strict=True)]
         less = f"less {BASE}, 95 % interval"
         for key, head in zip(keys, heads, strict=True):
             columns.append(Column(f"{key}_gap", less, head, digits, None, None))
@@ -110,18 +112,23 @@ class Study:
             values = zip(*by_seed.values(), strict=True)
             cells = {key: Cell(*tables.mean_sd(column)) for key, column in zip(keys, values, strict=True)}
             for key, gap in zip(keys, compared.get(name, ()), strict=False):
-                text = gap.text(digits).replace("-", MINUS) + MARKS[gap.stars]
+                text = gap.text(digits).replace("-", MINUS)
                 cells[f"{key}_gap"] = Cell(gap.difference.mean, text=text)
                 ends = {"low": gap.difference.low, "high": gap.difference.high, "adjusted_p": gap.adjusted}
                 cells |= {f"{key}_gap_{end}": Cell(value) for end, value in ends.items()}
             rows.append(Row(name, self.folder, len(by_seed), cells, name))
         before = Cell(SCALE[figure] * self.any["before"][figure])
+        epochs = [point["epoch"] for result in self.results.values() for point in result["curve"]]
         note = "Columns: labels paid for; mean: over those budgets."
+        if 0 in epochs:
+            kept = sum(epoch == 0 for epoch in epochs)
+            note += (
+                f" {kept} of {len(epochs)} trainings kept their start, which no epoch improved on validation images."
+            )
         if compared:
             note += (
-                f" Less {BASE}: mean difference, paired by seed, ± half of its 95 % interval (Student's t). †: the"
-                " interval leaves 0 out. ‡: p < 0.05 also after Holm's adjustment, for all strategies and budgets at"
-                " once (the means: for all strategies)."
+                f" Less {BASE}: mean difference ± {INTERVAL}. Seeds draw what the pool offers; the target is the same"
+                " for all, so that intervals say nothing of another."
             )
         return tables.make(
             figure, f"{HEADINGS[figure]} by number of labels", columns, [("", rows)], note,

@@ -4,7 +4,10 @@ import argparse
 
 from utils.config import known, load_config
 
-PRESET = "default: what is right; reference: what the public AsymVLM suite does; official: what the method's own does"
+PRESET = (
+    "default: what is right; reference: what the public AsymVLM suite (or BayesVLM's code) does; official: what the"
+    " method's own does"
+)
 
 
 def make_parser(description):

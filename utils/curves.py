@@ -1,6 +1,7 @@
 """Learning curves of active_learning.py: by strategy, less those of random choice, and as text for the terminal."""
 
 import statistics
+import textwrap
 from typing import NamedTuple
 
 from metrics.comparison import Difference, holm, paired
@@ -11,6 +12,10 @@ DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 ORDER = ("random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center")  # others come after
 BASE = "random"  # what strategies are compared with
 LEVEL = 0.05
+INTERVAL = (  # what stands behind the differences, and what their marks say
+    "half of the 95 % interval (Student's t, paired by seed). †: it leaves 0 out (unmarked where all seeds are alike)."
+    " ‡: p < 0.05 also after Holm's adjustment, for all strategies and budgets at once (the means: for all strategies)"
+)
 WIDTH = 19  # of a column
 
 
@@ -21,13 +26,14 @@ class Gap(NamedTuple):
     adjusted: float
 
     @property
-    def stars(self):
-        """One: the 95 % interval leaves 0 out; two: the difference holds for all comparisons at once."""
-        return 2 if self.adjusted < LEVEL else int(self.difference.low > 0 or self.difference.high < 0)
+    def mark(self):
+        """† where the 95 % interval leaves 0 out, ‡ where the difference holds for all comparisons at once."""
+        return "‡" if self.adjusted < LEVEL else "†" if self.difference.p < LEVEL else ""
 
     def text(self, digits):
-        """The mean difference and half of its interval."""
-        return f"{self.difference.mean:+.{digits}f} ± {(self.difference.high - self.difference.low) / 2:.{digits}f}"
+        """The mean difference and half of its interval, marked."""
+        half = (self.difference.high - self.difference.low) / 2
+        return f"{self.difference.mean:+.{digits}f} ± {half:.{digits}f}{self.mark}"
 
 
 def curves(results, figure):
@@ -65,9 +71,7 @@ def gaps(curves):
 def curves_text(results):
     """Lay out results by (seed, strategy): every figure by budget, and what strategies differ by from random choice.
 
-    The last column is the mean over budgets. Means over seeds are with standard deviations; differences, paired by
-    seed, with half of their 95 % interval. One star: the interval leaves 0 out; two: p < 0.05 holds for all comparisons
-    of their part of the table at once (Holm), of which the last column is one.
+    The last column is the mean over budgets.
     """
     one = next(iter(results.values()))
     seeds = dict.fromkeys(seed for seed, _ in results)
@@ -86,8 +90,11 @@ def curves_text(results):
         compared = gaps(found)
         lines += ["  less random, 95 % interval"] * bool(compared)
         for name, row in compared.items():
-            marked = [f"{gap.text(digits)}{'*' * gap.stars:2}" for gap in row]
+            marked = [gap.text(digits) + " " * (not gap.mark) for gap in row]
             lines.append(f"  {name:16}" + "".join(f"{text:>{WIDTH}}" for text in marked))
+    if len(seeds) > 1:
+        said = f"± is the standard deviation over seeds; of differences it is {INTERVAL}."
+        lines += ["", *textwrap.wrap(said, 7 * WIDTH - 5)]
     return "\n".join(lines)
 
 

@@ -39,8 +39,8 @@ FIGURES = {  # title and caption
         "Whether the probability that a method gives its best answer is the share of such answers that are right:"
         " on the diagonal it is. Above it a method is too modest, below it too sure. The larger a marker, the more"
         " queries are in its bin. The captions of an image share the probability that it is the answer. ECE: expected"
-        " calibration error (15 bins), as trained and after temperature scaling on the other half of the queries. First"
-        " seed.",
+        " calibration error (15 bins), as the method has it and after temperature scaling on the other half of the"
+        " queries; matched: of a classifier, that of plain cosines cooled as much. First seed.",
     ),
     "uncertainty_against_ambiguity": (
         "Uncertainty against true ambiguity",
@@ -73,7 +73,8 @@ FIGURES = {  # title and caption
     "factor_trace": (
         "Trace of the B factor by candidates and batches",
         "Whether a smaller set of candidates K, or fewer random batches of it, would do for the factors of BayesVLM:"
-        " where the trace per item is nearly 1, it would. Marker: mean over trials, each with other random batches;"
+        " where the curve is level, it would (at the largest K with all batches it is 1 by definition). Marker: mean"
+        " over trials, each with other random batches;"
         " bar: their standard deviation. Those of the same K stand beside one another to be told apart.",
     ),
 }

@@ -40,7 +40,7 @@ ERRORS = {
     "adaptive_ece": ("adaptive ECE", "expected calibration error, 15 bins of equally many answers"),
     "brier": ("Brier", "squared error of the probabilities"),
 }
-BASE, REAL = "clip", "†"  # what rows are compared with, and the mark of an interval that leaves 0 out
+REAL = "†"  # marks an interval that leaves 0 out
 ACROSS = (  # figures of classification on several data sets: key, title, digits, scale, which is best, what it is
     ("accuracy", "Accuracy (ACC), %", 1, 100, max, ""),
     ("nll", "NLPD", 3, 1, min, ERRORS["nll"][1]),
@@ -268,7 +268,7 @@ def across(key, title, digits, scale, best, said, block):
             columns[data].append(Column(f"{data}_ece_20", *head, digits, more, best, shown=False))
 
     def mean(values, about):
-        found = [read(each, about) for each in values]
+        found = [read(each, _fitted(each, about)) for each in values]
         return None if None in found else statistics.fmean(found)
 
     average = Column(f"average_{key}", "", "average", digits, mean, best)
@@ -286,6 +286,8 @@ def across(key, title, digits, scale, best, said, block):
     rows = [(heading, [row for row in rows if row.cells]) for heading, rows in rows_of(block, [], parts, cells)]
     every_column = [column for data in names for column in columns[data]]
     note = f"{said[0].upper()}{said[1:]}." if said else _of_temperatures(block)
+    if any(_fitted(run.values, about) != about for run in _runs(block) for about in ("temperature", "validation")):
+        note += " Where no temperature can be fitted, the average has the probabilities as they are."
     return tables.make(f"across_{key}", title, [*every_column, average], rows, note)
 
 
@@ -294,7 +296,7 @@ def differences(figure, block):
 
     figure: nll or ece. Seeds are averaged over, draw by draw.
     """
-    names, rows, columns = data_sets(block), [], []
+    names, base, rows, columns = data_sets(block), baseline_of(block), [], []
     for data, head in names.items():
         columns.append(Column(f"{data}_{figure}_gap", *head, 3, None, None))
         columns += [Column(f"{data}_{figure}_gap_{end}", *head, 3, None, None, shown=False) for end in ("low", "high")]
@@ -315,12 +317,28 @@ def differences(figure, block):
     title = f"{'NLPD' if figure == 'nll' else 'ECE'} less that of a baseline"
     note = (
         f"Below 0 is better. In brackets the 95 % interval over draws of images, the same for both: {REAL} leaves 0"
-        " out, each for itself. clip has the plain probabilities (MAP); what is better than a matched temperature comes"
+        " out, each for itself."
+        f" {base} has the plain probabilities (MAP); what is better than a matched temperature comes"
         " from telling items apart rather than from cooling."
     )
     if figure == "ece":
-        note += " Drawing adds noise, which raises a small ECE more than a large one: intervals err toward 0."
+        note += (
+            " Drawing adds noise, which raises a small ECE more than a large one, and most where many bins hold few"
+            " images: of forecasts that differ much in how sure they are, believe a small difference less."
+        )
     return tables.make(f"differences_{figure}", title, columns, [("", rows)], note, heads=("comparison", "seeds"))
+
+
+def baseline_of(block):
+    """The first variant without an uncertainty, which others are compared with; None where there is none."""
+    return next((variant for variant, runs in block.results.items() if not has_uncertainty(runs[0])), None)
+
+
+def has_uncertainty(run):
+    """Whether a Result is of a method with an uncertainty of its own."""
+    values = run.values
+    sides = any(values[side]["levels_by"] for side in (*SIDES, *CLASSES) if side in values)
+    return sides or "query" in (values.get("hierarchy") or {}).get("uncertainty", {})
 
 
 def comparisons(block):
@@ -330,14 +348,15 @@ def comparisons(block):
     a temperature, and with the one matched to their own.
     """
     rows = [(variant, label, name) for variant, runs in block.results.items() for label, name in believed(runs)]
-    found = []
-    for variant, label, name in rows if BASE in block.results else ():
-        if (variant == BASE) != (name == "model"):
-            found.append((f"{variant}{label} less {BASE}", (variant, name), (BASE, "model")))
-    for base, baseline, scaled in rows:
-        if base == BASE and scaled != "model":
-            others = [variant for variant in block.results if variant != BASE]
-            found += [(f"{name} less {BASE}{baseline}", (name, "model"), (BASE, scaled)) for name in others]
+    found, base = [], baseline_of(block)
+    for variant, label, name in rows if base else ():
+        if (variant == base) != (name == "model"):
+            ours = f"({variant}{label})" if label else variant
+            found.append((f"{ours} less {base}", (variant, name), (base, "model")))
+    for variant, label, scaled in rows:
+        if variant == base and scaled != "model":
+            others = [other for other in block.results if other != base]
+            found += [(f"{other} less ({base}{label})", (other, "model"), (base, scaled)) for other in others]
     for variant, _, name in rows:
         if name == "matched":
             found.append((f"{variant} less its matched temperature", (variant, "model"), (variant, name)))
@@ -557,13 +576,19 @@ def _of_temperatures(block):
     if any("temperature" not in run.values["image_to_class"]["calibration"] for run in _runs(block)):
         note += " Where too few answers are wrong to bound one, there is none."
     if "validation" in entries:
-        note += " That of another split is fitted on all of its labeled images."
+        note += " That of another split is fitted on all of its labeled images, however unlike they are."
     if "matched" in entries:
         note += (
             " Matched temperature: plain cosines of the frozen embeddings at the one temperature that cools as much as"
             " the method does on average, so that what is better than that comes from telling items apart."
         )
     return note
+
+
+def _fitted(values, about):
+    """What an average has of a data set: probabilities as they are where a temperature was asked for in vain."""
+    asked = about == "temperature" or (about == "validation" and values.get("val"))
+    return "model" if asked and about not in values["image_to_class"]["calibration"] else about
 
 
 def _believed(key, scale, values, about):

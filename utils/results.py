@@ -12,7 +12,7 @@ import numpy as np
 from utils import paper_tables, tables
 from utils.errors import UserError
 from utils.files import read_json
-from utils.paper_tables import is_unified
+from utils.paper_tables import has_uncertainty, is_unified
 from utils.terminal import SIDES
 
 TASKS = ("retrieval", "classification", "hierarchy")
@@ -20,7 +20,7 @@ NUMBER = (int, float)
 ABOUT = {
     "evaluated_on": str, "split": str, "variant": str, "images": int, "captions": int, "classes": int,
     "uncer_levels": int, "drop_remainder": bool, "levels_by": (str, type(None)),
-    "seen_in_training": int, "fingerprint": str,
+    "seen_in_training": int, "fingerprint": str, "checkpoint": str,
     "config": {
         "backbone": str, "method": str, "objective": str, "seed": int, "model": dict, "optim": dict,
         "train": {"batch_size": int, "epochs": int},
@@ -126,6 +126,7 @@ def across(blocks):
     """What the Blocks of classification of each backbone say side by side: a list of Blocks over several data sets.
 
     One of a single data set has what the Block itself has not, the differences from a baseline; none has no table.
+    Raises UserError where one seed of a variant is not the same trained adaptor on all of them.
     """
     merged = defaultdict(lambda: defaultdict(list))
     for block in blocks:
@@ -133,6 +134,7 @@ def across(blocks):
             merged[block.backbone][variant] += runs
     found = []
     for backbone, variants in merged.items():
+        _must_be_one(variants)
         data = list(paper_tables.data_sets(Block("comparison", "", backbone, variants)))
         name = data[0] if len(data) == 1 else f"{len(data)} data sets"
         found.append(Block("comparison", name, backbone, _in_order(variants)))
@@ -185,9 +187,9 @@ def _must_fit(folder, variants, task):
     _must_agree(folder, runs, alike)
     # Without an uncertainty there is nothing to choose.
     _must_agree(folder, [run for run in runs if has_uncertainty(run)], {"levels_by": "choices of --levels-by"})
-    scaled = [run for run in runs if run.values.get("val")]
-    _must_agree(folder, scaled, {"val": "choices of --val", "val_fingerprint": "embeddings of --val"})
     for seeds in variants.values():
+        scaled = [run for run in seeds if run.values.get("val")]
+        _must_agree(folder, scaled, {"val": "choices of --val", "val_fingerprint": "embeddings of --val"})
         for i, run in enumerate(seeds):
             for other in seeds[:i]:
                 what = _clash(other.values["config"], run.values["config"])
@@ -196,6 +198,17 @@ def _must_fit(folder, variants, task):
                         f"{folder / other.path} and {folder / run.path} are not two seeds of one variant, for they have"
                         f" {what}: name one with --tag in train.py and eval.py, or delete it."
                     )
+
+
+def _must_be_one(variants):
+    """Raise a UserError naming two files of one variant and seed, on two data sets, that are of different weights."""
+    for runs in variants.values():
+        first = {}
+        for run in runs:
+            one = first.setdefault(run.values["config"]["seed"], run)
+            if one.values["checkpoint"] != run.values["checkpoint"]:
+                both = f"{one.folder / one.path} and {run.folder / run.path}"
+                raise UserError(f"{both} are of different weights: evaluate again the one that was trained anew since.")
 
 
 def _must_agree(folder, runs, alike):
@@ -220,10 +233,3 @@ def _in_order(variants):
     """Put methods without an uncertainty first, as the baseline they are, then names; and seeds by number."""
     names = sorted(variants, key=lambda name: (has_uncertainty(variants[name][0]), name))
     return {name: sorted(variants[name], key=lambda run: run.values["config"]["seed"]) for name in names}
-
-
-def has_uncertainty(run):
-    """Whether a Result is of a method with an uncertainty of its own."""
-    values = run.values
-    sides = any(values[side]["levels_by"] for side in SIDES if side in values)
-    return sides or "query" in (values.get("hierarchy") or {}).get("uncertainty", {})
