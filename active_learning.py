@@ -147,10 +147,10 @@ def make_posterior(args, splits, classifier, loss):
             if pairs.classes is not None:
                 raise UserError(f"--factors {args.factors} has classes: name a data set of captions, or pool.")
         torch.manual_seed(0)
-        adaptor = BayesVLM(pairs.dim, factors="" if named else args.factors)
+        adaptor = BayesVLM(pairs.dim, factors="" if named else args.factors).to(weight.device)
         found = adaptor.find_factors(pairs, args.quiet)[0]["image"]
-        held = [part.float().numpy().tobytes() for part in found if isinstance(part, torch.Tensor)]
-        source = {"factors": pairs.meta["fingerprint"] if named else hashlib.sha256(b"".join(held)).hexdigest()}
+        held = b"".join(part.cpu().numpy().tobytes() for part in found[:-1])
+        source = {"factors": pairs.meta["fingerprint"] if named else hashlib.sha256(held).hexdigest()}
         factors = type(found)(*(part.to(weight) for part in found[:-1]), found.count)
     try:
         return Posterior(factors, weight.cpu().double().square().sum().item(), args.n), source
