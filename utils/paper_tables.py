@@ -286,7 +286,10 @@ def across(key, title, digits, scale, best, said, block):
     rows = [(heading, [row for row in rows if row.cells]) for heading, rows in rows_of(block, [], parts, cells)]
     every_column = [column for data in names for column in columns[data]]
     note = f"{said[0].upper()}{said[1:]}." if said else _of_temperatures(block)
-    if any(_fitted(run.values, about) != about for run in _runs(block) for about in ("temperature", "validation")):
+    averaged = {about for runs in block.results.values() for _, about in parts(runs)}
+    if any(average.key in row.cells for _, some in rows for row in some) and any(
+        _fitted(run.values, about) != about for run in _runs(block) for about in averaged
+    ):
         note += " Where no temperature can be fitted, the average has the probabilities as they are."
     return tables.make(f"across_{key}", title, [*every_column, average], rows, note)
 
