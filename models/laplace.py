@@ -50,18 +50,12 @@ class Spectrum(NamedTuple):
         return Factors(a, b, self.count)
 
 
-def homogeneous(phi: Tensor) -> Tensor:
-    """phi (N, P - 1) of a map with a bias, with the 1 (N, P) that multiplies the bias."""
-    return F.pad(phi, (0, 1), value=1.0)
-
-
-def activation_factor(phi, bias: bool = False, device="cpu", block: int = 8192) -> Tensor:
-    """A (P, P) of phi (N, P), or (N, P - 1) where the map has a bias: a tensor or an array, read block by block."""
+def activation_factor(phi, device="cpu", block: int = 8192) -> Tensor:
+    """A (P, P) of phi (N, P): a tensor or an array, read block by block."""
     total = 0.0
     for start in range(0, len(phi), block):
         rows = torch.as_tensor(phi[start : start + block]).to(device)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a cache may hold half precision
-        rows = homogeneous(rows) if bias else rows
         total = total + rows.T @ rows
     return total / math.sqrt(len(phi))
 
@@ -221,7 +215,7 @@ class Posterior:
         return self.spectrum.b_basis
 
     def spread(self, phi: Tensor) -> Tensor:
-        """Variances s (N, D) in `basis` of embeddings of phi (N, P), or (N, P - 1) without a bias's 1.
+        """Variances s (N, D) in `basis` of embeddings of phi (N, P).
 
         Their covariance is U diag(s) U^T. Under the damped prior s is c / (sqrt(n) b + sqrt(lambda)) with one number
         c = phi^T (sqrt(n) A + sqrt(lambda) I)^-1 phi per item. Raises ValueError for a phi of another size.
@@ -258,11 +252,8 @@ class Posterior:
     def _coordinates(self, phi: Tensor) -> Tensor:
         """phi (N, P) in the eigenbasis of A."""
         phi = phi.to(self.spectrum.a)  # a cache may hold half precision
-        size, given = len(self.spectrum.a), phi.shape[-1]
-        if given == size - 1:
-            phi = homogeneous(phi)
-        elif given != size:
-            raise ValueError(f"phi has {given} coordinates, the posterior is of {size}")
+        if phi.shape[-1] != len(self.spectrum.a):
+            raise ValueError(f"phi has {phi.shape[-1]} coordinates, the posterior is of {len(self.spectrum.a)}")
         return phi @ self.spectrum.a_basis
 
 

@@ -15,6 +15,11 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 SMALL_WORLD = ["data.options.train_images=300", "data.options.val_images=100"]
 
 
+def homogeneous(phi):
+    """phi (N, P - 1) of a map with a bias, with the 1 (N, P) that multiplies the bias."""
+    return torch.nn.functional.pad(phi, (0, 1), value=1.0)
+
+
 class Drawn(Pairs):
     """Random pairs as if they were cached, each image with one caption or more, and what the last maps were given.
 
