@@ -11,6 +11,8 @@ figure), and every figure as .png and .pdf.
 import itertools
 from pathlib import Path
 
+from tqdm import tqdm
+
 from utils import active_results, factor_traces, html, plots, results, tables
 from utils.arguments import make_parser
 from utils.config import known
@@ -81,12 +83,16 @@ def main(argv=None):
     for name in plots.EVERY:  # of fewer parts, they may have had other names
         for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
             old.unlink()
-    for kind in (blocks, studies, traces):
-        for part, suffix in zip(kind, suffixes(kind), strict=True):
-            for name, draw in plots.drawings(part, looks).items():
-                figure = draw()
-                if figure:
-                    plots.save(figure, folder / f"{name}{suffix}")
+    drawings = [
+        (draw, folder / f"{name}{suffix}")
+        for kind in (blocks, studies, traces)
+        for part, suffix in zip(kind, suffixes(kind), strict=True)
+        for name, draw in plots.drawings(part, looks).items()
+    ]
+    for draw, stem in tqdm(drawings, desc="figures", unit="figure", leave=False, disable=args.quiet or None):
+        figure = draw()
+        if figure:
+            plots.save(figure, stem)
     page = folder / "report.html"
     write_text(page, html.page(args.dataset, parts, looks))
     if not args.quiet:
