@@ -294,7 +294,7 @@ def _panel(axes, group, shown, looks, each):
 def reliability(block, looks, width=WIDE):
     """Share of right answers over confidence in the best one, a panel per variant and side; None where not known.
 
-    Of first seeds, as trained and after temperature scaling; the area of a marker is the share of queries in its bin.
+    Of first seeds, as they are and after temperature scaling; the area of a marker is the share of queries in its bin.
     Of a matched temperature the title has the ECE alone. Arguments as for recall_by_level.
     """
     found = {}
@@ -306,7 +306,7 @@ def reliability(block, looks, width=WIDE):
         return None
     wide = width >= WIDE
     across = len(found) if wide and max(map(len, found.values())) <= 2 else 1
-    columns = (4 if wide else 2) // across
+    columns = min((4 if wide else 2) // across, max(map(len, found.values())))
     with matplotlib.rc_context(_style()):
         heights = [0.6 + -(-len(panels) // columns) * (0.45 + (1.3 if wide else 1.45)) for panels in found.values()]
         in_line = 3 if wide and across == 1 else 2
@@ -328,7 +328,7 @@ def _reliability_panel(axes, variant, calibration, look):
     """Draw the bins of one variant; returns handles for a legend that holds for all."""
     color, handles = _mark(look)["color"], []
     handles += axes.plot([0, 100], [0, 100], color=LIGHT["limit"], linestyle=":", linewidth=1, label="calibrated")
-    for name, title in (("model", "as trained"), ("temperature", "after temperature scaling")):
+    for name, title in (("model", "as it is"), ("temperature", "after temperature scaling")):
         if name not in calibration:
             continue
         bins = calibration[name]["reliability"]
@@ -346,6 +346,7 @@ def _reliability_panel(axes, variant, calibration, look):
     matched = f"\nmatched {calibration['matched']['ece_15']:.3f}" if "matched" in calibration else ""
     axes.set_title(f"{variant}\nECE {' → '.join(errors)}{matched}", fontsize=8)
     axes.set(xlim=(-4, 104), ylim=(-4, 104), xticks=(0, 50, 100), yticks=(0, 50, 100))
+    axes.set_box_aspect(0.85)  # in the middle of its place, however few there are
     axes.grid()
     return handles
 
