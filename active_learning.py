@@ -38,16 +38,8 @@ from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.files import locked, read_json, save_arrays, write_json
 
-ELSEWHERE = (
-    "dataset",
-    "backbone",
-    "device",
-    "seeds",
-    "strategies",
-    "tag",
-    "overwrite",
-    "quiet",
-)  # no setting, or named
+# No settings of a result, or named in its place.
+ELSEWHERE = ("dataset", "backbone", "device", "seeds", "strategies", "tag", "overwrite", "quiet")
 COUNTS = ("k", "epig_pool", "epig_targets", "epig_weight", "epochs", "batch_size", "patience")
 FACTORS = (
     "what the posterior is of: pool, its images against the classes; a data set of captions, its training split; the"

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,32 @@ import torch
 
 import cache_embeddings
 from datasets.embeddings import Pairs
+from datasets.shapes import VALUES, Shapes
 
 torch.set_num_threads(1)  # small widths: threads only wait for one another
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+POOLED = ["--features", "pooled", "--quiet", "--device", "cpu", "--workers", "1"]
 SMALL_WORLD = ["data.options.train_images=300", "data.options.val_images=100"]
+
+
+def write_classes(folder, splits=("",)):
+    """Copy val images of the small `shapes` in the working folder into folders by shape, in each split by turns."""
+    source = Shapes("data/shapes", train_images=300, val_images=100)
+    for number, (image, scene) in enumerate(zip(source.images("val"), source.scenes("val"), strict=True)):
+        of_shape = folder / splits[number % len(splits)] / VALUES[0][scene[0]]
+        of_shape.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image.path, of_shape)
+
+
+def put(tree, path, value):
+    """Replace what lies at a path of keys in nested dicts and lists; returns the tree."""
+    part = tree
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    return tree
 
 
 def homogeneous(phi):
@@ -56,12 +77,9 @@ def shared():
 def small_world(tmp_path_factory):
     """A folder in which a small `shapes` is cached with the built-in backbone."""
     folder = tmp_path_factory.mktemp("world")
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         cache_embeddings.main(["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD])
-    finally:
-        os.chdir(here)
     return folder
 
 

@@ -16,7 +16,6 @@ from scipy import stats
 
 import active_learning
 from datasets.embeddings import LAYOUT
-from metrics import comparison
 from models import strategies
 from models.laplace import Factors, Posterior
 from models.projection import Classifier, Items
@@ -562,21 +561,6 @@ def test_a_sigmoid_model_has_its_own_curvature(caches):
     factors = Factors(torch.from_numpy(phi.T @ phi / np.sqrt(50)), torch.from_numpy(total / np.sqrt(50)), 50)
     posterior = Posterior(factors, np.square(weights()).sum(), 10.0)
     assert result("random")[0]["prior_precision"] == pytest.approx(posterior.precision, rel=1e-3)
-
-
-def test_paired_differences_are_those_of_the_t_test():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 5))
-    found = comparison.paired(a, b)
-    test = stats.ttest_rel(a, b)
-    assert found.mean == pytest.approx((a - b).mean()) and found.p == pytest.approx(test.pvalue)
-    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert comparison.paired(a[:1], b[:1]) is None
-    assert comparison.paired(a, a) == (0, 0, 0, 1)
-    # What all seeds agree in up to rounding is no certainty, but counts of few images.
-    alike = comparison.paired([83.1, 83.3, 83.4], [83.0, 83.2, 83.3])
-    assert alike.mean == pytest.approx(0.1) and alike.p == 1
-    assert comparison.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_the_table_says_means_and_differences(caches):

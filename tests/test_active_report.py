@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import put
 from scipy import stats
 from studies import BUDGETS, FIGURES, SETTINGS, make_result, write_result, write_study, write_trace
 
@@ -239,11 +240,7 @@ def spoiled_results():
         (("before", "by_entropy", "count"), [1]),
         (("images",), None),
     ):
-        part = result = make_result("entropy", 1)
-        for name in path[:-1]:
-            part = part[name]
-        part[path[-1]] = value
-        yield json.dumps(result)
+        yield json.dumps(put(make_result("entropy", 1), path, value))
 
 
 @pytest.mark.parametrize("damage", [*spoiled_results()], ids=lambda text: None)

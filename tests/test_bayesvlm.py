@@ -1,15 +1,13 @@
 """BayesVLM: what train.py and eval.py give is what its formulas say, and what cannot be is refused."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_WORLD, Drawn, homogeneous
+from conftest import POOLED, SMALL_WORLD, Drawn, homogeneous, write_classes
 
 import cache_embeddings
 import eval as evaluation
@@ -18,7 +16,6 @@ import train
 import uncertainty
 from benchmarks import factor_trace
 from datasets.embeddings import Pairs, all_seen
-from datasets.shapes import VALUES, Shapes
 from models import bayesvlm, prob_cosine
 from models.base import adapt_all, cosine
 from models.bayesvlm import BayesVLM, draw_pairs
@@ -41,20 +38,12 @@ FOLDER = "shapes/shapes-tiny/{}/seed0"
 def pooled_world(tmp_path_factory):
     """A folder in which a small `shapes`, and its val images in folders by shape, are cached with pooled features."""
     folder = tmp_path_factory.mktemp("pooled")
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        pooled = ["--features", "pooled", "--quiet", "--device", "cpu", "--workers", "1"]
-        cache_embeddings.main(["--dataset", "shapes", *pooled, "--set", *SMALL_WORLD])
-        source = Shapes("data/shapes", train_images=300, val_images=100)
-        for image, scene in zip(source.images("val"), source.scenes("val"), strict=True):
-            of_shape = folder / "drawn" / VALUES[0][scene[0]]
-            of_shape.mkdir(parents=True, exist_ok=True)
-            shutil.copy(image.path, of_shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
+        write_classes(folder / "drawn")
         templates = "data.options.templates=['a photo of a {}', 'a {}', 'there is a {}']"
-        cache_embeddings.main([*CLASSES, "--root", "drawn", *pooled, "--set", templates])
-    finally:
-        os.chdir(here)
+        cache_embeddings.main([*CLASSES, "--root", "drawn", *POOLED, "--set", templates])
     return folder
 
 

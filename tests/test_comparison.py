@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import POOLED, SMALL_WORLD, write_classes
 from scipy import stats
 from test_report import make_result, mean, rows_of, save
 
@@ -14,7 +15,6 @@ import eval as evaluation
 import report
 import train
 from datasets.embeddings import Pairs
-from datasets.shapes import VALUES, Shapes
 from metrics import calibration, comparison
 from metrics.uncertainty import DRAWN, times_drawn
 from models.base import adapt_all
@@ -28,7 +28,6 @@ CLASSES = ["--dataset", "folder", "--backbone", "shapes-tiny", "--device", "cpu"
 METHOD = ["--train-dataset", "shapes", "--method", "bayesvlm"]
 JUDGED = [*CLASSES, *METHOD, "--split", "test", "--quiet"]
 RESULT = "results/shapes/shapes-tiny/bayesvlm/seed0/folder+test-classification.json"
-SMALL = ["data.options.train_images=300", "data.options.val_images=100"]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +36,9 @@ def halved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("halved")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pooled = ["--features", "pooled", "--quiet", "--device", "cpu", "--workers", "1"]
-        cache_embeddings.main(["--dataset", "shapes", *pooled, "--set", *SMALL])
-        source = Shapes("data/shapes", train_images=300, val_images=100)
-        for number, (image, scene) in enumerate(zip(source.images("val"), source.scenes("val"), strict=True)):
-            of_shape = folder / "drawn" / ("val", "test")[number % 2] / VALUES[0][scene[0]]
-            of_shape.mkdir(parents=True, exist_ok=True)
-            shutil.copy(image.path, of_shape)
-        cache_embeddings.main([*CLASSES, "--root", "drawn", *pooled, "--splits", "val", "test"])
+        cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
+        write_classes(folder / "drawn", ["val", "test"])
+        cache_embeddings.main([*CLASSES, "--root", "drawn", *POOLED, "--splits", "val", "test"])
         run = ["--dataset", "shapes", "--device", "cpu", "--quiet"]
         train.main([*run, "--method", "clip", "--val-fraction", "0"])
         train.main([*run, "--method", "bayesvlm", "--set", "model.candidates=160"])
@@ -206,6 +200,21 @@ def test_a_gap_is_of_the_same_draws():
     gap = comparison.gap(ours, theirs)  # of the draws 1 - 2 and 1 + 1
     assert gap == (-1, -1, 2) and not gap.real
     assert comparison.gap(ours - 3, theirs).real and comparison.gap(ours + 3, theirs).real
+
+
+def test_paired_differences_are_those_of_the_t_test():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5))
+    found = comparison.paired(a, b)
+    test = stats.ttest_rel(a, b)
+    assert found.mean == pytest.approx((a - b).mean()) and found.p == pytest.approx(test.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert comparison.paired(a[:1], b[:1]) is None
+    assert comparison.paired(a, a) == (0, 0, 0, 1)
+    # What all seeds agree in up to rounding is no certainty, but counts of few images.
+    alike = comparison.paired([83.1, 83.3, 83.4], [83.0, 83.2, 83.3])
+    assert alike.mean == pytest.approx(0.1) and alike.p == 1
+    assert comparison.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 DATA = {"cifar": "test", "cifar+shifted": "shifted"}

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_WORLD
+from conftest import SMALL_WORLD, write_classes
 from scipy import stats
 
 import cache_embeddings
@@ -16,7 +16,7 @@ import train
 import uncertainty
 from datasets.classification import Classification
 from datasets.embeddings import Pairs
-from datasets.shapes import VALUES, Shapes
+from datasets.shapes import VALUES
 from metrics.calibration import halves
 from metrics.uncertainty import bootstrap
 from utils.checkpoint import Run
@@ -507,11 +507,7 @@ def test_the_posterior_of_clip_has_the_logit_scale_of_its_model_or_the_calibrate
 
 def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained, refusal, capsys, monkeypatch):
     """Zero-shot: a folder per shape, cached with the same backbone, evaluated with what was trained on captions."""
-    source = Shapes("data/shapes", train_images=300, val_images=100)
-    for image, scene in zip(source.images("val"), source.scenes("val"), strict=True):
-        folder = trained / "drawn" / VALUES[0][scene[0]]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(image.path, folder)
+    write_classes(trained / "drawn")
     names = ["--dataset", "folder", "--backbone", "shapes-tiny", "--device", "cpu"]
     shares = np.random.default_rng(0).dirichlet(np.full(6, 0.3), 100)  # as if people had been asked
     monkeypatch.setattr(Classification, "_shares", lambda self, images, classes: shares)

@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 import yaml
+from conftest import put
 
 import report
 from utils import paper_tables, published, results, tables
@@ -735,11 +736,7 @@ def spoiled():
         (("coco",), {"eccv_r1": []}),
         (("hierarchy",), [1]),
     ):
-        part = result = make_result("pfe", 0, 0.3, -0.5)
-        for name in path[:-1]:
-            part = part[name]
-        part[path[-1]] = value
-        yield json.dumps(result)
+        yield json.dumps(put(make_result("pfe", 0, 0.3, -0.5), path, value))
 
 
 @pytest.mark.parametrize("damage", [*spoiled()], ids=lambda text: None)
