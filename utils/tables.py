@@ -14,14 +14,8 @@ from typing import NamedTuple
 NONE = "\N{EN DASH}"  # stands where there is no such number
 MINUS = "\N{MINUS SIGN}"
 HEADS = "method", "seeds"
-LONG = (
-    "levels",
-    "selective",
-    "calibration",
-    "across_auroc",
-    "across_query",
-    "across_aurc",
-)  # tables that would take a terminal's reader too far
+# Tables that would take a terminal's reader too far.
+LONG = ("levels", "selective", "calibration", "across_auroc", "across_query", "across_aurc")
 TERMINAL, PAPER = 128, 104  # characters of a line, the latter in small type on a page's 5.5 inches of text
 
 
