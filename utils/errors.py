@@ -36,3 +36,12 @@ def exits_cleanly(interrupted="interrupted."):
 
 
 GOES_ON = "interrupted; the same command goes on from what was last saved."
+
+
+def one_of(name, value, known, error=ValueError):
+    """Return `value` if it is among `known`; raises `error` with a sentence that lists them otherwise."""
+    known = [str(each) for each in known]
+    if value in known:
+        return value
+    listed = f"{', '.join(known[:-1])} or {known[-1]}" if len(known) > 1 else known[0]
+    raise error(f"{name} must be {listed}, not '{value}'" + ("." if issubclass(error, UserError) else ""))
