@@ -169,6 +169,16 @@ def presets_of(method):
     return ["default", *_named("methods", method).get("presets", {})]
 
 
+def contract_of(method, preset="default"):
+    """Read the section `contract` of a method's YAML, overridden by its preset's: for tests/check_method.py."""
+    values, where = _named("methods", method), f"configs/methods/{method}.yaml"
+    chosen = _mapping(values.get("presets", {}), f"{where}: presets").get(preset, {})
+    contract = {}
+    for layer in (values, _mapping(chosen, where)):
+        _merge(contract, _mapping(layer.get("contract", {}), f"{where}: contract"))
+    return contract
+
+
 def load_backbone(name):
     """Resolve one backbone's Encoder; raises what `load_config` raises."""
     return _build(Encoder, _named("backbones", name).get("encoder", {}), f"configs/backbones/{name}.yaml: encoder")
@@ -189,7 +199,7 @@ def load_config(
     if method:
         own = _named("methods", method)
         where = f"configs/methods/{method}.yaml"
-        presets, on = (_mapping(own.pop(name, {}), f"{where}: {name}") for name in ("presets", "on"))
+        presets, on, _ = (_mapping(own.pop(name, {}), f"{where}: {name}") for name in ("presets", "on", "contract"))
         if preset not in ("default", *presets):
             raise UserError(f"method '{method}' has no preset '{preset}'; it has {', '.join(['default', *presets])}.")
         if tag in (*presets, "infonce", *MEANS):
@@ -197,7 +207,9 @@ def load_config(
         unknown = set(on) - set(known("datasets"))
         if unknown:
             raise UserError(f"{where}: on names '{unknown.pop()}'; there is {', '.join(known('datasets'))}.")
-        layers += [own, _mapping(on.get(dataset, {}), f"{where}: on"), _mapping(presets.get(preset, {}), where)]
+        chosen = _mapping(presets.get(preset, {}), where)
+        chosen.pop("contract", None)  # not part of a run's configuration, see `contract_of`
+        layers += [own, _mapping(on.get(dataset, {}), f"{where}: on"), chosen]
     layers += [{"model": {"mean": mean}}] if mean else []
     layers += [{"score": "log_likelihood"}] if objective == "infonce" else []  # what that objective trains
     layers += [_setting(text) for text in settings]
