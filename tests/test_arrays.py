@@ -147,7 +147,7 @@ def test_scripts_need_no_backbone(here, refusal, monkeypatch):
     page = (here / "results/embeddings/report.html").read_text()
     assert surest["best"][0]["answer"] in page
     error = refusal(uncertainty.main, *RUN, "asymvlm-psd", "a photo")
-    assert "trained on embeddings computed elsewhere, so that there is no backbone to encode prompts" in error
+    assert "trained on embeddings computed elsewhere, so no backbone is at hand to encode prompts" in error
     again = refusal(train.main, *RUN, "clip", "--tag", "t", "--set", "data.train_split=train1")
     assert "run `python cache_embeddings.py --dataset embeddings --backbone given --splits train1`" in again
 

@@ -383,7 +383,7 @@ def test_another_backbones_weights_are_noticed(trained, refusal, monkeypatch):
     copy = trained / "weights.safetensors"
     shutil.copy("embeddings/shapes/shapes-tiny/val/meta.json", copy)
     monkeypatch.setattr("utils.config.Encoder.weights_file", property(lambda self: copy))
-    assert "are not those that" in refusal(uncertainty.main, *RUN, "a photo")
+    assert "differ from those that" in refusal(uncertainty.main, *RUN, "a photo")
 
 
 def test_transfer_lies_under_what_it_was_trained_on(trained, monkeypatch, capsys):
@@ -435,7 +435,7 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
     assert len(said.out.splitlines()[-1]) < 100
 
     assert "a prompt is empty" in refusal(uncertainty.main, *RUN, "a photo", "  ")
-    assert "asymvlm-vmf knows no uncertainty of images" in refusal(uncertainty.main, *RUN, pairs.items["image"][0])
+    assert "asymvlm-vmf has no uncertainty for images" in refusal(uncertainty.main, *RUN, pairs.items["image"][0])
     assert "there is no image file nowhere.jpg" in refusal(uncertainty.main, *RUN, "nowhere.jpg")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     assert "broken.png cannot be read" in refusal(uncertainty.main, *RUN, str(tmp_path / "broken.png"))
