@@ -174,7 +174,7 @@ class BayesVLM(Adaptor):
         if not self.probabilities.startswith("mc-"):
             return self.log_likelihood(image, text)
         if self.probabilities == "mc-joint":
-            draws = zip(self._draws(image, "image"), self._draws(text, "text"), strict=True)
+            draws = zip(self._sampled(image, "image"), self._sampled(text, "text"), strict=True)
             probability = joint_probabilities(draws, self.logit_scale.item())
         else:
             halves = self._halves(image, text)
@@ -228,7 +228,7 @@ class BayesVLM(Adaptor):
             return self.logit_scale.new_ones(1, 1).expand(images, texts)
         return probit_factor(self.logit_scale**2 * variance_of(*halves))
 
-    def _draws(self, embedding, side):
+    def _sampled(self, embedding, side):
         """Iterate over embeddings (N, D), each time under another sampled map."""
         posterior, phi = getattr(self, side).posterior, embedding.spread[:, self.dim :]
         return posterior.samples(phi, embedding.mean, torch.Generator().manual_seed(SEEDS[side]), self.draws)
@@ -255,8 +255,8 @@ class BayesVLM(Adaptor):
             z = {side: torch.from_numpy(rows[side][:, : self.dim]).to(device).float() for side in SIDES}
             for side, other in SIDES.items():
                 # Summed in float64, which not every device has.
-                of_batch = activation_factor(rows[side][:, self.dim :], device=device).cpu().double()
-                a[side] += math.sqrt(len(rows[side])) * of_batch
+                batch_factor = activation_factor(rows[side][:, self.dim :], device=device).cpu().double()
+                a[side] += math.sqrt(len(rows[side])) * batch_factor
                 for block in z[side].split(STEP):
                     b[side] += curvature(block, z[other], scale, **loss).cpu().double()
                     bar.update(len(block))

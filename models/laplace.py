@@ -76,7 +76,7 @@ def curvature(
     """
     one_of("loss", loss, LOSSES)
     target = F.normalize(target, dim=-1)
-    of_candidate = target.new_zeros(len(target))  # sum_i w_i c_i
+    candidate_weight = target.new_zeros(len(target))  # sum_i w_i c_i
     total = target.new_zeros(target.shape[1], target.shape[1])
     for rows in source.split(block):
         length = rows.norm(dim=-1)
@@ -85,7 +85,7 @@ def curvature(
         cosine = x @ target.T
         logit = scale * cosine + bias
         c = logit.softmax(dim=-1) if loss == "infonce" else logit.sigmoid() * (-logit).sigmoid()
-        of_candidate += weight @ c
+        candidate_weight += weight @ c
         if loss == "infonce":
             mean = c @ target
             along = (mean * x).sum(dim=-1)
@@ -99,7 +99,7 @@ def curvature(
         # M - x (M x)^T - (M x) x^T + (x^T M x) x x^T, the last term split between the two before it
         cross = x.T @ (weight[:, None] * (ray - radial[:, None] / 2 * x))
         total -= cross + cross.T
-    total += target.T @ (of_candidate[:, None] * target)
+    total += target.T @ (candidate_weight[:, None] * target)
     return (total + total.T) / 2
 
 
@@ -152,8 +152,8 @@ def best_precision(
             log_det = (precision / (product + precision)).sum()
         else:
             root = math.sqrt(precision)
-            of_a, of_b = (0.5 * (root / (math.sqrt(n) * values + root)).sum() for values in (a, b))
-            log_det = d * of_a + p * of_b if objective == "correct" else 2 * (p * of_a + d * of_b)
+            slope_a, slope_b = (0.5 * (root / (math.sqrt(n) * values + root)).sum() for values in (a, b))
+            log_det = d * slope_a + p * slope_b if objective == "correct" else 2 * (p * slope_a + d * slope_b)
         return p * d - precision * norm_sq - log_det
 
     below = math.log(p * d / norm_sq)  # beyond this the slope is negative
@@ -201,8 +201,8 @@ class Posterior:
         if prior == "exact":
             self.variance = 1 / (n * b[:, None] * a + precision)
         else:
-            of_a, of_b = (1 / (math.sqrt(n) * values + math.sqrt(precision)) for values in (a, b))
-            self.variance = of_b[:, None] * of_a
+            variance_a, variance_b = (1 / (math.sqrt(n) * values + math.sqrt(precision)) for values in (a, b))
+            self.variance = variance_b[:, None] * variance_a
 
     @property
     def basis(self) -> Tensor:
