@@ -55,10 +55,11 @@ class SphericalHead(nn.Module):
 
 
 class AsymVLM(Adaptor):
-    """Captions as distributions on the sphere, images as points, trained with unified InfoNCE; arXiv 2505.11029.
+    """Captions as von Mises-Fisher or power spherical distributions, images as points; Ju et al., arXiv 2505.11029.
 
-    family: `von-mises-fisher` or `power-spherical`. mean, width, hidden: see SphericalHead. normalizer: `exact`, or for
-    von Mises-Fisher `bounds`, the mean of two bounds as in the public code. temperature: see Adaptor.
+    Trained with unified InfoNCE. family: `von-mises-fisher` or `power-spherical`. mean, width, hidden: see
+    SphericalHead. normalizer: `exact`, or for von Mises-Fisher `bounds`, the public code's mean of two bounds.
+    temperature: see Adaptor.
     """
 
     def __init__(

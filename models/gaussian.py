@@ -30,7 +30,7 @@ class Gaussian(Adaptor):
         self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in range(2))
         self.image_log_variance, self.text_log_variance = (perceptron(dim, width, dim, hidden) for _ in range(2))
         self.log_floor = math.log(floor) if floor else -math.inf
-        # Squared distances of unit means differ by less than 2 between pairs. By the perceptron's own initialization S
+        # Squared distances of unit means differ by less than 2 between pairs. With the perceptron's initialization S
         # is about D = 512 and every logit is hundreds below zero: the first steps then push log sigma^2 so far down
         # that its gradient, proportional to sigma^2, vanishes for good.
         if start is not None:
