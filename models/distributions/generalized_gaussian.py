@@ -99,7 +99,7 @@ class GeneralizedGaussian(Distribution):
         return self._log_constant() - (self.beta * _log_ratio((value - self.loc).abs(), self.alpha)).exp()
 
     def pairwise_log_prob(self, points: Tensor) -> Tensor:
-        """Log density (N, M), summed over D, of points (N, D) under distributions (M, D); ValueError on other shapes."""
+        """Log density (N, M), summed over D, of points (N, D) under each of M distributions (M, D); else ValueError."""
         if len(self.batch_shape) != 2 or points.dim() != 2 or points.shape[1] != self.batch_shape[1]:
             raise ValueError(f"points {tuple(points.shape)}, batch {tuple(self.batch_shape)}: not (N, D), (M, D)")
         power = _PairwisePower.apply(points, self.loc, self.alpha, self.beta)
