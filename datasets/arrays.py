@@ -124,8 +124,8 @@ class Arrays(Source):
             raise self._error("'class_of_text' must hold every class number from 0: number the classes without a gap.")
         wrong = (self.label < 0) | (self.label >= classes)
         if wrong.any():
-            row = wrong.argmax()
-            raise self._error(f"row {row} of 'label' is {self.label[row]}, a class without a text: give it a text.")
+            row, hint = wrong.argmax(), "number the classes as in 'class_of_text'"
+            raise self._error(f"row {row} of 'label' is {self.label[row]}, a class without a text: {hint}.")
         names = self._read_column(arrays, "class_name", "U", "strings", classes)
         self.names = [f"class {number}" for number in range(classes)] if names is None else names.tolist()
 

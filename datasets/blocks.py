@@ -61,7 +61,7 @@ class Blocks:
             block = self.read(kind, number, len(rows))
             if block is None:
                 raise UserError(
-                    f"{self._file(kind, number)} is missing: let all processes see the same folder, and run the same"
+                    f"{self._file(kind, number)} is missing: give all processes the same folder, and run the same"
                     " command again, which goes on from the other blocks."
                 )
             yield rows, block
@@ -95,7 +95,7 @@ class _Decoded(torch.utils.data.Dataset):
 
 
 def _collate(items):
-    """Stack the images that could be read, or return None; with it, {place in the batch: reason} of the others."""
+    """Return the images that could be read, stacked (or None), and {place in the batch: reason} of the others."""
     good = [item for item in items if not isinstance(item, str)]
     return torch.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
 
@@ -137,7 +137,7 @@ class BlockEncoder:
         self.sizes = {"image": math.ceil(BLOCK / batch) * batch, "text": TEXTS, "prompt": TEXTS}
 
     def _todo(self, kind, count, redo=lambda rows, block: False):
-        """List this process's blocks that remain to be encoded, and a progress bar that counts the others as done."""
+        """List this process's blocks that remain to be encoded; with it, returns a progress bar over all its blocks."""
         mine = list(enumerate(_cut(count, self.sizes[kind])))[self.ranks.rank :: self.ranks.world]
         todo = []
         for number, rows in mine:
@@ -158,7 +158,7 @@ class BlockEncoder:
         """Encode images that `source` opens; with on_error="stop", raises UserError at one that cannot be read."""
 
         def redo(rows, block):
-            """Whether a file has changed since, or the block lacks unreadable images although `on_error` is stop."""
+            """Whether a file has changed since, or unreadable images were left out that must now stop the run."""
             left_out = self.on_error == "stop" and len(block["bad"])
             return left_out or block["stamp"].item() != _stamp(images[rows.start : rows.stop])
 
@@ -217,7 +217,7 @@ class BlockEncoder:
                 self.blocks.write(kind, number, **arrays, cut=np.array(cut))
 
     def _encoded(self, side, batch, rows, count):
-        """Encode pixels or tokens as float16 arrays of `count` rows: `batch` fills `rows`, or is None; others are 0."""
+        """Encode `batch` (pixels, tokens or None) into `rows` of float16 arrays of `count` rows; other rows are 0."""
         if side == "image":
             encode, pool = self.backbone.encode_images, self.backbone.pooled_images
         else:

@@ -69,7 +69,7 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
     if ranks.told(job) != job:
         raise UserError(
             f"process {ranks.rank} of {ranks.world} lists other images and captions than the first, or computes in"
-            " another precision: let all see the same files, on devices of one kind or with --set encoder.precision."
+            " another precision: give all the same files, and devices of one kind or --set encoder.precision."
         )
     blocks = Blocks(folder)
     if ranks.first:

@@ -39,8 +39,8 @@ class Classification(Source):
         for split, options in splits.items():
             for name in options:
                 if name not in allowed:
-                    keys = ", ".join(allowed)
-                    raise ValueError(f"splits: {split} has an unknown key '{name}'; keys of {dataset} are {keys}")
+                    takes = f"{dataset} takes {', '.join(allowed)}"
+                    raise ValueError(f"splits: {split} has unknown key '{name}'; {takes}")
         listed = isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
         if not listed and classes not in RULES:
             raise ValueError(f"classes must list their names in quotes, or be {', '.join(RULES[:-1])} or {RULES[-1]}")
@@ -150,7 +150,7 @@ class Classification(Source):
         unknown = [name for name in listed if name not in number]
         if unknown:
             raise UserError(
-                f"the folder '{unknown[0]}' in {self.root} is not a class of ImageNet-1k: name folders by WordNet id,"
+                f"the folder '{unknown[0]}' in {self.root} is not an ImageNet-1k class: name folders by WordNet id,"
                 " such as n01440764, or use their names as class names with --dataset folder."
             )
         return [_zero_shot().IMAGENET_CLASSNAMES[number[name]] for name in listed]
@@ -186,7 +186,7 @@ class Classification(Source):
 
 
 def _zero_shot():
-    # Imported late, as the package takes seconds to load.
+    # Imported late, as the package takes seconds to load; only class names and prompts are read.
     import open_clip.zero_shot_metadata
 
     return open_clip.zero_shot_metadata

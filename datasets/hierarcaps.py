@@ -18,8 +18,8 @@ COLUMNS = "id", "captions", "image_url"
 class HierarCaps(PairsFile):
     """The split `test`, in file order; the caption of an image is the last of its chain, the most specific one.
 
-    root: folder of hierarcaps_test.csv. images: folder of COCO's 2014 or 2017 folders, by default root. An image has
-    COCO's id; a caption has the `id` of its row.
+    root: folder of hierarcaps_test.csv. images: folder that holds COCO's 2014 or 2017 folders, by default root. An
+    image has COCO's id, a caption the `id` of its row.
     """
 
     def __init__(self, root, images=""):
@@ -49,7 +49,7 @@ class HierarCaps(PairsFile):
         names, rows = self._open()
         for column in COLUMNS:
             if column not in names:
-                raise self._error(f"it has no column {column}; it has {', '.join(names):.200}: download it again.")
+                raise self._error(f"it has no column '{column}'; it has {', '.join(names):.200}: download it again.")
         listed, seen = [], set()
         for where, row in rows:
             number, captions, url = (row[column].strip() for column in COLUMNS)

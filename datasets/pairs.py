@@ -103,7 +103,8 @@ class PairsFile(Described):
             hint = f"choose one with --set data.options.{kind}_column=NAME"
             if len(names) == 1 and ";" in names[0]:
                 hint = "separate the columns by commas, or by tabs in a .tsv"
-            raise self._error(f"it has no column {' or '.join(candidates)}; it has {', '.join(names):.200}: {hint}.")
+            wanted = " or ".join(f"'{name}'" for name in candidates)
+            raise self._error(f"it has no column {wanted}; it has {', '.join(names):.200}: {hint}.")
         return column
 
     def _open(self):
@@ -148,7 +149,7 @@ class PairsFile(Described):
                     if len(row) != width:
                         hint = f"put captions with a {'comma' if delimiter == ',' else 'tab'} in quotes"
                         raise self._error(
-                            f"line {reader.line_num} has {len(row)} fields, but the header {width}: {hint}."
+                            f"line {reader.line_num} has {len(row)} fields, but the header has {width}: {hint}."
                         )
                     yield f"line {reader.line_num}", row
             except csv.Error as error:
