@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 
 from datasets.embeddings import encoder_fingerprint
-from models import make_backbone
+from models.backbones import make_backbone
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import Encoder

@@ -132,7 +132,7 @@ def test_a_cache_of_other_content_is_refused(here, refusal, capsys):
 
 
 def test_scripts_need_no_backbone(here, refusal, monkeypatch):
-    for name in ("open_clip", "models.backbone"):
+    for name in ("open_clip", "models.backbones.openclip"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     cache_embeddings.main(CACHE)
     train.main([*RUN, "clip", "--quiet"])

@@ -394,9 +394,11 @@ def test_transfer_lies_under_what_it_was_trained_on(trained, monkeypatch, capsys
     shutil.copytree(configuration.HOME / "configs", home / "configs")
     text = (home / "configs/datasets/shapes.yaml").read_text().replace("seed: 0", "seed: 1")
     (home / "configs/datasets/other.yaml").write_text(text)
-    for module in ("utils.config", "datasets.embeddings", "models.backbone"):
+    for module in ("utils.config", "datasets.embeddings", "models.backbones.openclip"):
         monkeypatch.setattr(f"{module}.HOME", home)
-    monkeypatch.setattr("models.backbone.open_clip.add_model_config", lambda path: None)  # known already, by its name
+    monkeypatch.setattr(
+        "models.backbones.openclip.open_clip.add_model_config", lambda path: None
+    )  # known already, by its name
     (trained / "embeddings").unlink()
     for name in ("shapes", "other"):
         cache_embeddings.main(["--dataset", name, "--quiet", "--splits", "val", "--set", *SMALL_WORLD])
