@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,11 +167,13 @@ def desk(small_world, tmp_path_factory):
         cached = small_world / "embeddings" / "shapes" / "shapes-tiny" / "val"
         arrays = {name: np.load(cached / f"{name}.npy") for name in ("image", "text", "image_of_text")}
         np.savez("pairs.npz", **arrays)
-        for block in [block for path in [README, *DOCS] for block in blocks(path) if block.file]:
-            write_example(block, home, patch)
+        examples = [block for path in [README, *DOCS] for block in blocks(path) if block.file]
+        modules = [write_example(block, home, patch) for block in examples]
         run(cache_embeddings, ["--dataset", "shapes", "--features", "pooled"])
         run(train, ["--dataset", "shapes", "--method", "asymvlm-psd"])  # as `make demo` does
         yield folder
+        for name in filter(None, modules):
+            del sys.modules[name]
 
 
 def write_pairs(folder):
@@ -191,17 +194,19 @@ def write_pairs(folder):
 
 
 def write_example(block, home, patch):
-    """Write an example into the copy of the repository, and let its package find it."""
+    """Write an example into the copy of the repository and import it; returns the module's name, None of a YAML."""
     path = home / block.file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(block.text)
     if path.suffix == ".yaml":
         assert isinstance(yaml.safe_load(block.text), dict), block.place
-        return
+        return None
     package = importlib.import_module(".".join(Path(block.file).parent.parts))
     if str(path.parent) not in package.__path__:
         patch.setattr(package, "__path__", [*package.__path__, str(path.parent)])
-    importlib.import_module(".".join(Path(block.file).with_suffix("").parts))
+    name = ".".join(Path(block.file).with_suffix("").parts)
+    importlib.import_module(name)
+    return name
 
 
 def run(script, words):
