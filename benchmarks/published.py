@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.run import resident
+from labeling.acquisition import epig, online_update, select
 from metrics.uncertainty import levels, spearman, trend
-from models.acquisition import epig, online_update, select
 from models.asymvlm import AsymVLM, mean_of_bounds
 from models.base import Embedding, info_nce
 from models.distributions import GeneralizedGaussian, PowerSpherical, VonMisesFisher

@@ -182,7 +182,7 @@ class Classification(Source):
 
 
 def _zero_shot():
-    # Lazily, as the package takes seconds. Only names and prompts are read: models are up to models/backbone.py.
+    # Lazily, as the package takes seconds; only names and prompts are read.
     import open_clip.zero_shot_metadata
 
     return open_clip.zero_shot_metadata

@@ -132,7 +132,7 @@ def test_a_cache_of_other_content_is_not_taken_for_this_one(here, refusal, capsy
 
 
 def test_scripts_need_no_backbone(here, refusal, monkeypatch):
-    for name in ("open_clip", "models.backbone"):
+    for name in ("open_clip", "models.backbones.openclip"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     cache_embeddings.main(CACHE)
     train.main([*RUN, "clip", "--quiet"])
@@ -147,7 +147,7 @@ def test_scripts_need_no_backbone(here, refusal, monkeypatch):
     page = (here / "results/embeddings/report.html").read_text()
     assert surest["best"][0]["answer"] in page
     error = refusal(uncertainty.main, *RUN, "asymvlm-psd", "a photo")
-    assert "trained on embeddings computed elsewhere, so that there is no backbone to encode prompts" in error
+    assert "trained on embeddings computed elsewhere, so no backbone is at hand to encode prompts" in error
     again = refusal(train.main, *RUN, "clip", "--tag", "t", "--set", "data.train_split=train1")
     assert "run `python cache_embeddings.py --dataset embeddings --backbone given --splits train1`" in again
 

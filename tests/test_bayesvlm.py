@@ -20,13 +20,13 @@ from models import bayesvlm, prob_cosine
 from models.base import adapt_all, cosine
 from models.bayesvlm import BayesVLM, draw_pairs
 from models.laplace import Factors, Posterior, activation_factor, best_precision, curvature
+from reporting import evaluations
+from reporting.tables.classification import classification
+from reproduce import Cell
 from tasks.classification import class_embeddings
-from utils import results
-from utils.cells import Cell
 from utils.checkpoint import Run
 from utils.config import HOME, load_config, make_adaptor
 from utils.errors import UserError
-from utils.paper_tables import classification
 
 RUN = ["--dataset", "shapes", "--method", "bayesvlm", "--device", "cpu"]
 TRAIN = [*RUN, "--quiet", "--set", "model.candidates=160"]
@@ -448,7 +448,7 @@ def test_classification_has_a_temperature_matched_to_its_own(place, capsys):
         part = found[f"bayesvlm+{tag}"]["image_to_class"]
         assert part["calibration"]["model"]["nll"] == pytest.approx(nll, rel=1e-4)
         assert part["uncertainty"]["query"]["family"] == "query-only"
-    [block] = results.read(place / "results")
+    [block] = evaluations.read(place / "results")
     table = classification(block)
     names = [row.name for _, rows in table.groups for row in rows]
     assert names[:2] == ["clip", "clip + temperature"] and "Matched temperature" in table.note

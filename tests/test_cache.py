@@ -13,7 +13,7 @@ import cache_embeddings
 from datasets import blocks, caching, embeddings
 from datasets.coco import Coco
 from datasets.embeddings import Pairs
-from models.backbone import Backbone
+from models.backbones.openclip import Backbone
 from utils.config import load_backbone
 from utils.errors import UserError
 from utils.files import locked

@@ -24,7 +24,7 @@ from conftest import SMALL_WORLD
 import cache_embeddings
 from datasets import blocks
 from datasets.embeddings import Pairs
-from models.backbone import Backbone
+from models.backbones.openclip import Backbone
 from utils.config import HOME, load_backbone
 from utils.ranks import Ranks
 

@@ -1,4 +1,4 @@
-"""The cached splits of a set of images with classes, as an active learner uses them: pool, target, validation part."""
+"""The cached splits that active learning uses: pool, target and validation part."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from datasets.embeddings import Pairs
-from models.projection import Items, joined
+from labeling.classifier import Items, joined
 from utils.errors import UserError
 
 
@@ -22,34 +22,39 @@ class Splits:
         if len(set(splits)) < len(splits):
             raise UserError("--pool, --target and --val must name different splits, and none twice.")
         self.pairs = {split: Pairs(dataset, backbone, split, pooled=True) for split in splits}
-        self.about = self.pairs[target]
+        self.of_target = self.pairs[target]  # classes and backbone, which all splits share
         for pairs in self.pairs.values():
             if pairs.classes is None:
-                raise UserError(f"{pairs.folder} has captions and no classes: there are no labels to ask for.")
+                raise UserError(
+                    f"{pairs.folder} has captions and no classes: active learning needs images with classes."
+                )
         for pairs in self.pairs.values():
-            if pairs.classes != self.about.classes:
-                raise UserError(f"{pairs.folder} has other classes than {self.about.folder}, or in another order.")
-            must_share_backbone(pairs, self.about)
-        if len(self.about.classes) < 2:
-            raise UserError(f"{self.about.folder} has one class, '{self.about.classes[0]}': there is nothing to tell.")
+            if pairs.classes != self.of_target.classes:
+                raise UserError(f"{pairs.folder} has other classes than {self.of_target.folder}, or in another order.")
+            must_share_backbone(pairs, self.of_target)
+        if len(self.of_target.classes) < 2:
+            raise UserError(
+                f"{self.of_target.folder} has only one class, '{self.of_target.classes[0]}': classification needs at"
+                " least two."
+            )
         for one, other in itertools.combinations(splits, 2):
             shared = _shared(self.pairs[one], self.pairs[other])
             if shared:
                 raise UserError(f"'{one}' and '{other}' share {shared:,} images: name splits that share none.")
         parts = {split: items(pairs, device) for split, pairs in self.pairs.items()}
         self.pool, self.target, self.val = joined([parts[split] for split in pool]), parts[target], parts.get(val)
-        self.split_of = np.repeat(pool, [len(parts[split].label) for split in pool])  # each image of the pool
+        self.split_of = np.repeat(pool, [len(parts[split].label) for split in pool])  # of each image of the pool
         self.id_of = np.concatenate([self.pairs[split].image_id for split in pool])
 
 
 def items(pairs, device):
     """The images of opened pairs as Items in float32, with label 0 where they have none.
 
-    Raises UserError without pooled features, and where one is no finite number.
+    Raises UserError without pooled features, and for NaN or infinity.
     """
     fed = torch.from_numpy(np.array(pairs.fed("image", pooled=True)[:])).to(device).float()
     if not fed.isfinite().all():
-        raise UserError(f"{pairs.folder} holds features that are no finite numbers: cache it again.")
+        raise UserError(f"{pairs.folder} holds features that are NaN or infinite: cache it again.")
     label = np.zeros(len(fed), np.int64) if pairs.classes is None else pairs.label
     return Items(fed[:, : pairs.dim], fed[:, pairs.dim :], torch.from_numpy(np.array(label)).to(device).long())
 
@@ -68,5 +73,6 @@ def must_share_backbone(pairs, other):
 
 
 def _shared(one, other):
-    same = one.meta["id_space"] == other.meta["id_space"]
-    return int(np.isin(one.image_id, other.image_id).sum()) if same else 0
+    if one.meta["id_space"] != other.meta["id_space"]:
+        return 0
+    return int(np.isin(one.image_id, other.image_id).sum())

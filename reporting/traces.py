@@ -1,15 +1,16 @@
-"""What benchmarks/factor_trace.py measured of BayesVLM's B factors: read, checked, and as a table."""
+"""Traces of BayesVLM's B factors by benchmarks/factor_trace.py: read, checked, and as a table."""
 
 from functools import cached_property
 
-from utils import tables
+from reporting.parts import Part
+from reporting.tables import Cell, Column, Row, make, mean_sd
+from reporting.words import over
 from utils.errors import UserError
 from utils.files import read_json
-from utils.results import NUMBER, must_hold
-from utils.tables import Cell, Column, Row
+from utils.result_file import NUMBER, must_hold
 
 NAME = "factor-trace.json"
-HOLDS = {
+SHAPE = {
     "dataset": str, "backbone": str, "fingerprint": str, "trials": int, "items": int,
     "sides": {
         side: [{"candidates": int, "batches": int, "relative_trace": [NUMBER]}] for side in ("image", "text")
@@ -17,8 +18,8 @@ HOLDS = {
 }  # fmt: skip
 
 
-class Trace:
-    """One file of relative traces. folder: where it lies, relative to that of the report."""
+class Trace(Part):
+    """One file of relative traces. folder: where it lies, relative to the report's."""
 
     task = "factor-trace"
 
@@ -26,24 +27,28 @@ class Trace:
         self.folder, self.values = folder, values
         self.evaluated_on, self.backbone = values["dataset"], values["backbone"]
         self.title = f"{self.evaluated_on}, {self.backbone}: trace of BayesVLM's B factors"
-        self.summary = tables.over([values["trials"]], "trial")
-        self.facts = {"items": f"{values['items']:,}", "numbers": self.summary}
+        self.summary = over([values["trials"]], "trial")
         self.files = {"both towers": [(NAME, folder / NAME)]}
+
+    @property
+    def facts(self):
+        """How many items the traces are of."""
+        return {"items": f"{self.values['items']:,}"} | super().facts
 
     @cached_property
     def lines(self):
-        """Means and deviations: dict of side to dict of the number of batches to dict of candidates to (mean, s.d.)."""
-        found = {}
-        for side, points in self.values["sides"].items():
-            by_batches = found.setdefault(side, {})
+        """Means and deviations: {tower: {number of batches: {candidates: (mean, s.d.)}}}."""
+        lines = {}
+        for tower, points in self.values["sides"].items():
+            by_batches = lines.setdefault(tower, {})
             for point in sorted(points, key=lambda point: (point["batches"], point["candidates"])):
-                column = by_batches.setdefault(point["batches"], {})
-                column[point["candidates"]] = tables.mean_sd(point["relative_trace"])
-        return found
+                line = by_batches.setdefault(point["batches"], {})
+                line[point["candidates"]] = mean_sd(point["relative_trace"])
+        return lines
 
     @property
     def largest(self):
-        """The candidate-set size and the number of batches to which traces are relative."""
+        """The candidate-set size and the number of batches that traces are relative to."""
         return tuple(
             max(point[name] for points in self.values["sides"].values() for point in points)
             for name in ("candidates", "batches")
@@ -51,7 +56,7 @@ class Trace:
 
     @cached_property
     def tables(self):
-        """Its one tables.Table: a row per number of batches, a column per candidate-set size."""
+        """Its one reporting.tables.Table: a row per number of batches, a column per candidate-set size."""
         sizes = sorted({size for rows in self.lines.values() for row in rows.values() for size in row})
         columns = [
             Column(f"{side}_{size}", f"{side} tower, K candidates", f"{size:,}", 3, None, None)
@@ -61,23 +66,21 @@ class Trace:
         counts = sorted({count for rows in self.lines.values() for count in rows})
         rows = []
         for count in counts:
-            found = {
-                f"{side}_{size}": Cell(*pair)
-                for side, by_batches in self.lines.items()
+            cells = {
+                f"{tower}_{size}": Cell(*pair)
+                for tower, by_batches in self.lines.items()
                 for size, pair in by_batches.get(count, {}).items()
             }
-            rows.append(Row(batches(count), self.folder, self.values["trials"], found))
+            rows.append(Row(batches(count), self.folder, self.values["trials"], cells))
         most, largest = self.largest
-        note = f"Trace of B per item, over that of K = {most:,} with {batches(largest)} in the mean over trials."
-        table = tables.make(
-            "factor_trace", "Relative trace of the B factor", columns, [("", rows)], note, heads=("batches", "trials")
-        )
-        return [table]
+        title, heads = "Relative trace of the B factor", ("batches", "trials")
+        note = f"Trace of B per item, relative to the mean over trials at K = {most:,} with {batches(largest)}."
+        return [make("factor_trace", title, columns, [("", rows)], note, heads=heads)]
 
 
 def batches(count):
     """A number of batches in words."""
-    return f"{count} batch" + "es" * (count != 1)
+    return f"{count} batch" if count == 1 else f"{count} batches"
 
 
 def paths(folder):
@@ -87,15 +90,14 @@ def paths(folder):
 
 def read(folder, backbone=None):
     """Read the traces in `folder`: list of Traces; raises UserError where a file is damaged or of something else."""
-    found = [path for path in paths(folder) if backbone in (None, path.parent.name)]
-    return [Trace(path.parent.relative_to(folder), _read_one(folder, path)) for path in found]
+    chosen = [path for path in paths(folder) if backbone in (None, path.parent.name)]
+    return [Trace(path.parent.relative_to(folder), _read_one(folder, path)) for path in chosen]
 
 
 def _read_one(folder, path):
-    again = "delete it and run benchmarks.factor_trace again"
     try:
         values = read_json(path)
-        must_hold(values, HOLDS)
+        must_hold(values, SHAPE)
         for points in values["sides"].values():
             whole = all(
                 point["candidates"] > 0 and len(point["relative_trace"]) == values["trials"] for point in points
@@ -103,8 +105,13 @@ def _read_one(folder, path):
             if not points or not whole or not values["trials"]:
                 raise ValueError("no traces, or not of all trials")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged or not a result of benchmarks.factor_trace: {again}.") from None
+        raise UserError(
+            f"{path} is damaged or not a result of benchmarks.factor_trace: delete it and run"
+            " benchmarks.factor_trace again."
+        ) from None
     if (values["dataset"], values["backbone"]) != (folder.name, path.parent.name):
-        said = f"{values['dataset']}, {values['backbone']}"
-        raise UserError(f"{path} is of {said}, and so does not belong there: move it to where it does, or delete it.")
+        raise UserError(
+            f"{path} is of {values['dataset']}, {values['backbone']}, which does not belong there: move it to its own"
+            " folder, or delete it."
+        )
     return values

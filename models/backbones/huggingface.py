@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from models.backbone import Frozen, quietly, said
+from models.backbones.openclip import Frozen, quietly, said
 from utils.config import HOME
 from utils.errors import UserError
 

@@ -1,8 +1,8 @@
-"""Which points are worth a label: entropy, BALD, EPIG, k-center, nearest neighbors, and what a new label teaches.
+"""Acquisition functions: entropy, BALD, EPIG, k-center, nearest neighbors, and the posterior's update by a new label.
 
 N items of the pool, T of the target, C classes, K draws of the posterior, D coordinates of an embedding. Entropies and
 information are in nats. Gaussian embeddings are a pair: means (N, D), not normalized, and variances (N, D), 0 where an
-embedding is certain: of its coordinates, or along the basis that all covariances share (`spread` in models/laplace.py).
+embedding is certain, of its coordinates or along a basis that all covariances share (`spread` in models/laplace.py).
 """
 
 import math
@@ -11,33 +11,33 @@ import torch
 from torch import Tensor
 
 from models.distributions.sphere import at_least_float32
+from utils.errors import one_of
 
 Diagonal = tuple[Tensor, Tensor]  # means and variances
 
 
 def entropy(probability: Tensor) -> Tensor:
-    """Entropy (...,) in nats of probabilities (..., C), of which some may be 0."""
+    """Entropy (...,) in nats of probabilities (..., C); entries may be 0."""
     return torch.special.entr(at_least_float32(probability)).sum(dim=-1)
 
 
 def bald(samples: Tensor) -> Tensor:
-    """Information (N,) in nats between an item's label and the weights, of drawn probabilities (K, N, C).
+    """Mutual information (N,) in nats of an item's label and the weights, from drawn probabilities (K, N, C).
 
-    The entropy of the mean less the mean of the entropies; Houlsby et al. (2011). It is of each item alone, whether the
-    items share the weights of a draw or not.
+    The entropy of the mean less the mean of the entropies; Houlsby et al. (2011). Items need not share draws.
     """
     samples = at_least_float32(samples)
-    return (entropy(samples.mean(dim=0)) - entropy(samples).mean(dim=0)).clamp_min(0)  # below 0 is only rounding
+    return (entropy(samples.mean(dim=0)) - entropy(samples).mean(dim=0)).clamp_min(0)  # rounding alone goes below 0
 
 
 def epig(pool: Tensor, target: Tensor, corrected: bool = True, block: int = 2**20) -> Tensor:
-    """Information (N,) in nats between the labels of an item and a random target; Bickford Smith et al. (AISTATS 2023).
+    """Mutual information (N,) in nats of an item's label and a random target's; Bickford Smith et al. (AISTATS 2023).
 
-    pool: drawn probabilities (K, N, C). target: (K, T, C'), where draw k is of the same weights as the pool's draw k.
-    corrected: less the bias of a finite K, so that what tells nothing is about 0 and may be below. block: entries of a
-    joint table that are in memory at once.
-    Draws of the pool's weights and of others for the target, uncorrected, are what BayesVLM publishes (in float16): all
-    of it is bias. Raises ValueError if the numbers of draws differ, for a single draw to correct, or without a target.
+    pool: drawn probabilities (K, N, C). target: (K, T, C'), whose draw k is under the same weights as the pool's.
+    corrected: subtract the bias of a finite K, so an uninformative item has about 0, or less. block: entries of a joint
+    table in memory at once. BayesVLM's code draws pool and target independently, without correction (and in float16):
+    its values are bias alone. Raises ValueError if the numbers of draws differ, for a single draw to correct, or
+    without a target.
     """
     (draws, items, classes), (target_draws, targets, target_classes) = pool.shape, target.shape
     if draws != target_draws or not targets:
@@ -54,8 +54,8 @@ def epig(pool: Tensor, target: Tensor, corrected: bool = True, block: int = 2**2
             right = target[:, j : j + columns]
             by_class = _p_log_p(left @ right.flatten(1))
             if corrected:
-                # Rotated, the target's draws are of other weights than the pool's: the information that is left is the
-                # bias. The entropies of the single labels are the same, and cancel.
+                # With the target's draws rotated, both have independent weights: what information remains is bias. The
+                # entropies of the single labels stay the same, and cancel.
                 by_class -= _p_log_p(left @ right.roll(draws // 2, 0).flatten(1))
             information[i : i + rows] += by_class.view(-1, classes).sum(dim=1) / targets
     if not corrected:
@@ -64,14 +64,14 @@ def epig(pool: Tensor, target: Tensor, corrected: bool = True, block: int = 2**2
 
 
 def _p_log_p(table: Tensor) -> Tensor:
-    """Sums (N,) of p log p over the rows of (N, M); twice as fast as by torch's entr."""
+    """Sums (N,) of p log p over the rows of (N, M); twice as fast as torch's entr."""
     return torch.linalg.vecdot(table, table.clamp_min(torch.finfo(table.dtype).tiny).log_())
 
 
 def select(score: Tensor, budget: int) -> Tensor:
-    """Indices (budget,) of the highest scores (N,), highest first; of equals the first.
+    """Indices (budget,) of the highest scores (N,), highest first, ties by index; all of them, if they are fewer.
 
-    All, if they are fewer. Raises ValueError if a score is NaN, which would rank highest.
+    Raises ValueError for NaN, which would rank highest.
     """
     if score.isnan().any():
         raise ValueError(f"{int(score.isnan().sum())} of {len(score)} scores are NaN")
@@ -81,37 +81,36 @@ def select(score: Tensor, budget: int) -> Tensor:
 def k_center(features: Tensor, budget: int) -> Tensor:
     """Indices (budget,) of items (N, P), each the farthest from all before it; Sener & Savarese (2018), algorithm 1.
 
-    The one next to the mean comes first; of equally far ones the first. All, if they are fewer than the budget. Raises
-    ValueError if a feature is not finite.
+    The item nearest to the mean comes first; ties go to the lower index. All items, if they are fewer than the budget.
+    Raises ValueError for NaN or infinity.
     """
     if not features.isfinite().all():
         raise ValueError("features must be finite")
-    features, found = at_least_float32(features), []
+    features, chosen = at_least_float32(features), []
     distance = -_squared_distance_to(features, features.mean(dim=0))
     for _ in range(min(budget, len(features))):
         index = int(distance.argmax())
         away = _squared_distance_to(features, features[index])
-        distance = distance.minimum(away) if found else away
-        distance[index] = -1  # its copies, at 0, come before it
-        found.append(index)
-    return torch.tensor(found, dtype=torch.long, device=features.device)
+        distance = distance.minimum(away) if chosen else away
+        distance[index] = -1  # below its copies, which are at 0
+        chosen.append(index)
+    return torch.tensor(chosen, dtype=torch.long, device=features.device)
 
 
 def _squared_distance_to(features: Tensor, center: Tensor) -> Tensor:
-    # By differences, so that copies of a chosen item are at 0 exactly.
+    # Differences, so that copies of a chosen item are at exactly 0.
     return (features - center).square_().sum(dim=1)
 
 
 def wasserstein(first: Diagonal, second: Diagonal) -> Tensor:
     """Squared 2-Wasserstein distances (N, M) of Gaussians, |m - m'|^2 + sum (sqrt v - sqrt v')^2, not below 0.
 
-    Exact for diagonal covariances in the coordinates that the variances are given in, whatever basis the means are in:
-    with variances in the eigenbasis that the covariances of a posterior share, it is exact for those as well.
+    Exact for covariances that are diagonal in one common basis, that of the variances; the means may be in another.
     """
     left, right = (
         torch.cat([at_least_float32(mean), at_least_float32(variance).sqrt()], 1) for mean, variance in (first, second)
     )
-    center = right.mean(dim=0)  # distances are the same from anywhere, and near the points they cancel fewer digits
+    center = right.mean(dim=0)  # a common shift changes no distance, and loses fewer digits
     left, right = left - center, right - center
     squares = left.square().sum(dim=1, keepdim=True) + right.square().sum(dim=1)
     return torch.addmm(squares, left, right.T, alpha=-2).clamp_min_(0)
@@ -130,62 +129,59 @@ _NEARNESS = {"cosine": cosine, "wasserstein": lambda first, second: -wasserstein
 
 
 def neighbors(target: Diagonal, pool: Diagonal, k: int, similarity: str = "wasserstein", block: int = 2**22) -> Tensor:
-    """Indices (T, min(k, N)) of the pool's items next to each target, nearest first, of equals in any order.
+    """Indices (T, min(k, N)) of the pool's items nearest to each target, nearest first, ties in any order.
 
-    similarity: `cosine` or `wasserstein`. block: pairs of which the distance is in memory at once. Raises ValueError if
-    there is no such similarity.
+    similarity: `cosine` or `wasserstein`. block: distances in memory at once. Raises ValueError for another similarity.
     """
-    if similarity not in _NEARNESS:
-        raise ValueError(f"similarity must be {' or '.join(_NEARNESS)}, not '{similarity}'")
-    step, k, found = max(1, math.isqrt(block)), min(k, len(pool[0])), []
+    nearness = _NEARNESS[one_of("similarity", similarity, list(_NEARNESS))]
+    step, k, rows = max(1, math.isqrt(block)), min(k, len(pool[0])), []
     for i in range(0, len(target[0]), step):
-        some = tuple(x[i : i + step] for x in target)
-        best = at_least_float32(some[0])[:, :0]
+        part = tuple(x[i : i + step] for x in target)
+        best = at_least_float32(part[0])[:, :0]
         index = torch.empty(best.shape, dtype=torch.long, device=best.device)
         for j in range(0, len(pool[0]), step):
-            near = _NEARNESS[similarity](some, tuple(x[j : j + step] for x in pool))
-            near, here = near.topk(min(k, near.shape[1]))
-            best, index = torch.cat([best, near], 1), torch.cat([index, here + j], 1)
+            near = nearness(part, tuple(x[j : j + step] for x in pool))
+            near, place = near.topk(min(k, near.shape[1]))
+            best, index = torch.cat([best, near], 1), torch.cat([index, place + j], 1)
             best, kept = best.topk(min(k, best.shape[1]))
             index = index.gather(1, kept)
-        found.append(index)
-    return torch.cat(found) if found else torch.empty((0, k), dtype=torch.long, device=pool[0].device)
+        rows.append(index)
+    return torch.cat(rows) if rows else torch.empty((0, k), dtype=torch.long, device=pool[0].device)
 
 
 def unique_neighbors(
     target: Diagonal, pool: Diagonal, budget: int, similarity: str = "wasserstein", block: int = 2**22
 ) -> Tensor:
-    """Indices (budget,) of the first different items of the pool: the nearest of each target, then the second ones, ...
+    """Indices (budget,) of different items of the pool: the nearest of each target, then the second nearest, ...
 
-    The targets come in their own order. All of the pool, if it is smaller. Raises what `neighbors` raises, and
-    ValueError without targets.
+    All of the pool, if it is smaller. Raises what `neighbors` raises, and ValueError without targets.
     """
     if not len(target[0]):
-        raise ValueError("nothing is next to no target")
-    # The nearest `limit` items of even one target are different ones, so that k never has to be more.
+        raise ValueError("there is no target to find neighbors of")
+    # The `limit` nearest items of a single target are all different, so k never has to be more.
     limit = min(budget, len(pool[0]))
     k = min(limit, math.ceil(budget / len(target[0])))
     while True:
         by_rank = neighbors(target, pool, k, similarity, block).T.flatten()
-        found = list(dict.fromkeys(by_rank.tolist()))
-        if len(found) >= limit:
-            return torch.tensor(found[:limit], dtype=torch.long, device=target[0].device)
+        different = list(dict.fromkeys(by_rank.tolist()))
+        if len(different) >= limit:
+            return torch.tensor(different[:limit], dtype=torch.long, device=target[0].device)
         k = min(limit, 2 * k)
 
 
 def online_update(
-    a: Tensor, b: Tensor, count: int, activation: Tensor, curvature: Tensor, weight: int = 1, published: bool = False
+    a: Tensor, b: Tensor, count: int, activation: Tensor, curvature: Tensor, weight: int = 1, reference: bool = False
 ) -> tuple[Tensor, Tensor, int]:
-    """Kronecker factors a (P', P'), b (D, D) and their count with one more item, as if gathered with it from the start.
+    """Kronecker factors a (P', P'), b (D, D) and their count after one more item, as if gathered with it.
 
     a = sum phi phi^T / sqrt N and b = sum H / sqrt N over N items. activation: phi (P',), with its 1 if the map has a
-    bias. curvature: H (D, D) of the item's embedding. weight: as how many copies of the item it counts.
-    published: what BayesVLM's code does: |phi|^2 on every entry of a, so that it says nothing of where the
-    item lies, and a count of 1 whatever the weight. Raises ValueError if phi does not fit a.
+    bias. curvature: H (D, D) of the item's embedding. weight: number of items that it counts as. reference: as
+    BayesVLM's code, which adds |phi|^2 to every entry of a, which keeps nothing of phi's direction, and counts 1
+    whatever the weight. Raises ValueError if phi does not fit a.
     """
     if activation.shape != a.shape[:1]:
         raise ValueError(f"activation must be ({len(a)},), as the factor, not {tuple(activation.shape)}")
-    outer = activation.square().sum() if published else activation.outer(activation)
-    after = count + (1 if published else weight)
+    outer = activation.square().sum() if reference else activation.outer(activation)
+    after = count + (1 if reference else weight)
     a, b = ((math.sqrt(count) * old + weight * new) / math.sqrt(after) for old, new in ((a, outer), (b, curvature)))
     return a, b, after

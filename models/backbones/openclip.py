@@ -13,8 +13,8 @@ from functools import cached_property
 import open_clip
 import torch
 
-from models.pixels import Transform
-from models.pooled import LastMap, reconstruction_error
+from models.backbones.last_map import LastMap, reconstruction_error
+from models.backbones.pixels import Transform
 from utils.config import HOME
 from utils.errors import UserError
 
@@ -91,7 +91,7 @@ class Frozen:
         return {tower: self._last_map(tower).projection for tower in ("image", "text")}
 
     def reconstruction_error(self, tower, pooled):
-        """How far a Pooled of the "image" or "text" tower is from giving its embeddings: see models/pooled.py."""
+        """How far a Pooled of the "image" or "text" tower is from giving its embeddings: see last_map.py."""
         return reconstruction_error(pooled, self.projection[tower])
 
     def _last_map(self, tower):

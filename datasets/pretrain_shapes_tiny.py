@@ -1,4 +1,4 @@
-"""Train the built-in backbone `shapes-tiny` from scratch: `python -m models.pretrain_shapes_tiny`.
+"""Train the built-in backbone `shapes-tiny` from scratch: `python -m datasets.pretrain_shapes_tiny`.
 
 Ordinary CLIP training on the train split of `shapes`: its 8,000 image files, shifted by a few pixels at each sight, and
 captions worded anew for each batch. It ends with the figure to expect: text->image R@1 on val with full descriptions.
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from datasets.shapes import caption, describe
-from models.backbone import Backbone
+from models.backbones.openclip import Backbone
 from models.base import info_nce
 from utils.arguments import make_parser
 from utils.config import load_config, make_source
