@@ -396,7 +396,7 @@ def change_part(adaptor, name, change):
 
 
 def ordered(case):
-    """After a short training on `shapes`, captions' uncertainty has a Spearman correlation of 0.8 or more with true ambiguity."""
+    """Trained shortly on `shapes`, captions' uncertainty has a Spearman correlation of 0.8 with true ambiguity."""
     if case.preset != "default" or not case.config.ordered:
         raise DoesNotApply("its YAML does not say `ordered: true` of this preset")
     run = ["--dataset", "shapes", "--method", case.method, "--device", "cpu", "--quiet"]
