@@ -35,7 +35,7 @@ embeddings/%/shapes-tiny/shifted-test/meta.json: $(wildcard configs/backbones/sh
 	touch $@
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 lint: .venv/dev
 	.venv/bin/ruff check .

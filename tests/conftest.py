@@ -2,6 +2,10 @@ import os
 import shutil
 from pathlib import Path
 
+# One thread for each of the workers that share the cores, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -73,14 +77,25 @@ def shared():
     return SHARED
 
 
+def made_once(tmp_path_factory, name, make):
+    """Call `make` in a folder of its own, once for all workers of pytest-xdist; returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                make()
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
     """A folder in which a small `shapes` is cached with the built-in backbone."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        cache_embeddings.main(["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD])
-    return folder
+    cache = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
+    return made_once(tmp_path_factory, "small_world", lambda: cache_embeddings.main(cache))
 
 
 @pytest.fixture
