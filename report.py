@@ -13,13 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import active_results, factor_traces, html, plots, results, tables
+from reporting import evaluations, page, studies, traces
+from reporting.figures import style
+from reporting.runs import TASKS
+from reporting.tables import formats
 from utils.arguments import make_parser
 from utils.config import known
 from utils.errors import UserError, exits_cleanly
 from utils.files import write_text
 
-KINDS = results, active_results, factor_traces  # what a report has parts of
+KINDS = evaluations, studies, traces  # modules of the kinds of parts, see reporting/parts.py
 
 
 def parse(argv):
@@ -39,65 +42,68 @@ def backbones(folder):
 
 def folder_of(root, dataset):
     """The folder of what was trained or made on a data set; raises UserError, naming those that there are."""
-    there = sorted(path.name for path in root.glob("*") if path.is_dir() and backbones(path))
-    if dataset not in there:
-        run = f"run `python eval.py --dataset {dataset} --method METHOD` or, of classes, active_learning.py first"
+    present = sorted(path.name for path in root.glob("*") if path.is_dir() and backbones(path))
+    if dataset not in present:
+        run = f"run `python eval.py --dataset {dataset} --method METHOD` or, for classes, active_learning.py first"
         way_out = run if dataset in known("datasets") else "name one that is"
-        have = f"but of {', '.join(there)}" if there else "nor of any other data set"
-        raise UserError(f"no results of '{dataset}' are in {root.absolute()}, {have}: {way_out}.")
+        others = f"but of {', '.join(present)}" if present else "nor of any other data set"
+        raise UserError(f"no results of '{dataset}' are in {root.absolute()}, {others}: {way_out}.")
     return root / dataset
 
 
 def read(folder, backbone=None):
-    """Read what a report has parts of: evaluations, Studies and Traces, a list each; raises UserError without any."""
-    found = backbones(folder)
-    if backbone not in (None, *found):
-        others = ", ".join(sorted(found))
+    """Read the parts of a report, a list for each of KINDS; raises UserError where there are none."""
+    present = backbones(folder)
+    if backbone not in (None, *present):
+        others = ", ".join(sorted(present))
         raise UserError(f"no results in {folder} are of backbone '{backbone}', but of {others}: name one of these.")
     return [kind.read(folder, backbone) for kind in KINDS]
 
 
 def suffixes(parts):
-    """What tells the figures of parts apart: nothing where there is one, and the task only where it must."""
+    """What tells the figures of parts apart: nothing for a single part, and the task only where it must."""
     if len(parts) == 1:
         return [""]
     names = [f"-{part.evaluated_on}-{part.backbone}" for part in parts]
-    return [name + f"-{part.task}" * (names.count(name) > 1) for name, part in zip(names, parts, strict=True)]
+    return [f"{name}-{part.task}" if names.count(name) > 1 else name for name, part in zip(names, parts, strict=True)]
 
 
 def write_tables(folder, parts):
     """Write the tables of the parts in every format."""
-    for suffix, write in (("md", tables.to_markdown), ("tex", tables.to_latex), ("csv", tables.to_csv)):
+    for suffix, write in (("md", formats.to_markdown), ("tex", formats.to_latex), ("csv", formats.to_csv)):
         write_text(folder / f"table.{suffix}", write(parts))
+
+
+def write_figures(folder, kinds, looks, quiet):
+    """Write every figure of the parts of every kind as PNG and PDF, in place of those of an earlier report."""
+    for name in style.names():  # with fewer parts, they had other suffixes
+        for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
+            old.unlink()
+    draws = []
+    for parts in kinds:
+        drawn = [part for part in parts if style.drawings(part, looks)]
+        for part, suffix in zip(drawn, suffixes(drawn), strict=True):
+            draws += [(draw, folder / f"{drawing.name}{suffix}") for drawing, draw in style.drawings(part, looks)]
+    for draw, stem in tqdm(draws, desc="figures", unit="figure", leave=False, disable=quiet or None):
+        figure = draw()
+        if figure:
+            style.save(figure, stem)
 
 
 @exits_cleanly()
 def main(argv=None):
     args = parse(argv)
     folder = folder_of(args.results, args.dataset)
-    blocks, studies, traces = read(folder, args.backbone)
-    details = next((i for i, block in enumerate(blocks) if block.task == "classification"), len(blocks))
-    parts = [*blocks[:details], *results.across(blocks), *blocks[details:], *studies, *traces]
-    looks = plots.looks(blocks)
+    kinds = read(folder, args.backbone)
+    parts = [part for parts in kinds for part in parts]
+    looks = style.looks([part for part in parts if part.task in TASKS])
     write_tables(folder, parts)
-    for name in plots.EVERY:  # of fewer parts, they may have had other names
-        for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
-            old.unlink()
-    drawings = [
-        (draw, folder / f"{name}{suffix}")
-        for kind in (blocks, studies, traces)
-        for part, suffix in zip(kind, suffixes(kind), strict=True)
-        for name, draw in plots.drawings(part, looks).items()
-    ]
-    for draw, stem in tqdm(drawings, desc="figures", unit="figure", leave=False, disable=args.quiet or None):
-        figure = draw()
-        if figure:
-            plots.save(figure, stem)
-    page = folder / "report.html"
-    write_text(page, html.page(args.dataset, parts, looks))
+    write_figures(folder, kinds, looks, args.quiet)
+    path = folder / "report.html"
+    write_text(path, page.page(args.dataset, parts, looks))
     if not args.quiet:
-        print(tables.to_text(parts), end="\n\n")
-    print(page)
+        print(formats.to_text(parts), end="\n\n")
+    print(path)
 
 
 if __name__ == "__main__":

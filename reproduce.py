@@ -4,21 +4,23 @@
     python reproduce.py --datasets coco --evaluate-on coco flickr30k --methods all --devices cuda:0 cuda:1
     python reproduce.py --datasets coco --methods all --presets default reference --dry-run
 
-A cell of the grid is one run with its evaluations. What is done as asked for is skipped, so that a killed command,
-given again, goes on where it stopped; missing caches are made where the data are there. A cell that fails keeps no
-other from being made: those that failed are named at the end, and the exit code is 1.
+A grid cell is one run plus its evaluations. It is skipped if a complete result with the same configuration, weights and
+embeddings exists, so a killed command goes on where it stopped. Missing caches are made where the data are at hand. A
+cell that fails does not stop the others: failed cells are named at the end, and the exit code is 1.
 """
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.embeddings import cache_folder
+from datasets.embeddings import META, Pairs, cache_folder
+from utils import result_file
 from utils.arguments import PRESET, make_parser
-from utils.cells import Cell, as_set, as_words
-from utils.config import known, load_config, needs_pooled, presets_of
+from utils.checkpoint import Run
+from utils.config import LEVELS, known, load_config, needs_pooled, presets_of
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.workers import Workers
@@ -28,22 +30,113 @@ def parse(argv):
     parser = make_parser(__doc__)
     add, names = parser.add_argument, {"nargs": "+", "metavar": "NAME"}
     add("--datasets", **names, required=True, help=f"trained on; any of {', '.join(known('datasets'))}")
-    add("--evaluate-on", **names, help="data sets that every run is evaluated on; by default what it is trained on")
+    add("--evaluate-on", **names, help="data sets to evaluate every run on; by default the one it is trained on")
     add("--backbones", **names, default=[None], help="by default that of the data set trained on")
-    add("--methods", **names, default=["all"], help=f"all that the data allow, or of {', '.join(known('methods'))}")
-    add("--presets", **names, default=["default"], help=f"{PRESET}; methods are left out of those that they lack")
+    add("--methods", **names, default=["all"], help=f"all that the data allow, or any of {', '.join(known('methods'))}")
+    add("--presets", **names, default=["default"], help=f"{PRESET}; a method without a preset is left out there")
     add("--objectives", **names, default=["native"], help="native: the method's own loss; infonce: the unified one")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of initial weights and order")
     add("--mean", default="", help="of every run: frozen, residual or learned")
-    add("--tag", default="", help="of every run: a name that keeps it apart from others of the same method")
+    add("--tag", default="", help="of every run: a name that keeps it apart from other runs of the method")
     add("--score", choices=["log_likelihood", "similarity", "both"], help="which score ranks, as in eval.py")
     add("--uncer_levels", "--uncer-levels", type=int, help="levels of uncertainty of equal size, as in eval.py")
     add("--devices", nargs="+", default=["auto"], metavar="DEVICE", help="a process on each, for example cuda:0 cuda:1")
-    add("--overwrite", action="store_true", help="replace runs that have another configuration, which fail otherwise")
-    add("--dry-run", action="store_true", help="say which cells are done and which are to do, and do nothing")
+    add("--overwrite", action="store_true", help="replace runs of another configuration, which fail otherwise")
+    add("--dry-run", action="store_true", help="list which cells are done and which are left, and do nothing")
     add("--quiet", action="store_true", help="no progress bar, no tables")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of caching and training: any configuration key")
     return parser.parse_args(argv)
+
+
+class Cell:
+    """A run, given by its configuration, and the data sets that it is evaluated on.
+
+    settings: `key=value` of its training. score, levels: as eval.py takes them. left: {data set: why it has no result
+    as asked for}, so a cell with nothing left is done.
+    """
+
+    def __init__(self, config, evaluated_on, settings=(), score=None, levels=None):
+        self.config, self.settings, self.score, self.levels = config, settings, score, levels
+        self.name = str(Path(*config.checkpoint.parts[1:]))
+        # eval.py takes the split from the data set's YAML, whatever the settings of the training are.
+        self.splits = {name: load_config(name, backbone=config.backbone).data.eval_split for name in evaluated_on}
+        reasons = {name: self._reason(name) for name in evaluated_on}
+        self.left = {name: reason for name, reason in reasons.items() if reason}
+
+    def _reason(self, dataset):
+        """Say why the run has to be evaluated on a data set; empty where that is done."""
+        config, run = self.config, Run(self.config)
+        if self._uncached(dataset):
+            return "no embeddings"
+        try:
+            trained_on = Pairs(config.dataset, config.backbone, config.data.train_split)
+            pairs = Pairs(dataset, config.backbone, self.splits[dataset])
+            config.settle(len(trained_on.text))
+            changed = run.changed(trained_on.identity)
+        except UserError as error:
+            return str(error)  # train.py or eval.py will end on it
+        if changed:
+            return f"its run has another {', '.join(changed)}"
+        if not run.done:
+            return "not trained"
+        path = config.result(dataset, "retrieval" if pairs.classes is None else "classification")
+        score = self.score if self.score in ("log_likelihood", "similarity") else config.score
+        wanted = {
+            "checkpoint": run.weights_hash(), "fingerprint": pairs.meta["fingerprint"],
+            "split": self.splits[dataset], "uncer_levels": self.levels or min(LEVELS, pairs.queries),
+            "levels_by": None, "drop_remainder": False,
+            "config": dataclasses.asdict(config) | {"score": score},
+        }  # fmt: skip
+        try:
+            values, changed = result_file.compare(path, wanted)
+        except FileNotFoundError:
+            return "not evaluated"
+        except ValueError:
+            return "its result is damaged"
+        if not result_file.has_arrays(path):
+            return "its result is damaged"
+        if self.score == "both" and "other_score" not in values:
+            changed.append("choice of scores")
+        return f"its result has another {', '.join(changed)}" if changed else ""
+
+    @property
+    def missing(self):
+        """The caches, (data set, backbone, split), that it needs and that do not exist."""
+        return [cache for dataset in self.left for cache in self._uncached(dataset)]
+
+    @property
+    def pooled(self):
+        """Whether its caches must hold pooled features; caches of embeddings from elsewhere cannot."""
+        return needs_pooled(self.config) and self.config.encoder.pretrained != "elsewhere"
+
+    def _uncached(self, dataset):
+        needed = (self.config.dataset, self.config.data.train_split), (dataset, self.splits[dataset])
+        caches = [(name, self.config.backbone, split) for name, split in needed]
+        return [cache for cache in caches if not (cache_folder(*cache) / META).is_file()]
+
+    def steps(self, overwrite=False):
+        """The job of a worker: train, which ends at once where that is done, and the evaluations that are left."""
+        flags = self.config.flags
+        force = ["--overwrite"] if overwrite else []
+        steps = [("train", [*as_words(flags), *force, *as_set(self.settings)])]
+        for dataset in self.left:
+            more = {"dataset": dataset, "train-dataset": self.config.dataset}
+            if self.levels:
+                more["uncer_levels"] = self.levels
+            if self.score:
+                more["score"] = self.score
+            steps.append(("eval", as_words(flags | more)))
+        return steps
+
+
+def as_words(flags):
+    """Write flags, {name: value}, as the words of a command line."""
+    return ["--quiet", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def as_set(settings):
+    """Write settings as the words of a command line."""
+    return ["--set", *settings] if settings else []
 
 
 def grid(args):
@@ -62,54 +155,54 @@ def grid(args):
             flags = preset, objective, args.mean, args.tag, seed, args.set
             config = load_config(dataset, method, backbone, *flags)
             if every and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
-                continue  # embeddings of one's own are all that there is
+                continue  # embeddings computed elsewhere have no pooled features
             cell = Cell(config, args.evaluate_on or [dataset], args.set, args.score, args.uncer_levels)
             cells[cell.name] = cell
     return cells
 
 
 def caching(cells, settings):
-    """The jobs that make the caches which cells miss, {name: steps}."""
-    missing = {}  # whether any method needs a cache's pooled features
+    """The jobs that make the caches that cells miss, {name: steps}."""
+    missing = {}  # {cache: whether a method needs its pooled features}
     for cell in cells:
         missing |= {cache: cell.pooled or missing.get(cache, False) for cache in cell.missing}
     jobs = {}
     for (dataset, backbone), caches in itertools.groupby(sorted(missing), lambda cache: cache[:2]):
         caches = list(caches)
         flags = {"dataset": dataset, "backbone": backbone}
-        flags = as_words(flags | ({"features": "pooled"} if any(missing[cache] for cache in caches) else {}))
+        if any(missing[cache] for cache in caches):
+            flags["features"] = "pooled"
         splits = [split for *_, split in caches]
-        jobs[str(cache_folder(dataset, backbone, ""))] = [
-            ("cache_embeddings", [*flags, "--splits", *splits, *as_set(settings)])
-        ]
+        words = [*as_words(flags), "--splits", *splits, *as_set(settings)]
+        jobs[str(cache_folder(dataset, backbone, ""))] = [("cache_embeddings", words)]
     return jobs
 
 
 def run(caches, jobs, done, args):
-    """Run the jobs that make caches, then those of the cells; returns what failed, {name: sentences}."""
+    """Run the jobs that make caches, then those of the cells; returns the failed ones, {name: sentences}."""
     failed, count = {}, done + len(jobs)
     options = {"unit": "cell", "smoothing": 0, "disable": args.quiet or None}
     with Workers(args.devices) as workers, tqdm(total=count, initial=done, **options) as bar:
         for kind, part in (("caching", caches), ("cells", jobs)):
             if part:
                 bar.set_description(kind)
-            for number, said in workers.run(list(part.values()), bar.refresh):
+            for number, errors in workers.run(list(part.values()), bar.refresh):
                 name = list(part)[number]
-                if said:
-                    failed[name] = " ".join(said)
+                if errors:
+                    failed[name] = " ".join(errors)
                     bar.set_postfix(failed=len(failed), refresh=False)
                 bar.update(part is jobs)
     return failed
 
 
 def make_report(dataset, quiet):
-    """Report what there is of a data set; returns whether that went well."""
+    """Report the results of a data set; returns whether that went well."""
     if any(Path("results", dataset).glob("**/*-*.json")):
-        import report  # a worker, which imports this file, has no use for figures
+        import report  # here, as workers import this file and draw no figures
 
         try:
-            report.main(["--dataset", dataset, *["--quiet"] * quiet])
-        except SystemExit:  # it has said why
+            report.main(["--dataset", dataset, *(["--quiet"] if quiet else [])])
+        except SystemExit:  # it has printed why
             return False
     return True
 
@@ -134,8 +227,8 @@ def main(argv=None):
     reported = [make_report(dataset, args.quiet) for dataset in dict.fromkeys(args.datasets)]
     made = len(left.keys() - failed.keys())
     print(f"{len(cells):,} cells: {done:,} were done, {made:,} are made, {len(left) - made:,} failed")
-    for name, said in failed.items():
-        print(f"{name}: {said}", file=sys.stderr)
+    for name, errors in failed.items():
+        print(f"{name}: {errors}", file=sys.stderr)
     if failed or not all(reported):
         raise SystemExit(1)
 

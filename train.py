@@ -21,129 +21,26 @@ from utils.arguments import add_data_flags, add_run_flags, make_parser, run_conf
 from utils.checkpoint import Run
 from utils.config import FEW, make_adaptor, needs_pooled
 from utils.device import pick_device
-from utils.errors import GOES_ON, UserError, exits_cleanly
+from utils.errors import GOES_ON, UserError, exits_cleanly, one_of
 from utils.files import locked, write_text
 from utils.seed import seed_everything
 
-VAL_FRACTION = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
-
-LEAST_BATCH = 32  # pairs: with fewer there is little to contrast
-
-
-def parse(argv):
-    parser = make_parser(__doc__)
-    add_data_flags(parser, "trained on")
-    add_run_flags(parser)
-    parser.add_argument("--val-fraction", type=float, help=VAL_FRACTION)
-    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
-    return parser.parse_args(argv)
-
-
-def make_optimizer(adaptor, config):
-    """Optimizer over all parameters; bare numbers are scales and shifts, which weight decay would pull towards zero."""
-    scalars = [p for p in adaptor.parameters() if p.ndim == 0 and not config.decay_scalars]
-    others = [p for p in adaptor.parameters() if p.ndim > 0 or config.decay_scalars]
-    groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": scalars, "weight_decay": 0.0}]
-    makers = {
-        "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True),
-        "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr, fused=True),
-    }
-    if config.name not in makers:
-        raise UserError(f"optim.name must be sgd or adamw, not '{config.name}'.")
-    try:
-        return makers[config.name]()
-    except ValueError as error:
-        raise UserError(f"optim: {error}.") from None
-
-
-def write_log(path, rows):
-    """Write one line of figures per epoch as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["epoch"])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-@torch.no_grad()
-def validate(adaptor, image, text, image_of_text, blocks):
-    """Give the unified loss of held-out pairs at the temperature that suits them best, and that temperature."""
-    adaptor.eval()
-    pairs = [
-        (adaptor.adapt_image(image[image_of_text[rows]].float()), adaptor.adapt_text(text[rows].float()))
-        for rows in blocks
-    ]
-    scores = [adaptor.log_likelihood(*pair) for pair in pairs]
-    if not all(torch.isfinite(score).all() for score in scores):
-        return math.inf, math.nan  # an epoch not to keep; overfitted densities come to this
-    temperature = best_temperature(scores)
-    total = sum(
-        len(score) * (info_nce(temperature * score) + adaptor.auxiliary_loss(*pair, adaptor.temperature * score)).item()
-        for pair, score in zip(pairs, scores, strict=True)
-    )
-    return total / sum(map(len, scores)), temperature
-
-
-@exits_cleanly(interrupted=GOES_ON)
-def main(argv=None):
-    args = parse(argv)
-    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
-    config = run_config(args, args.dataset, args.set + fraction)
-    device = pick_device(args.device)
-    pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
-    if pairs.classes is not None:
-        raise UserError(
-            f"{pairs.folder} holds images with classes, not captions: train on pairs, and evaluate what is trained with"
-            f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
-        )
-    config.settle(len(pairs.text))
-    rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
-    seed_everything(config.seed)
-    adaptor = make_adaptor(config, pairs.dim).to(device)
-    optimizer = make_optimizer(adaptor, config.optim)
-    run = Run(config)
-    with locked(run.folder):
-        run.claim(pairs.identity, args.overwrite)
-        if run.done:
-            print(f"{run.folder}: already trained")
-            return
-        learned = adaptor.prepare(pairs, args.quiet)
-        log, said = [], "nothing to train"
-        if any(p.requires_grad for p in adaptor.parameters()):
-            log, kept = fit(adaptor, optimizer, *pairs.to(device, adaptor.pooled), rows, held_out, run, args.quiet)
-            said = f"trained, loss {log[-1]['loss']:.4f}"
-            if held_out:
-                said += (
-                    f", epoch {kept} kept" if kept else "; the untrained start is kept, as the best on held-out pairs"
-                )
-        elif held_out:
-            _, temperature = validate(adaptor, *pairs.to(device, adaptor.pooled), held_out)
-            adaptor.given_scale.fill_(temperature)
-            said += ", posterior calibrated"
-        if learned is not None:
-            said += f", prepared with {len(learned['image_id']):,} images"
-        write_log(run.folder / "log.csv", log)
-        # What trains nothing has seen no image, but for those that it was prepared with or is calibrated on.
-        known = rows if log else rows[:0]
-        captions = torch.cat([known, *held_out]).numpy()
-        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned))
-    print(f"{run.folder}: {said}")
+LEAST_BATCH = 32  # pairs: fewer give too little contrast
 
 
 def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, quiet):
-    """Run the training loop; returns one dict of figures per epoch, and the epoch that is kept.
+    """Run the training loop: returns one dict of figures per epoch, and the epoch that is kept.
 
-    rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch, or 0, the start; with none the
-    last is kept.
+    There is no DataLoader: all embeddings lie on the device, and an epoch is one permutation of the captions cut into
+    batches. rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch, or 0, the start; without
+    any the last epoch is kept.
     """
     config = run.config
     batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
-    steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch is what is left
+    steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
-    log, best = [], {"val_loss": math.inf, "epoch": config.train.epochs, "adaptor": None}
+    log, best = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}
     state = run.resume()
     if state:
         adaptor.load_state_dict(state["adaptor"])
@@ -151,12 +48,12 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
         schedule.load_state_dict(state["schedule"])
         log, best = state["log"], state["best"]
     elif held_out:
-        best = validated(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out))
+        best = snapshot(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out))
     saved = time.perf_counter()
     started = saved - (log[-1]["seconds"] if log else 0)
     bar = tqdm(total=steps * epochs, initial=steps * len(log), desc=config.variant, unit="step", disable=quiet or None)
     for epoch in range(len(log), epochs):
-        # What an epoch draws depends on nothing but seed and epoch, so that a resumed run draws the same.
+        # Random numbers depend on seed and epoch alone, so a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + epoch) % 2**32)
         adaptor.train()
         total = torch.zeros((), device=image.device)
@@ -172,14 +69,17 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
             bar.update()
         mean = total.item() / len(rows)
         if not math.isfinite(mean):
-            raise UserError(f"the loss of {run.folder} is {mean} in epoch {epoch + 1}: try --set optim.lr with less.")
+            raise UserError(
+                f"the loss of {run.folder} is {mean} in epoch {epoch + 1}: try a lower learning rate with --set"
+                " optim.lr=..."
+            )
         seconds = round(time.perf_counter() - started, 3)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
         if held_out:
             val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out)
             log[-1]["val_loss"] = val_loss
             if val_loss < best["val_loss"]:
-                best = validated(adaptor, epoch + 1, val_loss, temperature)
+                best = snapshot(adaptor, epoch + 1, val_loss, temperature)
         log[-1] |= {name: p.item() for name, p in adaptor.named_parameters() if p.ndim == 0}
         if held_out and epoch + 1 - best["epoch"] >= config.train.patience:
             break
@@ -188,17 +88,120 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
                            schedule=schedule.state_dict(), log=log, best=best)  # fmt: skip
             saved = time.perf_counter()
     bar.close()
-    if held_out and best["val_loss"] == math.inf:
-        raise UserError(f"{run.folder}: no epoch gives held-out pairs finite scores: try --set optim.lr with less.")
     if held_out:
+        if best["val_loss"] == math.inf:
+            raise UserError(
+                f"{run.folder}: no epoch gives held-out pairs finite scores: try a lower learning rate with"
+                " --set optim.lr=..."
+            )
         adaptor.load_state_dict(best["adaptor"])
     return log, best["epoch"]
 
 
-def validated(adaptor, epoch, val_loss, temperature):
-    """What is kept of an epoch that held-out pairs have judged."""
+def snapshot(adaptor, epoch, val_loss, temperature):
+    """The state of an epoch that held-out pairs have judged, with the temperature that suits them best."""
     adaptor.given_scale.fill_(temperature)
     return {"val_loss": val_loss, "epoch": epoch, "adaptor": copy.deepcopy(adaptor.state_dict())}
+
+
+@torch.no_grad()
+def validate(adaptor, image, text, image_of_text, blocks):
+    """The unified loss of held-out pairs at their best temperature, and that temperature."""
+    adaptor.eval()
+    pairs = [
+        (adaptor.adapt_image(image[image_of_text[rows]].float()), adaptor.adapt_text(text[rows].float()))
+        for rows in blocks
+    ]
+    scores = [adaptor.log_likelihood(*pair) for pair in pairs]
+    if not all(torch.isfinite(score).all() for score in scores):
+        return math.inf, math.nan  # never the best epoch; overfitted densities diverge
+    temperature = best_temperature(scores)
+    total = sum(
+        len(score) * (info_nce(temperature * score) + adaptor.auxiliary_loss(*pair, adaptor.temperature * score)).item()
+        for pair, score in zip(pairs, scores, strict=True)
+    )
+    return total / sum(map(len, scores)), temperature
+
+
+def make_optimizer(adaptor, config):
+    """Optimizer over all parameters; scalars are scales and shifts, which weight decay would pull towards zero."""
+    scalars = [p for p in adaptor.parameters() if p.ndim == 0 and not config.decay_scalars]
+    others = [p for p in adaptor.parameters() if p.ndim > 0 or config.decay_scalars]
+    groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": scalars, "weight_decay": 0.0}]
+    makers = {
+        "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr, fused=True),
+    }
+    try:
+        return makers[one_of("optim.name", config.name, list(makers), UserError)]()
+    except ValueError as error:
+        raise UserError(f"optim: {error}.") from None
+
+
+def write_log(path, rows):
+    """Write the figures of every epoch as CSV, a line each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["epoch"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def parse(argv):
+    parser = make_parser(__doc__)
+    add_data_flags(parser, "trained on")
+    add_run_flags(parser)
+    share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
+    parser.add_argument("--val-fraction", type=float, help=share)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
+    return parser.parse_args(argv)
+
+
+@exits_cleanly(interrupted=GOES_ON)
+def main(argv=None):
+    args = parse(argv)
+    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
+    config = run_config(args, args.dataset, args.set + fraction)
+    device = pick_device(args.device)
+    pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
+    if pairs.classes is not None:
+        raise UserError(
+            f"{pairs.folder} holds images with classes, not captions: train on pairs, then evaluate here with"
+            f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
+        )
+    config.settle(len(pairs.text))
+    rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
+    seed_everything(config.seed)
+    adaptor = make_adaptor(config, pairs.dim).to(device)
+    optimizer = make_optimizer(adaptor, config.optim)
+    run = Run(config)
+    with locked(run.folder):
+        run.claim(pairs.identity, args.overwrite)
+        if run.done:
+            print(f"{run.folder}: already trained")
+            return
+        learned = adaptor.prepare(pairs, args.quiet)
+        log, outcome = [], "nothing to train"
+        if any(p.requires_grad for p in adaptor.parameters()):
+            log, kept = fit(adaptor, optimizer, *pairs.to(device, adaptor.pooled), rows, held_out, run, args.quiet)
+            outcome = f"trained, loss {log[-1]['loss']:.4f}"
+            if held_out and kept:
+                outcome += f", epoch {kept} kept"
+            elif held_out:
+                outcome += "; the untrained start is kept, as the best on held-out pairs"
+        elif held_out:
+            _, temperature = validate(adaptor, *pairs.to(device, adaptor.pooled), held_out)
+            adaptor.given_scale.fill_(temperature)
+            outcome += ", posterior calibrated"
+        if learned is not None:
+            outcome += f", prepared with {len(learned['image_id']):,} images"
+        write_log(run.folder / "log.csv", log)
+        # A method without training has seen only the images that it was prepared with or calibrated on.
+        captions = torch.cat([rows if log else rows[:0], *held_out]).numpy()
+        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned))
+    print(f"{run.folder}: {outcome}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Say how uncertain a trained method is of prompts or image files.
+"""Print the uncertainty that a trained method gives prompts or image files.
 
     python uncertainty.py --dataset shapes --method asymvlm-psd "a photo" "a photo of a circle"
 
-prints them with their uncertainty, in the order given: larger = less certain. Image files are judged by methods that
-model images; AsymVLM does not.
+prints them in the order given; larger = less certain. Image files need a method that models images; AsymVLM does not.
 """
 
 import json
@@ -14,7 +13,7 @@ import PIL.Image
 import torch
 
 from datasets.embeddings import encoder_fingerprint
-from models import make_backbone
+from models.backbones import make_backbone
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import Encoder
@@ -26,7 +25,7 @@ IMAGE_SUFFIXES = {suffix for suffix, kind in PIL.Image.registered_extensions().i
 
 def parse(argv):
     parser = make_parser(__doc__)
-    parser.add_argument("items", nargs="+", metavar="PROMPT_OR_IMAGE", help="prompts, and names of image files")
+    parser.add_argument("items", nargs="+", metavar="PROMPT_OR_IMAGE", help="prompts, or paths of image files")
     add_data_flags(parser, "trained on")
     add_run_flags(parser)
     parser.add_argument("--sort", action="store_true", help="least certain first")
@@ -35,7 +34,7 @@ def parse(argv):
 
 
 def is_image(item):
-    """Tell the name of an image file from a prompt that happens to end like one."""
+    """Whether an item is the path of an image file rather than a prompt that ends like one."""
     path = Path(item)
     return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not any(map(str.isspace, item)))
 
@@ -46,33 +45,42 @@ def pixels(name, transform):
         with PIL.Image.open(name) as image:
             return transform(image)
     except FileNotFoundError:
-        raise UserError(f"there is no image file {name} (a prompt cannot end like one).") from None
+        raise UserError(f"there is no image file {name}, and a prompt cannot end like one.") from None
     except Exception as error:  # Pillow raises a dozen kinds on a broken file
         raise UserError(f"the image {name} cannot be read ({error}).") from None
 
 
+def encode(kind, items, backbone, pooled):
+    """Encode items of one kind, `image` or `text`, as `Pairs.fed` gives them: (N, D), or (N, D + P) where `pooled`."""
+    if kind == "image":
+        items = torch.stack([pixels(name, backbone.transform) for name in items])
+    if not pooled:
+        return backbone.encode_images(items) if kind == "image" else backbone.encode_texts(items)
+    output = backbone.pooled_images(items) if kind == "image" else backbone.pooled_texts(items)
+    ones = [] if backbone.projection[kind].bias is None else [torch.ones_like(output.embedding[:, :1])]
+    return torch.cat([output.embedding, output.pooled, *ones], dim=1)
+
+
+@torch.inference_mode()
 def measure(items, adaptor, backbone, method, device):
-    """Give each item's kind and uncertainty, in order."""
+    """The kind and the uncertainty of each item, in order; raises UserError for a kind that it does not model."""
     kinds = ["image" if is_image(item) else "text" for item in items]
-    chosen = {kind: [item for item, k in zip(items, kinds, strict=True) if k == kind] for kind in ("image", "text")}
-    found = {}
-    for kind, names in chosen.items():
-        if not names:
-            continue
-        given = torch.stack([pixels(name, backbone.transform) for name in names]) if kind == "image" else names
-        encoded = getattr(backbone, f"{'pooled' if adaptor.pooled else 'encode'}_{kind}s")(given)
-        if adaptor.pooled:  # side by side, as `Pairs.fed` gives them
-            ones = [] if backbone.projection[kind].bias is None else [torch.ones_like(encoded.embedding[:, :1])]
-            encoded = torch.cat([encoded.embedding, encoded.pooled, *ones], dim=1)
-        with torch.inference_mode():  # through float16, as the cache keeps what the adaptor was trained on
-            adapted = getattr(adaptor, f"adapt_{kind}")(encoded.half().float().to(device))
+    adapt = {"image": adaptor.adapt_image, "text": adaptor.adapt_text}
+    uncertainties = {}
+    for kind in dict.fromkeys(kinds):
+        names = [item for item, other in zip(items, kinds, strict=True) if other == kind]
+        # Through float16, as the cache keeps what the adaptor was trained on.
+        adapted = adapt[kind](encode(kind, names, backbone, adaptor.pooled).half().float().to(device))
         if adapted.uncertainty is None:
             what = "images" if kind == "image" else "captions"
-            where = f"{method} knows no uncertainty of {what} ('{names[0]}')"
-            raise UserError(f"{where}: leave them out, or choose a method that models them.")
-        found[kind] = iter(adapted.uncertainty.tolist())
+            raise UserError(
+                f"{method} has no uncertainty for {what} ('{names[0]}'): leave them out, or choose a method that models"
+                " them."
+            )
+        uncertainties[kind] = iter(adapted.uncertainty.tolist())
     return [
-        {"item": item, "kind": kind, "uncertainty": next(found[kind])} for item, kind in zip(items, kinds, strict=True)
+        {"item": item, "kind": kind, "uncertainty": next(uncertainties[kind])}
+        for item, kind in zip(items, kinds, strict=True)
     ]
 
 
@@ -87,13 +95,13 @@ def main(argv=None):
     encoder = Encoder(**identity["encoder"])
     if encoder.pretrained == "elsewhere":
         raise UserError(
-            f"{run.folder} was trained on embeddings computed elsewhere, so that there is no backbone to encode prompts"
-            " or images with: what it knows of the cached captions is in the .npz that eval.py writes."
+            f"{run.folder} was trained on embeddings computed elsewhere, so no backbone is at hand to encode prompts or"
+            " images: the uncertainties of cached captions are in the .npz that eval.py writes."
         )
     if encoder_fingerprint(encoder) != identity["encoder_fingerprint"]:
         raise UserError(
-            f"the weights of backbone '{config.backbone}' are not those that {run.folder} was trained on: restore them,"
-            " or cache and train again with --overwrite."
+            f"the weights of backbone '{config.backbone}' differ from those that {run.folder} was trained on: restore"
+            " them, or cache and train again with --overwrite."
         )
     backbone = make_backbone(encoder, device)
     if backbone.dim != identity["dim"]:  # embeddings computed elsewhere, cached under a backbone's name

@@ -21,7 +21,7 @@ import torchvision.transforms as T
 from benchmarks.run import machine, seconds
 from datasets import Caption, Image, Source
 from datasets.blocks import BlockEncoder, Blocks
-from models import make_backbone
+from models.backbones import make_backbone
 from utils.config import load_backbone
 from utils.device import pick_device, usable_cores
 from utils.ranks import Ranks

@@ -17,12 +17,11 @@ import numpy as np
 import cache_embeddings
 import eval as evaluation
 import train
+from reporting.words import NONE, RETRIEVAL
 from utils.config import known, load_config, needs_pooled
 from utils.errors import UserError, exits_cleanly
-from utils.tables import NONE
 
 SPLITS = 5
-SIDES = {"text_to_image": "text→image", "image_to_text": "image→text"}
 COLUMNS = {  # the score that a figure is of, and where it stands in that score's part of a result
     "R@1 by cosine": ("similarity", "recall", "1"),
     "by likelihood": ("log_likelihood", "recall", "1"),
@@ -83,7 +82,7 @@ def main(argv=None):
         for mean in args.means if "mean" in load_config("embeddings", method).model else [""]:  # plain CLIP has none
             found = [result(method, mean, split, args.set) for split in range(SPLITS)]
             rows[f"{method}, {mean}" if mean else method] = found
-    for side, title in SIDES.items():
+    for side, title in RETRIEVAL.items():
         print(f"\n| {title} | {' | '.join(COLUMNS)} |\n|:--|{'--:|' * len(COLUMNS)}")
         for name, found in rows.items():
             columns = np.array([figures(values, side) for values in found]).T

@@ -136,7 +136,7 @@ def pairwise(device):
 
 def captions(device):
     """Encode 64 captions with ViT-B/32's text tower: cut to the longest caption, against the full 77 tokens."""
-    from models.backbone import Backbone
+    from models.backbones.openclip import Backbone
 
     config = load_backbone("ViT-B-32-random")
     config.precision = "float32"  # as the textbook's

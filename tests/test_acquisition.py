@@ -10,7 +10,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.published import TwoRegions
-from models.acquisition import (
+from labeling.acquisition import (
     bald,
     cosine,
     entropy,
@@ -367,14 +367,14 @@ def test_published_update_hardly_shrinks_the_variance_where_labels_were_given(sh
         for published in (True, False):
             factors = a, b, 327680
             for _ in range(50):
-                factors = online_update(*factors, x, b, weight=10, published=published)
+                factors = online_update(*factors, x, b, weight=10, reference=published)
             left = (variance(factors[0], x) / variance(a, x)).item()
             assert left == pytest.approx(expected, abs=5e-4) if published else left < 0.5
 
 
 def test_published_update_is_a_scalar_on_every_entry():
     a, b, phi, h = normal(3, 3), normal(2, 2, seed=1), normal(3, seed=2), normal(2, 2, seed=3)
-    found = online_update(a, b, 99, phi, h, weight=10, published=True)
+    found = online_update(a, b, 99, phi, h, weight=10, reference=True)
     np.testing.assert_allclose(found[0], (math.sqrt(99) * a + 10 * (phi @ phi)) / 10)
     np.testing.assert_allclose(found[1], (math.sqrt(99) * b + 10 * h) / 10)
     assert found[2] == 100

@@ -16,11 +16,11 @@ from scipy import stats
 
 import active_learning
 from datasets.embeddings import LAYOUT
-from models import strategies
+from labeling import strategies
+from labeling.classifier import Classifier, Items
+from labeling.strategies import STRATEGIES, Choice
 from models.laplace import Factors, Posterior
-from models.projection import Classifier, Items
-from models.strategies import STRATEGIES, Choice
-from utils.curves import curves_text
+from reporting.curves import curves_text
 
 D, P, C = 6, 8, 3
 SIZES = {"train": 30, "shifted-train": 20, "shifted-val": 12, "shifted-test": 40}
@@ -375,7 +375,7 @@ def regions(published, seed=0):
     posterior = Posterior(Factors(torch.eye(20), torch.eye(8), 1000), 1.0, 1.0, precision=0.2)
     loss = {"loss": "infonce", "bias": 0.0}
     choice = Choice(pool, target, Classifier(weight, classes, 5.0), posterior, loss, 20, generator, draws=400,
-                    published=published, candidates=80, targets=60, weight=1)  # fmt: skip
+                    reference=published, candidates=80, targets=60, weight=1)  # fmt: skip
     return (STRATEGIES["epig"](choice) < 40).float().mean().item()
 
 
@@ -392,7 +392,7 @@ def test_draws_of_two_parts_are_of_one_map_unless_published(published):
     # The one that is given, which has learned of picks, and not the one from the start.
     posterior, start = (Posterior(Factors(torch.eye(P), torch.eye(D), 10), 1.0, 1.0, precision=p) for p in (30.0, 5.0))
     choice = Choice(items, items, Classifier(weight, classes, 3.0), start, {}, 1, torch.Generator().manual_seed(1),
-                    draws=4000, published=published)  # fmt: skip
+                    draws=4000, reference=published)  # fmt: skip
     one, two = (part.log() for part in strategies.probabilities(choice, posterior, items, items))
     assert torch.equal(one, two) is not published
     gap = (one[..., :1] - one[..., 1:]).double()  # of logits, of which the probabilities leave nothing else

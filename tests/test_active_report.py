@@ -13,9 +13,15 @@ from scipy import stats
 from studies import BUDGETS, FIGURES, SETTINGS, make_result, write_result, write_study, write_trace
 
 import report
-from models.strategies import STRATEGIES
-from utils import active_results, factor_traces, html, plots, tables
-from utils.curves import ORDER
+from labeling.strategies import STRATEGIES
+from reporting import page as pages
+from reporting import studies as study_results
+from reporting import traces
+from reporting.curves import ORDER
+from reporting.figures import studies as figures
+from reporting.figures import style
+from reporting.tables import formats
+from reporting.words import NONE
 
 SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
@@ -38,7 +44,7 @@ def fails(folder, capsys, *flags, **options):
 
 def study_of(folder, **options):
     write_study(folder, **options)
-    [study] = active_results.read(folder / "shapes")
+    [study] = study_results.read(folder / "shapes")
     return study
 
 
@@ -108,7 +114,7 @@ def test_marks_tell_one_comparison_from_all(tmp_path):
         for seed, gap in enumerate(row):
             curve = [point | {"nll": 1 + 0.1 * seed + gap} for point in make_result(strategy, seed)["curve"]]
             write_result(tmp_path, strategy, seed, curve=curve)
-    [study] = active_results.read(tmp_path / "shapes")
+    [study] = study_results.read(tmp_path / "shapes")
     rows = rows_of(study.tables[1])
     p = stats.ttest_1samp(gaps["bald"], 0).pvalue
     assert 0.02 < p < 0.05
@@ -124,7 +130,7 @@ def test_only_shared_seeds_are_compared(tmp_path):
     write_study(tmp_path, ["random"], seeds=(0, 1, 2))
     write_study(tmp_path, ["entropy"], seeds=(1, 2, 3))
     write_study(tmp_path, ["bald"], seeds=(2, 7))
-    [study] = active_results.read(tmp_path / "shapes")
+    [study] = study_results.read(tmp_path / "shapes")
     rows = rows_of(study.tables[0])
     gap = values_of("entropy", (1, 2), "accuracy") - values_of("random", (1, 2), "accuracy")
     assert rows["entropy"].cells["accuracy_mean_gap"].mean == pytest.approx(gap.mean(axis=0)[-1])
@@ -140,7 +146,7 @@ def test_without_random_or_with_one_seed_nothing_is_compared(tmp_path, options):
         assert {column.group for column in table.columns} == {table.columns[0].group}
         assert "†" not in table.note and "less random" not in table.note.lower()
     if options.get("seeds"):
-        assert study.summary == "one seed" and "±" not in tables.to_text([study])
+        assert study.summary == "one seed" and "±" not in formats.to_text([study])
 
 
 @pytest.mark.parametrize(
@@ -285,12 +291,12 @@ def test_a_copy_from_elsewhere_is_named(tmp_path, capsys, name, changes):
 def test_traces_are_means_over_trials(tmp_path, capsys):
     path = write_trace(tmp_path)
     out = run(tmp_path, capsys)
-    [trace] = factor_traces.read(tmp_path / "shapes")
+    [trace] = traces.read(tmp_path / "shapes")
     rows = rows_of(trace.tables[0])
     assert list(rows) == ["1 batch", "2 batches", "3 batches"] and trace.summary == "mean ± s.d. over 5 trials"
     for side, points in json.loads(path.read_text())["sides"].items():
         for point in points:
-            cell = rows[factor_traces.batches(point["batches"])].cells[f"{side}_{point['candidates']}"]
+            cell = rows[traces.batches(point["batches"])].cells[f"{side}_{point['candidates']}"]
             values = point["relative_trace"]
             assert (cell.mean, cell.sd) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
             assert f"{cell.mean:.3f} ± {cell.sd:.3f}" in out
@@ -329,8 +335,8 @@ def band(axes, i):
 
 def test_learning_curves_are_means_with_bands_of_deviations(tmp_path):
     study = study_of(tmp_path)
-    for width in (plots.WIDE, html.NARROW):
-        figure = plots.learning_curves(study, width)
+    for width in (style.WIDE, pages.NARROW):
+        figure = figures.learning_curves(study, {}, width)
         for axes, name in zip(figure.axes, FIGURES, strict=True):
             *lines, dashed = axes.lines
             assert [line.get_label() for line in lines] == ["random", "entropy", "bald"]
@@ -345,23 +351,23 @@ def test_learning_curves_are_means_with_bands_of_deviations(tmp_path):
                     pytest.approx(line.get_ydata() - spread),
                     pytest.approx(line.get_ydata() + spread),
                 )
-            assert dashed.get_ydata()[0] == pytest.approx(SCALE[name] * study.any["before"][name])
+            assert dashed.get_ydata()[0] == pytest.approx(SCALE[name] * study.first["before"][name])
 
 
 def test_strategies_have_looks_of_their_own_wherever_they_stand(tmp_path):
     assert list(STRATEGIES) == list(ORDER)
-    styles = plots._styles(study_of(tmp_path / "all", strategies=STRATEGIES))
+    styles = figures._styles(study_of(tmp_path / "all", strategies=STRATEGIES))
     assert len({style["color"] for style in styles.values()}) == len(STRATEGIES)
     assert len({style["marker"] for style in styles.values()}) == len(STRATEGIES)
-    alone = plots.learning_curves(study_of(tmp_path, strategies=["bald"]))
+    alone = figures.learning_curves(study_of(tmp_path, strategies=["bald"]), {})
     assert alone.axes[0].lines[0].get_color() == styles["bald"]["color"]
 
 
 def test_error_over_entropy_before_and_after(tmp_path):
     write_study(tmp_path, ["random", "k-center"])
     write_result(tmp_path, "k-center", 5, curve=make_result("k-center", 5)["curve"][:2] + [undecided()])
-    [study] = active_results.read(tmp_path / "shapes")
-    first, last = plots.error_by_entropy(study).axes
+    [study] = study_results.read(tmp_path / "shapes")
+    first, last = figures.error_by_entropy(study, {}).axes
     before = make_result("random", 0)["before"]["by_entropy"]
     points = [make_result("random", seed)["curve"][-1]["by_entropy"] for seed in range(3)]
     dashed, line = first.lines
@@ -374,7 +380,7 @@ def test_error_over_entropy_before_and_after(tmp_path):
     for x, y, spread in zip(line.get_xdata(), errors.mean(axis=0), errors.std(axis=0, ddof=1), strict=True):
         assert edges[x] == pytest.approx((y - spread, y + spread))
     assert first.get_title() == "random\nAUROC 0.500 → 0.750"
-    assert last.get_title() == f"k-center\nAUROC 0.500 → {tables.NONE}"
+    assert last.get_title() == f"k-center\nAUROC 0.500 → {NONE}"
 
 
 def undecided():
@@ -384,8 +390,8 @@ def undecided():
 
 def test_traces_stand_beside_one_another_with_their_deviations(tmp_path):
     path = write_trace(tmp_path)
-    [trace] = factor_traces.read(tmp_path / "shapes")
-    figure = plots.factor_trace(trace)
+    [trace] = traces.read(tmp_path / "shapes")
+    figure = figures.factor_trace(trace, {})
     sides = json.loads(path.read_text())["sides"]
     for axes, side in zip(figure.axes, ("image", "text"), strict=True):
         assert axes.get_xscale() == "log" and axes.get_title() == f"{side} tower"
@@ -398,7 +404,7 @@ def test_traces_stand_beside_one_another_with_their_deviations(tmp_path):
             assert abs(np.log(line.get_xdata() / [128, 512, 2048])).max() < 0.5 * np.log(4) / 2  # nearest to its own K
 
 
-@pytest.mark.parametrize("width", [plots.WIDE, html.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, pages.NARROW])
 @pytest.mark.parametrize(
     "options",
     [{"strategies": STRATEGIES}, {"strategies": ["epig"], "seeds": [0], "settings": SETTINGS | {"budgets": [7]}}],
@@ -406,9 +412,9 @@ def test_traces_stand_beside_one_another_with_their_deviations(tmp_path):
 def test_nothing_is_cut_off_and_colors_are_the_pages(tmp_path, width, options):
     study = study_of(tmp_path, **options)
     write_trace(tmp_path)
-    [trace] = factor_traces.read(tmp_path / "shapes")
+    [trace] = traces.read(tmp_path / "shapes")
     for part in (study, trace):
-        for name, draw in plots.drawings(part, {}).items():
+        for name, draw in style.drawings(part, {}).items():
             figure = draw(width)
             figure.draw_without_rendering()
             box = figure.get_tightbbox().extents
@@ -416,6 +422,6 @@ def test_nothing_is_cut_off_and_colors_are_the_pages(tmp_path, width, options):
             for axes in figure.axes:
                 labels = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
                 assert all(one.x1 < other.x0 for one, other in itertools.pairwise(labels))
-            text = plots.svg(figure, "name")
-            assert not set(text.split("#")[1:]) & set(plots.LIGHT["colors"]) and "var(--figure-ink)" in text
-            assert not any(hue in text for theme in plots.THEMES for hue in plots.variables(theme).values())
+            text = style.svg(figure, "name")
+            assert not set(text.split("#")[1:]) & set(style.LIGHT["colors"]) and "var(--figure-ink)" in text
+            assert not any(hue in text for theme in style.THEMES for hue in style.variables(theme).values())

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
 from datasets.embeddings import encoder_fingerprint
-from models import make_backbone
-from models.backbone import Backbone
-from models.pooled import Pooled, Projection, reconstruction_error
+from models.backbones import make_backbone
+from models.backbones.last_map import Pooled, Projection, reconstruction_error
+from models.backbones.openclip import Backbone
 from utils.config import HOME, Encoder, known, load_backbone
 from utils.errors import UserError
 
@@ -230,7 +230,7 @@ def test_transformers_refusals(tmp_path):
     config = transformers.AutoConfig.for_model(**tiny("blip"))
     transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path / "captioner")
     assert "not those of a BlipForImageTextRetrieval" in refusal(pretrained=str(tmp_path / "captioner"))
-    assert "encoder.library is open_clip or transformers, not 'jax'" in refusal(library="jax")
+    assert "encoder.library must be open_clip or transformers, not 'jax'" in refusal(library="jax")
 
 
 def test_the_check_can_fail():

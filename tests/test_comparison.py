@@ -18,8 +18,9 @@ from datasets.embeddings import Pairs
 from metrics import calibration, comparison
 from metrics.uncertainty import DRAWN, auroc, times_drawn
 from models.base import adapt_all
+from reporting import evaluations
+from reporting.words import MINUS
 from tasks.classification import class_embeddings
-from utils import results, tables
 from utils.checkpoint import Run
 from utils.config import load_config
 from utils.errors import UserError
@@ -332,8 +333,13 @@ def compared(tmp_path):
     return tmp_path, kept
 
 
+def comparisons_in(folder):
+    """The comparisons over data sets among the parts of a report."""
+    return [part for part in evaluations.read(folder) if part.task == "comparison"]
+
+
 def side_by_side(folder):
-    [block] = results.across(results.read(folder / "shapes"))
+    [block] = comparisons_in(folder / "shapes")
     return block, {table.name: table for table in block.tables}
 
 
@@ -407,7 +413,7 @@ def test_paired_differences_by_a_loop(compared):
             interval = [cells[f"{data}_nll_gap{end}"].mean for end in ("", "_low", "_high")]
             assert interval == pytest.approx([np.mean(ours - theirs), low, high])
             text = f"{interval[0]:+.3f} [{low:+.3f}, {high:+.3f}]" + ("†" if low > 0 or high < 0 else "")
-            assert cells[f"{data}_nll_gap"].text == text.replace("-", tables.MINUS)
+            assert cells[f"{data}_nll_gap"].text == text.replace("-", MINUS)
     # All confidences are equal and half of the queries are hits, so that ECE is the distance of the two.
     cells = rows_of(side_by_side(folder)[1]["differences_ece"])["bayesvlm less clip"].cells
     assert cells["cifar_ece_gap"].mean == pytest.approx(0.15 - 0.2)
@@ -415,16 +421,16 @@ def test_paired_differences_by_a_loop(compared):
 
 def test_what_has_no_baseline_or_one_data_set_is_compared_with_less(tmp_path):
     write(tmp_path, "clip", 0, "cifar", ["temperature"])
-    assert results.across(results.read(tmp_path / "shapes")) == []  # the table of the data set has it all
+    assert comparisons_in(tmp_path / "shapes") == []  # the table of the data set has it all
     write(tmp_path, "bayesvlm", 0, "cifar", ["matched"])
     block, by_name = side_by_side(tmp_path)
     assert block.title == "cifar, tiny: comparison" and list(by_name) == ["differences_nll", "differences_ece"]
     assert list(rows_of(by_name["differences_nll"])) == ["bayesvlm less clip"]
     shutil.rmtree(tmp_path / "shapes/tiny/clip")
-    assert results.across(results.read(tmp_path / "shapes")) == []
+    assert comparisons_in(tmp_path / "shapes") == []
     write(tmp_path, "bayesvlm", 0, "cifar+shifted", ["matched"])
     assert "differences_nll" not in side_by_side(tmp_path)[1]
-    assert results.across([]) == []
+    assert evaluations.compare([]) == []
 
 
 def test_the_report_has_them_in_every_format(compared):
@@ -449,26 +455,26 @@ def test_results_that_do_not_fit_are_refused(compared):
     values = json.loads(path.read_text())
     one = {"val": "val", "val_fingerprint": "a"}
     path.write_text(json.dumps(values | one))
-    results.read(folder / "shapes")  # some with and some without
+    evaluations.read(folder / "shapes")  # some with and some without
     clip.write_text(json.dumps(json.loads(clip.read_text()) | one | {"val": "other"}))
-    results.read(folder / "shapes")  # rows say which split their temperature is of
+    evaluations.read(folder / "shapes")  # rows say which split their temperature is of
     for name, value, what in (("val", "more", "choices of --val"), ("val_fingerprint", "b", "embeddings of --val")):
         other.write_text(json.dumps(json.loads(other.read_text()) | one | {name: value}))
         with pytest.raises(
             UserError, match=rf"seed1/cifar-classification\.json have different {what}, .*: evaluate one"
         ):
-            results.read(folder / "shapes")
+            evaluations.read(folder / "shapes")
     path.write_text(json.dumps(values))
     other.write_text(json.dumps(json.loads(other.read_text()) | {"val": None}))
     # Trained anew since one of its data sets was evaluated.
     trained = path.with_stem("cifar+shifted-classification")
     trained.write_text(json.dumps(json.loads(trained.read_text()) | {"checkpoint": "new"}))
     with pytest.raises(UserError, match="are of different weights: evaluate again the one"):
-        results.across(results.read(folder / "shapes"))
+        comparisons_in(folder / "shapes")
     trained.write_text(json.dumps(json.loads(trained.read_text()) | {"checkpoint": "c"}))
     np.savez(path.with_suffix(".npz"), image_to_class_hit=np.ones(100))
     with pytest.raises(UserError, match=r"npz holds no 'image_to_class_matched_nll': delete it and evaluate again\."):
-        results.across(results.read(folder / "shapes"))
+        comparisons_in(folder / "shapes")
 
 
 def test_rows_of_a_temperature_are_named_by_the_split_it_is_of(tmp_path):
@@ -482,7 +488,9 @@ def test_rows_of_a_temperature_are_named_by_the_split_it_is_of(tmp_path):
         arrays = dict(np.load(path.with_suffix(".npz")))
         new = {key.replace("temperature", "validation"): value for key, value in arrays.items()}
         np.savez_compressed(path.with_suffix(".npz"), **arrays | new)
-        [table] = [table for table in results.read(tmp_path / "shapes")[-1].tables if table.name == "classification"]
+        [table] = [
+            table for table in evaluations.read(tmp_path / "shapes")[-1].tables if table.name == "classification"
+        ]
     assert list(rows_of(table)) == ["clip", "clip + temperature", "clip + temperature of late"]
     assert "all of its labeled images" in table.note
     table = side_by_side(tmp_path)[1]["across_nll"]

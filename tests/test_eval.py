@@ -382,7 +382,7 @@ def test_another_backbones_weights_are_noticed(trained, refusal, monkeypatch):
     copy = trained / "weights.safetensors"
     shutil.copy("embeddings/shapes/shapes-tiny/val/meta.json", copy)
     monkeypatch.setattr("utils.config.Encoder.weights_file", property(lambda self: copy))
-    assert "are not those that" in refusal(uncertainty.main, *RUN, "a photo")
+    assert "differ from those that" in refusal(uncertainty.main, *RUN, "a photo")
 
 
 def test_transfer_lies_under_what_it_was_trained_on(trained, monkeypatch, capsys):
@@ -393,9 +393,10 @@ def test_transfer_lies_under_what_it_was_trained_on(trained, monkeypatch, capsys
     shutil.copytree(configuration.HOME / "configs", home / "configs")
     text = (home / "configs/datasets/shapes.yaml").read_text().replace("seed: 0", "seed: 1")
     (home / "configs/datasets/other.yaml").write_text(text)
-    for module in ("utils.config", "datasets.embeddings", "models.backbone"):
+    for module in ("utils.config", "datasets.embeddings", "models.backbones.openclip"):
         monkeypatch.setattr(f"{module}.HOME", home)
-    monkeypatch.setattr("models.backbone.open_clip.add_model_config", lambda path: None)  # already added under its name
+    # The model config is added already, under its name.
+    monkeypatch.setattr("models.backbones.openclip.open_clip.add_model_config", lambda path: None)
     (trained / "embeddings").unlink()
     for name in ("shapes", "other"):
         cache_embeddings.main(["--dataset", name, "--quiet", "--splits", "val", "--set", *SMALL_WORLD])
@@ -432,7 +433,7 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
     assert len(printed.out.splitlines()[-1]) < 100
 
     assert "a prompt is empty" in refusal(uncertainty.main, *RUN, "a photo", "  ")
-    assert "asymvlm-vmf knows no uncertainty of images" in refusal(uncertainty.main, *RUN, pairs.items["image"][0])
+    assert "asymvlm-vmf has no uncertainty for images" in refusal(uncertainty.main, *RUN, pairs.items["image"][0])
     assert "there is no image file nowhere.jpg" in refusal(uncertainty.main, *RUN, "nowhere.jpg")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     assert "broken.png cannot be read" in refusal(uncertainty.main, *RUN, str(tmp_path / "broken.png"))

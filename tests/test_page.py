@@ -1,7 +1,6 @@
 """The page and the figures of report.py on small synthetic results: what they show, and the page in a browser."""
 
 import html.parser
-import itertools
 import json
 import math
 import re
@@ -16,13 +15,17 @@ import torch.nn.functional as F
 from scipy import sparse
 from studies import write_study, write_trace
 
+from labeling.strategies import STRATEGIES
 from models.base import Adaptor, Embedding
-from models.strategies import STRATEGIES
+from reporting import evaluations, traces
+from reporting import page as pages
+from reporting import studies as study_results
+from reporting.figures import lines as line_figures
+from reporting.figures import panels, style
+from reporting.runs import Block
+from reporting.words import NONE
 from tasks import Choices, classification, hierarchy, retrieval
-from utils import active_results, factor_traces, plots, results
-from utils import html as pages
 from utils.files import save_arrays
-from utils.tables import NONE
 
 LEVELS, IMAGES, CAPTIONS, SIZE = 4, 20, 60, 8
 SCRIPT, HANDLER = "<script>document.title='x'</script>", "<img src=x onerror=document.title='x'>"
@@ -135,7 +138,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def blocks(folder):
-    return results.read(folder / "shapes")
+    return evaluations.read(folder / "shapes")
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +149,12 @@ def crowd(tmp_path_factory):
     for variant in CROWD[2:]:
         copy(first, variant)
     write(folder, "clip", 0, pairs_of(folder, truth=False), Stub(uncertain=False))
-    return results.read(folder / "shapes")
+    return evaluations.read(folder / "shapes")
 
 
 def make_page(folder, blocks, *others):
     path = folder / "shapes" / "report.html"
-    path.write_text(pages.page("shapes", [*blocks, *others], plots.looks(blocks)), encoding="utf-8")
+    path.write_text(pages.page("shapes", [*blocks, *others], style.looks(blocks)), encoding="utf-8")
     for suffix in ("md", "tex", "csv"):
         path.with_name(f"table.{suffix}").write_text("")
     return path
@@ -162,8 +165,7 @@ def others(folder, blocks):
     """What a page has beside evaluations: comparisons over data sets, active learning, traces of factors."""
     write_study(folder, STRATEGIES)
     write_trace(folder)
-    read = (active_results.read(folder / "shapes"), factor_traces.read(folder / "shapes"))
-    return [*results.across(blocks), *itertools.chain(*read)]
+    return [*study_results.read(folder / "shapes"), *traces.read(folder / "shapes")]
 
 
 @pytest.fixture(scope="module")
@@ -244,18 +246,18 @@ def test_page_says_what_a_newcomer_misses(page):
 
 
 def test_published_columns_are_marked(folder):
-    blocks = results.read(folder / "shapes")[:1]
+    blocks = evaluations.read(folder / "shapes")[:1]
     table = blocks[0].tables[0]
     printed = table.columns[0]._replace(published=True, group="published (a paper)", note="<of its table 1>")
     blocks[0].tables = [table._replace(columns=[*table.columns, printed])]
-    text = pages.page("shapes", blocks, plots.looks(blocks))
+    text = pages.page("shapes", blocks, style.looks(blocks))
     rows = sum(len(rows) for _, rows in table.groups)
     assert text.count('class="published"') == 2 + rows  # both heads
     assert "<dt>published (a paper)</dt><dd>&lt;of its table 1&gt;</dd>" in text
 
 
 def test_pages_of_the_same_results_are_the_same(page, blocks, others):
-    assert pages.page("shapes", [*blocks, *others], plots.looks(blocks)) == page.read_text(encoding="utf-8")
+    assert pages.page("shapes", [*blocks, *others], style.looks(blocks)) == page.read_text(encoding="utf-8")
 
 
 def test_every_part_has_its_section_tables_and_figures(page, blocks, others):
@@ -265,8 +267,8 @@ def test_every_part_has_its_section_tables_and_figures(page, blocks, others):
         assert f'<h2 id="b{i}">{part.title}</h2>' in text and f'<li><a href="#b{i}">{part.title}</a></li>' in text
         for table in part.tables:
             assert f'<h3 id="b{i}-{table.name}">{table.title}</h3>' in text
-    for name in (name for drawn in plots.OTHERS.values() for name in drawn):
-        assert text.count(f'role="img" aria-label="{pages.FIGURES[name][0]}, ') == 2  # for wide and for narrow screens
+    for drawing in (drawing for task in ("active", "factor-trace") for drawing in style.REGISTERED[task]):
+        assert text.count(f'role="img" aria-label="{drawing.title}, ') == 2  # for wide and for narrow screens
     assert '<th class="name" scope="col">strategy</th><th scope="col">seeds</th>' in text
     assert '<a href="tiny/active/shifted-test/bald-seed2.json">seed 2</a>' in text
     assert "<dt>labels that pick the epoch</dt><dd>500 of shifted-val, free</dd>" in text
@@ -284,25 +286,33 @@ def test_differences_sort_by_their_number(page, others, opened):
     assert names == [*sorted(gaps, key=gaps.get, reverse=True), "random"] and len(gaps) == 6
 
 
+FIGURES = {drawing.name for drawing in style.REGISTERED["retrieval"]}
+
+
+def drawn(block, looks):
+    """The names of the figures that a block has."""
+    return {drawing.name for drawing, draw in style.drawings(block, looks) if draw()}
+
+
 DRAWN = {
-    "retrieval": set(plots.FIGURES),
-    "classification": set(plots.FIGURES) - {"hierarchy"},
+    "retrieval": FIGURES,
+    "classification": FIGURES - {"hierarchy"},
     "hierarchy": {"hierarchy"},
 }
 
 
 def test_figures_of_each_task(blocks):
-    looks = plots.looks(blocks)
+    looks = style.looks(blocks)
     assert {block.task for block in blocks} == set(DRAWN)
     for block in blocks:
-        assert {name for name, draw in plots.FIGURES.items() if draw(block, looks)} == DRAWN[block.task]
+        assert drawn(block, looks) == DRAWN[block.task]
 
 
-@pytest.mark.parametrize("width", [plots.WIDE, pages.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, pages.NARROW])
 def test_axes_are_labelled_and_nothing_is_cut_off(blocks, crowd, width):
     for block in (*blocks, *crowd):
-        looks = plots.looks([block])
-        for figure in filter(None, (draw(block, looks, width) for draw in plots.FIGURES.values())):
+        looks = style.looks([block])
+        for figure in filter(None, (draw(width) for _, draw in style.drawings(block, looks))):
             figure.draw_without_rendering()
             parts = [part for part in (figure, *figure.subfigs) if part.axes and not part.subfigs] or [figure]
             for part in parts:
@@ -314,37 +324,37 @@ def test_axes_are_labelled_and_nothing_is_cut_off(blocks, crowd, width):
 
 
 def test_a_variant_and_its_twin_look_alike_but_for_the_objective(crowd):
-    looks = plots.looks(crowd)
+    looks = style.looks(crowd)
     assert looks["clip"] == (None, False)  # it uses up no color
     for i in range(5):
         assert looks[f"method{i}"] == (i, False) and looks[f"method{i}+infonce"] == (i, True)
-    own, twin = (plots._mark(looks[name]) for name in ("method3", "method3+infonce"))
-    assert own["color"] == twin["color"] and twin["markerfacecolor"] == plots.LIGHT["paper"]
+    own, twin = (style.mark(looks[name]) for name in ("method3", "method3+infonce"))
+    assert own["color"] == twin["color"] and twin["markerfacecolor"] == style.LIGHT["paper"]
 
 
 def test_no_color_stands_twice_so_that_each_has_its_counterpart():
-    for theme in plots.THEMES:
-        assert len(set(plots.variables(theme).values())) == len(plots.variables(theme))
-    assert plots.variables("light").keys() == plots.variables("dark").keys()
+    for theme in style.THEMES:
+        assert len(set(style.variables(theme).values())) == len(style.variables(theme))
+    assert style.variables("light").keys() == style.variables("dark").keys()
 
 
 def test_figures_take_their_colors_from_the_page(blocks):
-    text = plots.svg(plots.recall_by_level(blocks[0], plots.looks(blocks)), "name")
+    text = style.svg(line_figures.recall_by_level(blocks[0], style.looks(blocks)), "name")
     named = set(re.findall(r' id="([^"]+)"', text))
     assert set(re.findall(r"#([^;\")]+)", text)) == named  # and no color that is the figure's own
-    assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= set(plots.variables("dark"))
+    assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= set(style.variables("dark"))
     assert all("fill: var(--figure-ink)" in tag for tag in re.findall(r"<text [^>]*>", text))
 
 
 def test_rounding_coordinates_leaves_text_alone(blocks):
-    figure = plots.recall_by_level(blocks[0], plots.looks(blocks))
+    figure = line_figures.recall_by_level(blocks[0], style.looks(blocks))
     figure.axes[0].set_title("0.123456")
-    assert ">0.123456<" in plots.svg(figure, "name")
+    assert ">0.123456<" in style.svg(figure, "name")
 
 
-@pytest.mark.parametrize("width", [plots.WIDE, pages.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, pages.NARROW])
 def test_many_variants_stand_in_panels_by_method(crowd, width):
-    figure = plots.recall_by_level(crowd[0], plots.looks(crowd), width)
+    figure = line_figures.recall_by_level(crowd[0], style.looks(crowd), width)
     assert len(figure.axes) == 10  # both directions
     figure.draw_without_rendering()  # only then are places known
     for i, axes in enumerate(figure.axes):
@@ -357,7 +367,7 @@ def test_many_variants_stand_in_panels_by_method(crowd, width):
 
 
 def test_few_variants_share_a_panel(blocks):
-    to_image, to_text = plots.recall_by_level(blocks[0], plots.looks(blocks)).axes
+    to_image, to_text = line_figures.recall_by_level(blocks[0], style.looks(blocks)).axes
     assert [line.get_label() for line in to_image.lines] == ["both", "captions", "Bayes-optimal"]
     assert [line.get_label() for line in to_text.lines] == ["both", "captions*"]  # by what it retrieves
     runs = blocks[0].results["both"]
@@ -366,22 +376,22 @@ def test_few_variants_share_a_panel(blocks):
 
 
 def test_title_says_whose_uncertainty_is_followed():
-    line = plots.Line(np.arange(2), np.arange(2))
+    line = line_figures.Line(np.arange(2), np.arange(2))
     lines, doubts = dict.fromkeys("abc", line), {"a": "query image", "b": "retrieved caption", "c": "query image"}
-    title, marked = plots._whose("levels by uncertainty of the {}", lines, doubts)
+    title, marked = line_figures._whose("levels by uncertainty of the {}", lines, doubts)
     assert title == "levels by uncertainty of the query image; * of the retrieved caption"
     assert [line.mark for line in marked.values()] == ["", "*", ""]
 
 
 def test_names_of_variants_stay_text(blocks):
     name = "pfe+$_^<script>&"
-    block = results.Block("retrieval", "shapes", "tiny", {name: blocks[0].results["both"]})
-    text = pages.page("shapes", [block], plots.looks([block]))
+    block = Block("retrieval", "shapes", "tiny", {name: blocks[0].results["both"]})
+    text = pages.page("shapes", [block], style.looks([block]))
     assert "<script>&" not in text and text.count("$_^&lt;script&gt;&amp;") > 10
 
 
 def test_risk_starts_with_the_surest_and_ends_with_all(blocks):
-    to_image, _ = plots.risk_coverage(blocks[0], plots.looks(blocks)).axes
+    to_image, _ = line_figures.risk_coverage(blocks[0], style.looks(blocks)).axes
     hit = blocks[0].results["both"][0].arrays["text_to_image_hit"]
     lines = {line.get_label(): line for line in to_image.lines}
     assert lines["both"].get_ydata()[-1] == pytest.approx(100 * (1 - hit.mean()))
@@ -392,7 +402,7 @@ def test_risk_starts_with_the_surest_and_ends_with_all(blocks):
 
 def test_bins_hold_the_middle_of_what_falls_into_them():
     ambiguity = np.repeat([0.0, math.log(10), math.log(1000)], [101, 101, 3])  # three captions say too little
-    at, (low, middle, high) = plots.binned(ambiguity, np.concatenate([np.arange(101), np.arange(101) + 7, [9, 9, 9]]))
+    at, (low, middle, high) = panels.binned(ambiguity, np.concatenate([np.arange(101), np.arange(101) + 7, [9, 9, 9]]))
     assert at == pytest.approx([0, math.log(10)])
     assert (low, middle, high) == (pytest.approx([10, 17]), pytest.approx([50, 57]), pytest.approx([90, 97]))
 
@@ -402,7 +412,8 @@ def test_saved_figures(blocks, tmp_path):
         files = []
         for again in range(2):
             stem = tmp_path / f"{name}{again}"
-            plots.save(plots.FIGURES[name](blocks[0], plots.looks(blocks)), stem)
+            [draw] = [draw for drawing, draw in style.drawings(blocks[0], style.looks(blocks)) if drawing.name == name]
+            style.save(draw(), stem)
             files.append([stem.with_suffix(suffix).read_bytes() for suffix in (".png", ".pdf")])
         assert files[0] == files[1]
         pdf = files[0][1]
@@ -413,10 +424,9 @@ def test_saved_figures(blocks, tmp_path):
 
 def test_without_any_uncertainty_only_its_stand_in_is_drawn(tmp_path):
     write(tmp_path, "clip", 0, pairs_of(tmp_path, truth=False), Stub(uncertain=False))
-    blocks = results.read(tmp_path / "shapes")
-    looks = plots.looks(blocks)
-    drawn = {name for name, draw in plots.FIGURES.items() if draw(blocks[0], looks)}
-    assert drawn == {"risk_coverage", "reliability"}
+    blocks = evaluations.read(tmp_path / "shapes")
+    looks = style.looks(blocks)
+    assert drawn(blocks[0], looks) == {"risk_coverage", "reliability"}
     assert "Bayes" not in pages.page("shapes", blocks, looks)
 
 

@@ -11,7 +11,10 @@ import yaml
 from conftest import put
 
 import report
-from utils import paper_tables, published, results, tables
+from reporting import evaluations, tables
+from reporting.runs import TASKS, Result
+from reporting.tables import columns, formats, published
+from reporting.words import NONE, RETRIEVAL
 from utils.config import HOME
 from utils.errors import UserError
 
@@ -133,11 +136,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def block(folder):
-    return results.read(folder / "shapes")[0]
+    return evaluations.read(folder / "shapes")[0]
 
 
 def blocks_of(folder):
-    return results.read(folder / "shapes")
+    return evaluations.read(folder / "shapes")
 
 
 def table_of(folder, name):
@@ -162,7 +165,7 @@ def text_of(folder, name):
 
 def csv_of(folder):
     """The long table: dict of (table, row, column) to its line."""
-    lines = csv.DictReader(io.StringIO(tables.to_csv(blocks_of(folder))))
+    lines = csv.DictReader(io.StringIO(formats.to_csv(blocks_of(folder))))
     return {(line["table"], line["row"], line["column"]): line for line in lines}
 
 
@@ -229,7 +232,7 @@ def test_markdown(folder):
     recall, uncertainty = markdown_tables(folder)[:2]
     clip, trap, _, limit = recall[2:]
     assert clip.startswith("| [clip](<tiny/clip>) | 3 | 25.0 ± 5.0 |")
-    assert limit.startswith(f"| *Bayes-optimal* |  | 50.0 {f'| {tables.NONE} ' * 3}|") and "**" not in limit
+    assert limit.startswith(f"| *Bayes-optimal* |  | 50.0 {f'| {NONE} ' * 3}|") and "**" not in limit
     assert "a\\_b+50%" in trap and "(<tiny/a_b+50%>)" in trap
     entropy, _, _, _, pfe, limit = uncertainty[2:]
     assert entropy.startswith("| [clip, entropy](<tiny/clip>) | 3 | entropy | -0.900 ± 0.000 |")
@@ -249,7 +252,7 @@ def test_latex_escapes_balances_and_fits(folder):
         columns = panel.index("@{}}")
         lines = [line for line in panel.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
         assert {line.replace(r"\&", "").count("&") for line in lines} == {columns}
-    assert tables._in_latex(r"\~^{$&#") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\{\$\&\#"
+    assert formats._in_latex(r"\~^{$&#") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\{\$\&\#"
 
 
 def test_csv_holds_the_exact_numbers(folder):
@@ -272,11 +275,11 @@ def test_csv_holds_the_exact_numbers(folder):
 
 
 def test_terminal_shows_aligned_tables(block):
-    said = tables.to_text([block])
+    said = formats.to_text([block])
     row = next(line for line in said.splitlines() if line.startswith("pfe") and "25.0" in line)
     head = next(line for line in said.splitlines() if "R@1" in line and "R@5" in line)
     assert row.index("25.0 ± 15.0") + len("25.0 ± 15.0") == head.index("R@1") + len("R@1")
-    assert "-0.900 ± 0.100*" in said and max(map(len, said.splitlines())) <= tables.TERMINAL
+    assert "-0.900 ± 0.100*" in said and max(map(len, said.splitlines())) <= formats.TERMINAL
     said.encode("cp1252")  # a Windows terminal prints it
 
 
@@ -288,10 +291,10 @@ def test_a_table_too_wide_stands_in_panels_of_whole_groups():
     wide = [column(i, group) for group, size in groups.items() for i in range(size)]
     row = tables.Row("method", None, None, {one.key: tables.Cell(0.5) for one in wide})
     table = tables.Table("name", "Title", "", wide, [("", [row])])
-    split = tables.panels(table, 60)
+    split = formats.panels(table, 60)
     assert [one.key for panel in split for one in panel] == [one.key for one in wide]
     assert [{one.group for one in panel} for panel in split] == [{"first"}, {"second"}, {"third"}, {"third"}]
-    assert [len(panel) for panel in tables.panels(table, 120)] == [8, 9]
+    assert [len(panel) for panel in formats.panels(table, 120)] == [8, 9]
 
 
 def test_either_score_fills_the_column_of_its_name(tmp_path):
@@ -318,7 +321,7 @@ def test_uncertainty_says_whose_levels_they_are(tmp_path):
     table = table_of(tmp_path, "uncertainty")
     rows = rows_of(table)
     assert list(rows) == ["clip, entropy", "clip, top score", "clip, margin", "asymmetric", "symmetric"]
-    by = {name: [row.cells[f"{side}_levels_by"].text for side in paper_tables.SIDES] for name, row in rows.items()}
+    by = {name: [row.cells[f"{side}_levels_by"].text for side in RETRIEVAL] for name, row in rows.items()}
     assert by["symmetric"] == ["query caption", "query image"] and by["clip, margin"] == ["margin", "margin"]
     assert by["asymmetric"] == ["query caption", "retrieved caption"]
     assert mean(table, "asymmetric", "image_to_text_s") == -0.25
@@ -337,8 +340,8 @@ def test_equal_uncertainty_is_said_and_has_no_figures(tmp_path):
         assert table.note.endswith("All queries are equally uncertain, so that there are no figures: pfe (image→text).")
     table = table_of(tmp_path, "uncertainty")
     assert mean(table, "pfe", "image_to_text_s") is None and mean(table, "prolip", "image_to_text_s") == -0.5
-    lines = tables.to_text(blocks_of(tmp_path)).splitlines()
-    assert any(line.split()[:6] == ["pfe", "query", "image", *[tables.NONE] * 3] for line in lines)
+    lines = formats.to_text(blocks_of(tmp_path)).splitlines()
+    assert any(line.split()[:6] == ["pfe", "query", "image", *[NONE] * 3] for line in lines)
 
 
 def test_selective_names_two_families_apart(tmp_path):
@@ -364,7 +367,7 @@ def test_selective_names_two_families_apart(tmp_path):
 
 def test_where_all_answers_are_wrong_there_is_no_auroc(tmp_path):
     result = make_result("lost", 0, 0.0, -0.5)
-    for side in paper_tables.SIDES:
+    for side in RETRIEVAL:
         for found in result[side]["uncertainty"].values():
             found |= dict.fromkeys(("auroc", "aupr", "s", "r2", "minus_s_r2"))
     save(tmp_path, result)
@@ -507,11 +510,11 @@ def test_published_figures_are_of_what_there_is():
 
 def every_table():
     """All tables of results that have every figure."""
-    for task in results.TASKS:
+    for task in TASKS:
         coco = {**coco_figures(), "hierarchy": chains(falling_steps=0.9), **both_scores("similarity", 0.2)}
         more = coco if task == "retrieval" else {}
         result = make_result("pfe", 0, 0.3, -0.5, task=task, truth=True, **more)
-        yield from results.Block(task, DATA, BACKBONE, {"pfe": [results.Result(report.Path("a/b/c"), result)]}).tables
+        yield from evaluations.Evaluation(task, DATA, BACKBONE, {"pfe": [Result(report.Path("a/b/c"), result)]}).tables
 
 
 MISPRINTED = {("ProbVLM", "coco-karpathy", "ttda", "text_to_image")}  # 0.00, although 0.10 * 0.26 is 0.03
@@ -523,7 +526,7 @@ SLACK = {"ProbVLM": 0.0, "GroVE": 0.03}
 def test_published_trends_agree_with_themselves(entry):
     for method, values in entry["rows"].items():
         found = dict(zip(entry["columns"], values, strict=True))
-        for side in paper_tables.SIDES:
+        for side in RETRIEVAL:
             if f"{side}_s" in found:
                 s, r2, both = (found[f"{side}_{key}"] for key in ("s", "r2", "minus_s_r2"))
                 near = abs(-s * r2 - both) <= 0.01 * (1 + abs(s) + abs(r2)) + SLACK[entry["source"]]
@@ -534,7 +537,7 @@ def test_published_trends_agree_with_themselves(entry):
 def test_published_recall_rises_with_k(entry):
     for values in entry["rows"].values():
         found = dict(zip(entry["columns"], values, strict=True))
-        for side in paper_tables.SIDES:
+        for side in RETRIEVAL:
             recalls = [found[f"{side}_r{k}"] for k in (1, 5, 10) if f"{side}_r{k}" in found]
             assert recalls == sorted(recalls) and recalls[0] > 0 and recalls[-1] <= 100
 
@@ -613,7 +616,7 @@ def test_rows_of_the_unified_objective_stand_apart_below(tmp_path):
     recall = block.tables[0]
     assert [(title, [row.name for row in rows]) for title, rows in recall.groups] == [
         ("", native),
-        (paper_tables.UNIFIED, unified),
+        (columns.UNIFIED, unified),
         ("", ["Bayes-optimal"]),
     ]
     # The best is the best of all.
@@ -623,18 +626,18 @@ def test_rows_of_the_unified_objective_stand_apart_below(tmp_path):
     found = markdown_tables(tmp_path)
     assert len(found) == len(block.tables)
     for lines in found:
-        at = lines.index(next(line for line in lines if line.startswith(f"| *{paper_tables.UNIFIED}* |")))
+        at = lines.index(next(line for line in lines if line.startswith(f"| *{columns.UNIFIED}* |")))
         assert "[prolip" in lines[at - 1] and "[pfe+infonce](" in lines[at + 1]
 
-    said = tables.to_text([block]).splitlines()
-    above = [i for i, line in enumerate(said) if line == f"{paper_tables.UNIFIED}:"]
-    assert len(above) >= len(found) - len(tables.LONG) and all(said[i + 1].startswith("pfe+infonce ") for i in above)
+    said = formats.to_text([block]).splitlines()
+    above = [i for i, line in enumerate(said) if line == f"{columns.UNIFIED}:"]
+    assert len(above) >= len(found) - len(formats.LONG) and all(said[i + 1].startswith("pfe+infonce ") for i in above)
 
     for table in text_of(tmp_path, "table.tex").split(r"\begin{tabular}")[1:]:
         lines = table.splitlines()
-        at = next(i for i, line in enumerate(lines) if paper_tables.UNIFIED in line)
+        at = next(i for i, line in enumerate(lines) if columns.UNIFIED in line)
         assert lines[at - 1] == r"\midrule" and lines[at - 2].startswith("prolip")
-        assert lines[at].endswith(rf"{{\emph{{{paper_tables.UNIFIED}}}}} \\")
+        assert lines[at].endswith(rf"{{\emph{{{columns.UNIFIED}}}}} \\")
         assert lines[at + 1].startswith("pfe+infonce &")
 
 
@@ -644,7 +647,7 @@ def test_one_objective_alone_needs_no_heading(tmp_path, variants):
         write(tmp_path, variant, 0, 0.3, -0.5)
     report.write_tables(tmp_path / "shapes", blocks_of(tmp_path))
     assert [title for title, _ in table_of(tmp_path, "recall").groups] == [""]
-    assert not any(paper_tables.UNIFIED in text_of(tmp_path, name) for name in ("table.md", "table.tex"))
+    assert not any(columns.UNIFIED in text_of(tmp_path, name) for name in ("table.md", "table.tex"))
 
 
 def test_rows_say_what_was_seen_in_training(tmp_path):
@@ -685,7 +688,7 @@ def test_other_data_backbones_and_tasks_stand_apart(tmp_path):
         "shapes, large: retrieval", "shapes, tiny: retrieval", "shapes, tiny: hierarchy",
         "cifar10, tiny: classification", "coco, tiny: retrieval",
     ]  # fmt: skip
-    assert [block.title for block in results.read(tmp_path / "shapes", "large")] == ["shapes, large: retrieval"]
+    assert [block.title for block in evaluations.read(tmp_path / "shapes", "large")] == ["shapes, large: retrieval"]
     assert report.suffixes(blocks) == [
         "-shapes-large", "-shapes-tiny-retrieval", "-shapes-tiny-hierarchy", "-cifar10-tiny", "-coco-tiny"
     ]  # fmt: skip

@@ -148,7 +148,7 @@ def test_two_processes_do_not_share_a_folder(world, refusal):
 
 def test_a_diverging_run_says_so(world, refusal):
     error = refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30")
-    assert "is nan in epoch 1: try --set optim.lr" in error and "optim.lr" in error
+    assert "is nan in epoch 1: try a lower learning rate with --set optim.lr=" in error
     assert not list(world.glob("checkpoints/**/adaptor.pt"))
 
 

@@ -1,0 +1,107 @@
+"""Learning curves of active_learning.py: by strategy, compared with random choice, and as text for the terminal."""
+
+import statistics
+import textwrap
+from typing import NamedTuple
+
+from metrics.comparison import Difference, holm, paired
+
+TITLES = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece": "ECE, %"}
+SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
+DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
+ORDER = ("random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center")  # others come after
+BASE = "random"  # the strategy that others are compared with
+LEVEL = 0.05
+INTERVAL = (  # what follows ± of a difference, and what the marks mean
+    "half of the 95 % interval (Student's t, paired by seed). †: it leaves 0 out (no mark where all seeds are alike)."
+    " ‡: p < 0.05 also after Holm's adjustment over all strategies and budgets (means: over all strategies)"
+)
+WIDTH = 19  # of a column
+
+
+class Gap(NamedTuple):
+    """A strategy's difference from random choice, and its p-value adjusted for all comparisons."""
+
+    difference: Difference
+    adjusted: float
+
+    @property
+    def mark(self):
+        """† where the 95 % interval leaves 0 out, ‡ where p stays below 0.05 after adjustment."""
+        return "‡" if self.adjusted < LEVEL else "†" if self.difference.p < LEVEL else ""
+
+    def text(self, digits):
+        """The mean difference, half of its interval and its mark."""
+        half = (self.difference.high - self.difference.low) / 2
+        return f"{self.difference.mean:+.{digits}f} ± {half:.{digits}f}{self.mark}"
+
+
+def curves(results, figure):
+    """The curves of a figure: {strategy: {seed: its values by budget and, last, their mean}}.
+
+    results: {(seed, strategy): values of a file of active_learning.py}. figure: one of TITLES.
+    """
+    by_strategy = {}
+    for (seed, strategy), result in results.items():
+        values = [SCALE[figure] * point[figure] for point in result["curve"]]
+        by_strategy.setdefault(strategy, {})[seed] = [*values, statistics.fmean(values)]
+    return by_strategy
+
+
+def gaps(curves):
+    """The Gaps of every strategy that shares two or more seeds with random choice: {strategy: [by budget, ..., mean]}.
+
+    curves: as `curves` gives them. Holm's adjustment covers all strategies and budgets; for the means, which add no
+    information, all strategies.
+    """
+    base, differences = curves.get(BASE, {}), {}
+    for strategy, by_seed in curves.items():
+        shared = [seed for seed in by_seed if seed in base]
+        if strategy != BASE and len(shared) > 1:
+            columns = (zip(*(curve[seed] for seed in shared), strict=True) for curve in (by_seed, base))
+            differences[strategy] = [paired(*pair) for pair in zip(*columns, strict=True)]
+    single = iter(holm([each.p for row in differences.values() for each in row[:-1]]))
+    means = iter(holm([row[-1].p for row in differences.values()]))
+    return {
+        strategy: [*(Gap(each, next(single)) for each in row[:-1]), Gap(row[-1], next(means))]
+        for strategy, row in differences.items()
+    }
+
+
+def curves_text(results):
+    """Lay out results by (seed, strategy): every figure by budget and on average, and gaps to random choice."""
+    first = next(iter(results.values()))
+    seeds = dict.fromkeys(seed for seed, _ in results)
+    budgets = [point["budget"] for point in first["curve"]]
+    lines = [
+        f"{first['dataset']}, {first['backbone']}, target {first['settings']['target']} ({first['images']:,} images),"
+        f" seeds: {', '.join(map(str, seeds))}; free labels of --val: {_free_labels(first)}"
+    ]
+    for figure in TITLES:
+        digits, by_strategy = DIGITS[figure], curves(results, figure)
+        before = SCALE[figure] * first["before"][figure]
+        heads = [*(f"{budget:,}" for budget in budgets), "mean"]
+        lines.append(f"\n{TITLES[figure]:18}" + "".join(f"{head:>{WIDTH}}" for head in heads))
+        lines.append(f"  {'no label':16}{before:>{WIDTH}.{digits}f}")
+        for name, by_seed in by_strategy.items():
+            columns = zip(*by_seed.values(), strict=True)
+            lines.append(f"  {name:16}" + "".join(f"{_mean(column, digits):>{WIDTH}}" for column in columns))
+        compared = gaps(by_strategy)
+        if compared:
+            lines.append(f"  less {BASE}, 95 % interval")
+        for name, row in compared.items():
+            texts = [gap.text(digits) if gap.mark else f"{gap.text(digits)} " for gap in row]
+            lines.append(f"  {name:16}" + "".join(f"{text:>{WIDTH}}" for text in texts))
+    if len(seeds) > 1:
+        note = f"± is the standard deviation over seeds; of differences it is {INTERVAL}."
+        lines += ["", *textwrap.wrap(note, 7 * WIDTH - 5)]
+    return "\n".join(lines)
+
+
+def _free_labels(result):
+    return 0 if result["settings"]["val_counts"] is not None else f"{result['curve'][0]['val_labels']:,}"
+
+
+def _mean(values, digits):
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

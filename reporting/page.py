@@ -1,0 +1,178 @@
+"""The report as one page that needs no network: its style, script, figures and pictures are inside."""
+
+import base64
+import functools
+import hashlib
+import io
+import urllib.parse
+from pathlib import Path
+
+import jinja2
+import PIL.Image
+from markupsafe import Markup
+
+from reporting import findings, tables
+from reporting.figures import style
+from reporting.runs import TASKS
+from reporting.words import ANSWER, DIRECTIONS, MINUS, NONE, QUERY, followed
+
+NARROW = 3.6  # inches: as wide as a phone, so that type keeps its size there
+THUMBNAIL = 96  # pixels of the longer side
+SHOWN = 5  # of the most and of the least certain queries, per method and direction
+ENDS = {"most_certain": "Most certain", "least_certain": "Least certain"}
+OPENING = ("gains", "overview")  # the table and the figure that the page opens with
+UNIFIED = " Dashes and hollow markers: trained by the unified objective."
+
+
+def page(dataset, parts, looks):
+    """Render the page of all Parts of a report.
+
+    dataset: trained on. looks: dict of variant to its figures.style.Look.
+    """
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,  # a caption stays text, whatever it holds
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(parts=tables.parts, absent=NONE)
+    environment.filters.update(has_best=tables.has_best, heads=_heads, minus=_minus, url=_url)
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    pictures = Pictures()
+    opening = next((part for part in parts if part.task == "retrieval"), None)
+    sections = [
+        _section(part, looks, pictures, f"b{i}", OPENING if part is opening else ()) for i, part in enumerate(parts, 1)
+    ]
+    return environment.get_template("page.html.j2").render(
+        dataset=dataset,
+        opening=opening and _opening(opening, looks),
+        sections=sections,
+        adaptors=any(part.task in TASKS for part in parts),
+        pictures=pictures,
+        script=Markup(script),
+        # The one script that the page's policy allows.
+        allowed=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        colors={theme: style.variables(theme) for theme in style.THEMES},
+    )
+
+
+class Pictures:
+    """Small copies of image files; each is in the page once, however often it is shown."""
+
+    def __init__(self):
+        self.kept = {}  # {data URI: (number, size)}
+
+    def show(self, path):
+        """Keep a copy and return its number; None where the file is missing or broken."""
+        thumbnail = _thumbnail(path)
+        if thumbnail is None:
+            return None
+        uri, size = thumbnail
+        return self.kept.setdefault(uri, (len(self.kept), size))[0]
+
+
+def _opening(part, looks):
+    """What the page opens with: the findings of a Part of retrieval."""
+    return {
+        "title": part.title, "summary": part.summary, "sentences": findings.sentences(part),
+        "table": next((table for table in part.tables if table.name in OPENING), None),
+        "figures": _figures(part, looks, "found", lambda name: name in OPENING),
+    }  # fmt: skip
+
+
+def _section(part, looks, pictures, name, without=()):
+    """What the template shows of a Part, without the tables and figures of these names. name: prefix of its ids."""
+    gallery = {
+        variant: [_strip(direction, result, pictures) for direction, result in by_direction.items()]
+        for variant, by_direction in part.gallery.items()
+    }
+    return {
+        "name": name, "title": part.title, "facts": part.facts, "warnings": part.warnings,
+        "tables": [table for table in part.tables if table.name not in without],
+        "figures": _figures(part, looks, name, lambda drawing: drawing not in without),
+        "gallery": gallery, "files": part.files,
+    }  # fmt: skip
+
+
+def _figures(part, looks, name, wanted):
+    """The figures of a Part that are wanted by name and have something to draw, as the template shows them."""
+    unified = part.task in TASKS and any(looks[variant].unified for variant in part.results)
+    figures = []
+    for drawing, draw in style.drawings(part, looks):
+        screens = _screens(draw, f"{name}-{drawing.name}") if wanted(drawing.name) else {}
+        if screens:
+            caption = drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption
+            figures.append({"name": drawing.name, "title": drawing.title, "caption": caption, "screens": screens})
+    return figures
+
+
+def _screens(draw, name):
+    """Draw a figure for wide and for narrow screens: {kind of screen: SVG}, empty where there is nothing to draw."""
+    figures = {"wide": draw(style.WIDE), "narrow": draw(NARROW)}
+    return {kind: Markup(style.svg(figure, f"{name}-{kind}")) for kind, figure in figures.items() if figure}
+
+
+def _strip(direction, result, pictures):
+    """What the template shows of the most and least certain queries of one method and direction."""
+    examples = result["examples"]
+    return {
+        "title": DIRECTIONS[direction],
+        "uncertainty": followed(direction, result["levels_by"] or "entropy"),
+        "target": f"its own {ANSWER[direction]}",
+        "ends": {
+            title: [_card(direction, example, pictures) for example in examples[end][:SHOWN]]
+            for end, title in ENDS.items()
+        },
+    }
+
+
+def _card(direction, example, pictures):
+    """One query with its best answers, and the right one where it is not among them."""
+
+    def shown(kind, item):
+        return {"picture": pictures.show(item), "name": Path(item).name} if kind == "image" else {"text": item}
+
+    answers = []
+    for best in example["best"]:
+        mark = "right" if best["right"] else "true" if best.get("true") else "wrong"
+        answers.append(shown(ANSWER[direction], best["answer"]) | {"mark": mark})
+    hit = any(best["right"] for best in example["best"])
+    return {
+        "query": shown(QUERY[direction], example["query"]),
+        "uncertainty": f"{example['uncertainty']:.3g}",
+        "answers": answers,
+        "target": None if hit else shown(ANSWER[direction], example["own"]),
+    }
+
+
+@functools.cache
+def _thumbnail(path):
+    """Make a small copy of an image file: data URI and (width, height); None where the file is missing or broken."""
+    try:
+        with PIL.Image.open(path) as image:
+            small = image.convert("RGB")
+    except Exception:  # Pillow raises a dozen kinds on a broken file
+        return None
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    encoded = {}
+    for kind, options in (("jpeg", {"quality": 80}), ("png", {"optimize": True})):  # flat drawings are smaller as PNG
+        file = io.BytesIO()
+        small.save(file, kind, **options)
+        encoded[kind] = file.getvalue()
+    kind = min(encoded, key=lambda kind: len(encoded[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}", small.size
+
+
+def _heads(table):
+    """The groups of a table's columns: list of ((name, whether others published it), how many columns)."""
+    return tables.spans([(column.group, column.published) for column in table.columns])
+
+
+def _minus(text):
+    return text.replace("-", MINUS)
+
+
+def _url(path):
+    return urllib.parse.quote(path.as_posix())

@@ -1,0 +1,24 @@
+"""Which tables a task has, in reading order; each is a function of a runs.Block and None where it has no figures."""
+
+from functools import partial
+
+from reporting.tables.classification import ACROSS, across, classification, differences
+from reporting.tables.gains import gains
+from reporting.tables.hierarchy import hierarchy
+from reporting.tables.retrieval import calibration, eccv, recall, truth
+from reporting.tables.selective import levels, selective, uncertainty
+
+TABLES = {
+    "retrieval": (gains, recall, uncertainty, levels, selective, truth, eccv, calibration, hierarchy),
+    "classification": (classification, selective),
+    "hierarchy": (hierarchy,),
+    "comparison": (
+        *(partial(across, figure) for figure in ACROSS),
+        *(partial(differences, figure) for figure in ("nll", "ece")),
+    ),
+}
+
+
+def every(block):
+    """All tables that a block has figures for."""
+    return [table for table in (make(block) for make in TABLES[block.task]) if table]

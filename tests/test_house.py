@@ -1,0 +1,102 @@
+"""The house: which room may import which, no circle, and the words that names must not be."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from utils.config import HOME
+
+# A room may import the rooms named here, and itself; scripts are the files at the top.
+MAY_IMPORT = {
+    "utils": set(),
+    "metrics": set(),
+    "models": {"utils"},
+    "datasets": {"models", "utils"},
+    "tasks": {"datasets", "metrics", "models", "utils"},
+    "labeling": {"datasets", "metrics", "models", "utils"},
+    "reporting": {"metrics", "utils"},
+    "scripts": {"datasets", "labeling", "metrics", "models", "reporting", "tasks", "utils"},
+    "benchmarks": {"scripts", "datasets", "labeling", "metrics", "models", "reporting", "tasks", "utils"},
+}
+# What a folder's files may import of the libraries that take seconds to load.
+HEAVY = {"matplotlib": "reporting/figures", "open_clip": "models/backbones", "transformers": "models/backbones"}
+
+
+def modules():
+    """Every module of the suite outside of tests and docs: {dotted name: its file}."""
+    files = [path for path in HOME.glob("*.py")]
+    files += [path for room in MAY_IMPORT for path in (HOME / room).glob("**/*.py")]
+    names = {}
+    for path in files:
+        parts = path.relative_to(HOME).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = modules()
+
+
+def imports(path):
+    """The dotted names that a file imports, wherever in it."""
+    package = ".".join(path.relative_to(HOME).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relative to {package}: name the module in full"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+
+
+def room(module):
+    """The room of a module, or `scripts`; None for a library's."""
+    first = module.partition(".")[0]
+    if module not in MODULES:
+        return None
+    return first if first in MAY_IMPORT else "scripts"
+
+
+GRAPH = {module: {other for other in imports(path) if other in MODULES} for module, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_room_imports_lower_rooms_alone(name):
+    for module, others in GRAPH.items():
+        if room(module) == name:
+            above = {other for other in others if room(other) not in MAY_IMPORT[name] | {name}}
+            assert not above, f"{module} imports {', '.join(sorted(above))}"
+
+
+def test_no_two_modules_import_each_other():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_the_table_of_rooms_is_of_the_folders_that_there_are():
+    folders = {path.parent.name for path in HOME.glob("*/__init__.py")} - {"tests"}
+    assert folders <= set(MAY_IMPORT)
+
+
+def test_heavy_libraries_stay_in_their_rooms():
+    for module, path in MODULES.items():
+        for name in imports(path):
+            place = HEAVY.get(name.partition(".")[0])
+            allowed = place is None or room(module) in ("benchmarks", "datasets") or path.is_relative_to(HOME / place)
+            assert allowed, f"{module} imports {name}, which belongs in {place}"
+
+
+def test_names_say_what_they_hold():
+    """No variable or parameter is one of the catch-alls that could hold anything."""
+    catch_alls = {"found", "said", "doubt", "doubts", "about", "own"}
+    places = []
+    for path in [*MODULES.values(), *Path(HOME / "tests").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
+            if name in catch_alls:
+                places.append(f"{path.relative_to(HOME)}:{node.lineno} {name}")
+    assert not places, "\n".join(dict.fromkeys(places))
