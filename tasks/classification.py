@@ -9,6 +9,7 @@ from models.base import adapt_all, cosine
 from tasks import (
     STORED_SCORES,
     ExampleNames,
+    arrays_of,
     choose_levels_by,
     evaluate_side,
     examples,
@@ -99,8 +100,7 @@ def evaluate(adaptor, pairs, choices, device):
             pairs.items["image"], pairs.classes, targets, lambda image, number: bool(label[image] == number)
         )
         side["examples"] = examples(uncertainty, score, names)
-        arrays |= {f"image_to_class_{field}": value for field, value in ranking._asdict().items()}
-        arrays |= {"image_to_class_hit": retrieval.recall_at(ranking, 1), "image_to_class_uncertainty": uncertainty}
+        arrays |= arrays_of("image_to_class", ranking, uncertainty)
         for entry, (forecast, _) in forecasts.items():
             for field in ("nll", "confidence", "hit"):
                 arrays[f"image_to_class_{entry}_{field}"] = getattr(forecast, field)

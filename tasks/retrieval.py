@@ -14,6 +14,7 @@ from models.base import adapt_all
 from tasks import (
     STORED_SCORES,
     ExampleNames,
+    arrays_of,
     choose_levels_by,
     evaluate_side,
     examples,
@@ -139,8 +140,7 @@ def evaluate_sides(both, scale, uncertainties, truth, choices):
         image_of_item = side.query if query == "image" else None  # the captions of one image answer the same query
         part["calibration"] = summary.of_probabilities(*side, scale, group, image_of_item)
         figures[name] = part
-        arrays |= {f"{name}_{field}": value for field, value in ranking._asdict().items()}
-        arrays |= {f"{name}_hit": retrieval.recall_at(ranking, 1), f"{name}_uncertainty": uncertainty}
+        arrays |= arrays_of(name, ranking, uncertainty)
         rankings.append(ranking)
     return figures | {"rsum": retrieval.rsum(*rankings, ks=summary.KS)}, arrays
 
