@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from models.backbones.last_map import Joined
 from utils.config import HOME
 from utils.errors import UserError
 from utils.files import read_json
@@ -77,21 +78,6 @@ def encoder_fingerprint(encoder):
                     while part := file.read(2**24):
                         digest.update(part)
     return digest.hexdigest()[:16]
-
-
-class Joined:
-    """Arrays of N rows side by side, read as if they were one (N, ...); ones: with a column of ones at the end."""
-
-    def __init__(self, parts, ones=False):
-        self.parts, self.ones = parts, ones
-        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts) + ones)
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        parts = [part[rows] for part in self.parts]
-        return np.concatenate([*parts, np.ones((len(parts[0]), int(self.ones)), parts[0].dtype)], axis=1)
 
 
 class Pairs:
@@ -229,7 +215,7 @@ class Pairs:
             return embedding
         beside = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
         tower = "image" if side == "image" else "text"
-        return Joined([embedding, beside], f"{tower}_bias" in self.projection)
+        return Joined(embedding, beside, f"{tower}_bias" in self.projection)
 
     def to(self, device, pooled=False):
         """Put what an adaptor is fed on `device`: float16 images and captions (see `fed`), int64 image_of_text (M,)."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.backbones.last_map import cut
 from models.base import Adaptor, Embedding
 from models.laplace import (
     OBJECTIVES,
@@ -196,7 +197,7 @@ class BayesVLM(Adaptor):
         return self.posterior_scale * self.logit_scale.item() * total / (len(left.mean) * len(shrunk))
 
     def _adapt(self, x, tower):
-        mean, phi = x[:, : self.dim], x[:, self.dim :]
+        mean, phi = cut(x, self.dim)
         spread = tower.posterior.spread(phi)
         square = mean.square().sum(dim=-1).clamp_min(torch.finfo(mean.dtype).eps)  # an empty embedding has no length
         uncertainty = spread.sum(dim=-1) / square
@@ -249,12 +250,13 @@ class BayesVLM(Adaptor):
         bar = tqdm(total=2 * count, desc="factors", unit="item", disable=quiet or None)
         for number in range(parts):  # batches of about one size
             chosen = {"image": images[number::parts], "text": texts[number::parts]}
-            rows = {side: fed[side][np.sort(chosen[side])] for side in SIDES}
-            z = {side: torch.from_numpy(rows[side][:, : self.dim]).to(device).float() for side in SIDES}
+            rows = {side: cut(fed[side][np.sort(chosen[side])], self.dim) for side in SIDES}
+            z = {side: torch.from_numpy(embedding).to(device).float() for side, (embedding, _) in rows.items()}
             for side, other in SIDES.items():
+                _, phi = rows[side]
                 # Summed in float64, which not every device has.
-                of_batch = activation_factor(rows[side][:, self.dim :], device=device).cpu().double()
-                a[side] += math.sqrt(len(rows[side])) * of_batch
+                of_batch = activation_factor(phi, device=device).cpu().double()
+                a[side] += math.sqrt(len(phi)) * of_batch
                 for some in z[side].split(STEP):
                     b[side] += curvature(some, z[other], scale, **loss).cpu().double()
                     bar.update(len(some))

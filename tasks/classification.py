@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from metrics import calibration, retrieval, summary, uncertainty
+from models.backbones.last_map import cut
 from models.base import adapt_all, cosine
 from tasks import HELD, Said, counted, doubts_of, examples, follow, judge_side, posterior_scales, score_bar
 
@@ -18,10 +19,10 @@ def class_embeddings(pairs, pooled=False, block=8192):
     total, length = torch.zeros(len(pairs.classes), fed.shape[1]), torch.zeros(len(pairs.classes), 1)
     for start in range(0, len(fed), block):
         text, own = torch.from_numpy(np.array(fed[start : start + block])).float(), owner[start : start + block]
-        of_text = text[:, : pairs.dim].norm(dim=-1, keepdim=True)
+        of_text = cut(text, pairs.dim)[0].norm(dim=-1, keepdim=True)
         total.index_add_(0, own, text / of_text)
         length.index_add_(0, own, of_text)
-    of_total = total[:, : pairs.dim].norm(dim=-1, keepdim=True).clamp_min(1e-12)  # opposite prompts
+    of_total = cut(total, pairs.dim)[0].norm(dim=-1, keepdim=True).clamp_min(1e-12)  # opposite prompts
     return (total / of_total * length / owner.bincount()[:, None]).numpy()
 
 

@@ -1,11 +1,12 @@
-"""The last linear map of a tower, and what goes into it: BayesVLM is uncertain of that map only.
+"""The last linear map of a tower and its input phi, the pooled features: BayesVLM is uncertain of that map only.
 
-N images or texts, D embedding size, P size of what is pooled. An embedding is z = W phi + b + r: phi (P,) pooled by the
-tower, W (D, P) and b (D,) of its last linear map, r (D,) what SigLIP's image tower adds to that.
+N images or texts, D embedding size, P size of phi. An embedding is z = W phi + b + r: W (D, P) and b (D,) of the map,
+r (D,) the residual that SigLIP's image tower adds. Adaptors that need phi take rows `z | phi | 1`, see `join`.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,6 +122,35 @@ class LastMap:
         nn.init.eye_(identity.weight)
         nn.init.zeros_(identity.bias)
         return identity
+
+
+def join(embedding, phi, bias):
+    """Put embeddings (N, D), phi (N, P) and, where `bias` is true, a column of ones side by side: rows `z | phi | 1`.
+
+    The 1 multiplies the bias of a map that has one. All are arrays or all are tensors.
+    """
+    library = torch if isinstance(embedding, Tensor) else np
+    ones = [library.ones_like(embedding[:, :1])] if bias else []
+    return library.concatenate([embedding, phi, *ones], axis=1)
+
+
+def cut(rows, dim):
+    """Cut rows of `join` into embeddings (N, D), D = dim, and phi with its 1, (N, P) or (N, P + 1); undoes `join`."""
+    return rows[:, :dim], rows[:, dim:]
+
+
+class Joined:
+    """`join` of memory-mapped arrays that reads only the rows asked for; indexed like an array."""
+
+    def __init__(self, embedding, phi, bias):
+        self.embedding, self.phi, self.bias = embedding, phi, bias
+        self.shape = (len(embedding), embedding.shape[1] + phi.shape[1] + bias)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return join(self.embedding[rows], self.phi[rows], self.bias)
 
 
 def reconstruction_error(pooled, projection):
