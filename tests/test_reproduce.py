@@ -257,7 +257,7 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(world):
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and error.count("\n") == 1, error
-    assert error == "reproduce.py: interrupted; the same command goes on from what was last saved.\n"
+    assert error == "reproduce.py: interrupted; the same command resumes from what was last saved.\n"
     assert all_gone(process.pid)
 
 
