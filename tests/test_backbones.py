@@ -226,7 +226,7 @@ def test_transformers_refusals(tmp_path):
         pretrained="hub"
     )
     (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
-    assert "mine is a 'bert', but known are clip, siglip, blip" in refusal(architecture=str(tmp_path / "bert.json"))
+    assert "mine is a 'bert'; supported are clip, siglip, blip" in refusal(architecture=str(tmp_path / "bert.json"))
     config = transformers.AutoConfig.for_model(**tiny("blip"))
     transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path / "captioner")
     assert "not those of a BlipForImageTextRetrieval" in refusal(pretrained=str(tmp_path / "captioner"))
@@ -321,7 +321,7 @@ def test_an_image_tower_with_something_after_the_map_is_refused(small):
 def test_tokenizers_that_cannot_be_had(small, monkeypatch, tmp_path):
     backbone = small("ViT-B-16-SigLIP")
     message = r"the tokenizer timm/ViT-B-16-SigLIP of ViT-B-16-SigLIP "
-    with pytest.raises(UserError, match=message + r"cannot be had .* --set encoder\.tokenizer=FOLDER"):
+    with pytest.raises(UserError, match=message + r"cannot be loaded .* --set encoder\.tokenizer=FOLDER"):
         backbone.encode_texts(["a cat"])
     with monkeypatch.context() as patch, pytest.raises(UserError, match=message + "needs transformers: pip install -r"):
         patch.setitem(sys.modules, "transformers", None)
@@ -335,7 +335,7 @@ def test_tokenizers_that_cannot_be_had(small, monkeypatch, tmp_path):
     ]  # canonicalized, padded
     assert backbone.encode_texts(["a cat"]).shape == (1, 768)
     backbone = small("ViT-B-16-SigLIP", tokenizer=text_folder(tmp_path / "endless", ends=False))
-    with pytest.raises(UserError, match="does not put one end token after a text, as the model was trained"):
+    with pytest.raises(UserError, match="does not put one end token after a text, as in the model's training"):
         backbone.encode_texts(["a cat"])
 
 
@@ -378,8 +378,8 @@ def test_weights_in_a_file_are_normalized_as_their_architecture_is(small, tmp_pa
 def test_settings_that_cannot_be_are_named(small):
     for settings, message in (
         ({"preprocess": {"crop": 1}}, "encoder.preprocess has no 'crop'; it has mean, std, interpolation, resize_mode"),
-        ({"preprocess": {"mean": 0.5}}, "encoder.preprocess: mean is a list of three numbers, not 0.5"),
-        ({"preprocess": {"resize_mode": "pad"}}, "resize_mode is shortest or longest or squash, not pad"),
+        ({"preprocess": {"mean": 0.5}}, "encoder.preprocess: mean must be a list of three numbers, not 0.5"),
+        ({"preprocess": {"resize_mode": "pad"}}, "resize_mode must be shortest, longest or squash, not 'pad'"),
     ):
         with pytest.raises(UserError, match=message):
             small("ViT-B-32", **settings)
