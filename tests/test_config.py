@@ -1,4 +1,4 @@
-"""Configuration: what overrides what, and what is refused."""
+"""Configuration: which layer overrides which, and which mistakes are refused."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A configs folder of the test's own."""
+    """A folder of configurations made for the test."""
     files = {
         "datasets/d.yaml": "backbone: b\ndata: {source: x.Y}\ntrain: {epochs: 3}\n",
         "backbones/b.yaml": "encoder: {model: ViT-B-32}\n",
