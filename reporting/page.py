@@ -11,7 +11,7 @@ import jinja2
 import PIL.Image
 from markupsafe import Markup
 
-from reporting import tables
+from reporting import findings, tables
 from reporting.figures import style
 from reporting.runs import TASKS
 from reporting.words import ANSWER, DIRECTIONS, MINUS, NONE, QUERY, followed
@@ -20,6 +20,7 @@ NARROW = 3.6  # inches: as wide as a phone, so that type keeps its size there
 THUMBNAIL = 96  # pixels of the longer side
 SHOWN = 5  # of the most and of the least certain queries, per method and direction
 ENDS = {"most_certain": "Most certain", "least_certain": "Least certain"}
+OPENING = ("gains", "overview")  # the table and the figure that the page opens with
 UNIFIED = " Dashes and hollow markers: trained by the unified objective."
 
 
@@ -40,9 +41,14 @@ def page(dataset, parts, looks):
     environment.filters.update(has_best=tables.has_best, heads=_heads, minus=_minus, url=_url)
     script = (folder / "page.js").read_text(encoding="utf-8")
     pictures = Pictures()
+    opening = next((part for part in parts if part.task == "retrieval"), None)
+    sections = [
+        _section(part, looks, pictures, f"b{i}", OPENING if part is opening else ()) for i, part in enumerate(parts, 1)
+    ]
     return environment.get_template("page.html.j2").render(
         dataset=dataset,
-        sections=[_section(part, looks, pictures, f"b{i}") for i, part in enumerate(parts, 1)],
+        opening=opening and _opening(opening, looks),
+        sections=sections,
         adaptors=any(part.task in TASKS for part in parts),
         pictures=pictures,
         script=Markup(script),
@@ -67,23 +73,39 @@ class Pictures:
         return self.kept.setdefault(uri, (len(self.kept), size))[0]
 
 
-def _section(part, looks, pictures, name):
-    """What the template shows of a Part. name: prefix of the ids in its section."""
-    unified = any(looks[variant].unified for variant in part.results) if part.task in TASKS else False
-    figures = []
-    for drawing, draw in style.drawings(part, looks):
-        screens = _screens(draw, f"{name}-{drawing.name}")
-        if screens:
-            caption = drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption
-            figures.append((drawing.title, caption, screens))
+def _opening(part, looks):
+    """What the page opens with: the findings of a Part of retrieval."""
+    return {
+        "title": part.title, "summary": part.summary, "sentences": findings.sentences(part),
+        "table": next((table for table in part.tables if table.name in OPENING), None),
+        "figures": _figures(part, looks, "found", lambda name: name in OPENING),
+    }  # fmt: skip
+
+
+def _section(part, looks, pictures, name, without=()):
+    """What the template shows of a Part, without the tables and figures of these names. name: prefix of its ids."""
     gallery = {
         variant: [_strip(direction, result, pictures) for direction, result in by_direction.items()]
         for variant, by_direction in part.gallery.items()
     }
     return {
-        "name": name, "title": part.title, "facts": part.facts, "warnings": part.warnings, "tables": part.tables,
-        "figures": figures, "gallery": gallery, "files": part.files,
+        "name": name, "title": part.title, "facts": part.facts, "warnings": part.warnings,
+        "tables": [table for table in part.tables if table.name not in without],
+        "figures": _figures(part, looks, name, lambda drawing: drawing not in without),
+        "gallery": gallery, "files": part.files,
     }  # fmt: skip
+
+
+def _figures(part, looks, name, wanted):
+    """The figures of a Part that are wanted by name and have something to draw, as the template shows them."""
+    unified = part.task in TASKS and any(looks[variant].unified for variant in part.results)
+    figures = []
+    for drawing, draw in style.drawings(part, looks):
+        screens = _screens(draw, f"{name}-{drawing.name}") if wanted(drawing.name) else {}
+        if screens:
+            caption = drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption
+            figures.append({"name": drawing.name, "title": drawing.title, "caption": caption, "screens": screens})
+    return figures
 
 
 def _screens(draw, name):

@@ -1,0 +1,127 @@
+"""The first table of retrieval: every variant against the one without an uncertainty; which differences are real."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from metrics.comparison import PairedBootstrap, PairedDifference, holm, paired_difference
+from reporting.runs import baseline_of, seeds_of
+from reporting.tables import Cell, Column, Row, make
+from reporting.words import MINUS, RETRIEVAL
+
+LEVEL = 0.05
+REAL = "†"  # marks a difference that is real
+
+
+class Figure(NamedTuple):
+    """A figure that variants are compared in."""
+
+    key: str
+    group: str
+    title: str
+    digits: int
+    scale: float
+    note: str = ""
+
+
+AUROC = "chance that a wrong answer is more uncertain than a right one; 0.5 is chance, 1 is ideal"
+FIGURES = (
+    Figure("text_to_image_r1", "R@1, %", RETRIEVAL["text_to_image"], 1, 100),
+    Figure("image_to_text_r1", "R@1, %", RETRIEVAL["image_to_text"], 1, 100),
+    Figure("query_auroc", "AUROC, text→image", "query-only", 3, 1, AUROC),
+    Figure(
+        "entropy_auroc", "AUROC, text→image", "entropy", 3, 1, f"{AUROC}; entropy of the posterior over the gallery"
+    ),
+)
+
+
+class Gain(NamedTuple):
+    """A figure of a variant and its difference from the baseline."""
+
+    value: float
+    difference: PairedDifference | None
+    adjusted: float | None  # p-value of the difference, adjusted for all variants
+
+    @property
+    def real(self):
+        """Whether the difference survives the adjustment."""
+        return self.adjusted is not None and self.adjusted < LEVEL
+
+
+@lru_cache(maxsize=8)
+def gains_of(block):
+    """The Gains of a block's variants: {figure: {variant: Gain}}; empty without a baseline to compare with.
+
+    A learned query-only uncertainty is compared with the baseline's entropy over the gallery, which costs nothing.
+    Figures are means over seeds. Images are resampled, with all their captions.
+    """
+    base = baseline_of(block)
+    if base is None or len(block.results) < 2:
+        return {}
+    draws = {}  # {figure: {variant: statistic (1 + B,)}}
+    first = block.results[base][0].arrays
+    captions, images = len(first["text_to_image_hit"]), len(first["image_to_text_hit"])
+    groups = {
+        "text_to_image": first["image_of_text"] if "image_of_text" in first else np.arange(captions),
+        "image_to_text": np.arange(images),
+    }
+    bootstraps = {direction: PairedBootstrap(group) for direction, group in groups.items()}
+    for variant, runs in block.results.items():
+        arrays = [run.arrays for run in runs]
+        hits = {direction: np.stack([each[f"{direction}_hit"] for each in arrays]) for direction in RETRIEVAL}
+        for direction in RETRIEVAL:
+            draws.setdefault(f"{direction}_r1", {})[variant] = bootstraps[direction].mean(hits[direction])
+        uncertainties = {"entropy_auroc": "text_to_image_entropy", "query_auroc": "text_uncertainty"}
+        for figure, name in uncertainties.items():
+            if all(name in each for each in arrays):
+                uncertainty = np.stack([each[name] for each in arrays])
+                auroc = bootstraps["text_to_image"].auroc(uncertainty, hits["text_to_image"])
+                draws.setdefault(figure, {})[variant] = auroc
+    gains = {}
+    for figure, by_variant in draws.items():
+        against = draws["entropy_auroc"][base] if figure == "query_auroc" else by_variant[base]
+        others = {variant: paired_difference(draw, against) for variant, draw in by_variant.items() if variant != base}
+        tested = [variant for variant, difference in others.items() if difference]
+        adjusted = dict(zip(tested, holm([others[variant].p for variant in tested]), strict=True)) if tested else {}
+        gains[figure] = {
+            variant: Gain(float(draw[0]), others.get(variant), adjusted.get(variant))
+            for variant, draw in by_variant.items()
+        }
+    return gains
+
+
+def gains(block):
+    """Every variant against the baseline, with intervals over images."""
+    by_figure, base = gains_of(block), baseline_of(block)
+    if not by_figure:
+        return None
+    columns, cells = [], {variant: {} for variant in block.results}
+    for figure in FIGURES:
+        key, less = f"gain_{figure.key}", f"less {base}" + ("'s entropy" if figure.key == "query_auroc" else "")
+        columns.append(Column(key, figure.group, figure.title, figure.digits, None, note=figure.note))
+        columns.append(Column(f"{key}_less", figure.group, less, figure.digits, None, None))
+        ends = ("low", "high", "adjusted_p")
+        columns += [Column(f"{key}_{end}", figure.group, end, figure.digits, None, None, shown=False) for end in ends]
+        for variant, gain in by_figure.get(figure.key, {}).items():
+            cells[variant][key] = Cell(figure.scale * gain.value)
+            if gain.difference:
+                low, high = figure.scale * gain.difference.low, figure.scale * gain.difference.high
+                mean = figure.scale * gain.difference.mean
+                printed = [f"{value:+.{figure.digits}f}".replace("-", MINUS) for value in (mean, low, high)]
+                mark = REAL if gain.real else ""
+                text = f"{printed[0]} [{printed[1]}, {printed[2]}]{mark}"
+                cells[variant] |= {f"{key}_less": Cell(mean, text=text), f"{key}_low": Cell(low)}
+                cells[variant] |= {f"{key}_high": Cell(high), f"{key}_adjusted_p": Cell(gain.adjusted)}
+    rows = [
+        Row(variant, runs[0].path.parent.parent, seeds_of(runs), cells[variant], variant)
+        for variant, runs in block.results.items()
+    ]
+    note = (
+        "In brackets: the 95 % bootstrap interval of the difference over images, each drawn with all its captions."
+        f" {REAL}: p < {LEVEL} after Holm's adjustment over the rows. This is the sampling error of the images; the"
+        " spread over seeds stands in the other tables."
+    )
+    if "image_of_text" not in block.results[base][0].arrays:
+        note += " These results do not hold which captions share an image, so captions were drawn singly."
+    return make("gains", f"Against {base}", columns, [("", rows)], note)
