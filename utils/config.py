@@ -17,7 +17,7 @@ import yaml
 from utils.errors import UserError, one_of
 from utils.files import write_text
 
-MEANS = ("frozen", "residual", "learned")  # how a mean is made of the frozen direction: --mean
+MEANS = ("frozen", "residual", "learned")  # how the mean follows from the frozen direction: --mean
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 LEVELS = 10  # uncertainty levels of an evaluation; no more than it has queries
 FEW = 10_000  # with fewer pairs than this an adaptor overfits long before its last epoch
@@ -74,7 +74,7 @@ class Optim:
 class Train:
     batch_size: int = 2048  # pairs: a caption and its image
     epochs: int = 200
-    min_steps: int = 10  # at least, per epoch: few pairs make smaller batches, down to 32 pairs
+    min_steps: int = 10  # steps per epoch at least: few pairs make smaller batches, down to 32 pairs
     val_fraction: float | None = None  # of images held out to pick the epoch; none: 0.1 below FEW pairs, else 0
     patience: int = 50  # training stops after so many epochs without a better held-out loss
     save_every: float = 5.0  # seconds between saved states, from which a killed run resumes
