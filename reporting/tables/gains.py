@@ -119,8 +119,8 @@ def gains(block):
     ]
     note = (
         "In brackets: the 95 % bootstrap interval of the difference over images, each drawn with all its captions."
-        f" {REAL}: p < {LEVEL} after Holm's adjustment over the rows. This is the sampling error of the images; the spread"
-        " over seeds stands in the other tables."
+        f" {REAL}: p < {LEVEL} after Holm's adjustment over the rows. This is the sampling error of the images; the"
+        " spread over seeds stands in the other tables."
     )
     if "image_of_text" not in block.results[base][0].arrays:
         note += " These results do not hold which captions share an image, so captions were drawn singly."
