@@ -1,12 +1,12 @@
-"""Encode a data set's images and captions with a frozen vision-language model, once.
+"""Encode the images and captions of a data set, once, with a frozen vision-language model.
 
     python cache_embeddings.py --dataset coco --root /data/coco
     python cache_embeddings.py --dataset pairs --root mine.csv
     python cache_embeddings.py --dataset embeddings --root pairs.npz
     torchrun --nproc-per-node 4 cache_embeddings.py --dataset cc3m --root /data/cc3m
 
-writes embeddings/<dataset>/<backbone>/<split>/. A killed run goes on where it stopped, with as many processes as it is
-given then; a finished split is left alone.
+writes embeddings/<dataset>/<backbone>/<split>/. A killed run resumes where it stopped, with any number of processes; a
+finished split is left unchanged.
 """
 
 import contextlib
@@ -28,49 +28,51 @@ from utils.ranks import Ranks
 
 def parse(argv):
     parser = make_parser(__doc__)
-    add_data_flags(parser, "what to encode")
-    parser.add_argument("--root", help="folder of the raw data, in its publisher's layout, or the file of pairs")
-    parser.add_argument("--splits", nargs="+", help="which splits; by default the ones trained and evaluated on")
-    on_error = "at an image or a caption that is missing or cannot be read: stop, or leave it out"
+    add_data_flags(parser, "the data set to encode")
+    parser.add_argument("--root", help="folder of the raw data in its publisher's layout, or file of pairs")
+    parser.add_argument("--splits", nargs="+", help="splits to encode; by default those to train and to evaluate on")
+    on_error = "stop at an image or caption that is missing or unreadable (default), or skip it"
     parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help=on_error)
-    features = "pooled: keep what the last projections are given, and their weights, too"
+    features = "pooled: also store the inputs and the weights of the last projections; default: final"
     parser.add_argument("--features", choices=["final", "pooled"], default="final", help=features)
-    parser.add_argument("--workers", type=int, help="processes that decode images; by default one for each core")
-    parser.add_argument("--overwrite", action="store_true", help="replace a cache that holds something else")
+    parser.add_argument("--workers", type=int, help="processes that decode images; by default one per core")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing cache that differs")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override any configuration key")
     return parser.parse_args(argv)
 
 
 def say(ranks, folder, more=""):
-    """Print in a line what a cache holds, once."""
+    """Print one line about the content of a cache, on the first rank only."""
     if not ranks.first:
         return
     meta = read_meta(folder)
     texts = "captions" if "classes" not in meta else f"prompts for {len(meta['classes']):,} classes"
-    said = f"{folder}: {meta['images']:,} images, {meta['captions']:,} {texts}, D = {meta['dim']}"
-    said += f", {meta['skipped']:,} left out (skipped.jsonl)" if meta["skipped"] else ""
-    said += f", {meta['captions_cut']:,} cut to the length that the model reads" if meta["captions_cut"] else ""
-    print(said + more)
+    line = f"{folder}: {meta['images']:,} images, {meta['captions']:,} {texts}, D = {meta['dim']}"
+    if meta["skipped"]:
+        line += f", {meta['skipped']:,} left out (skipped.jsonl)"
+    if meta["captions_cut"]:
+        line += f", {meta['captions_cut']:,} cut to the length that the model reads"
+    print(line + more)
 
 
 def finished(folder, wanted, args):
-    """Whether `folder` holds the wanted cache; raises UserError where it holds another that may not be replaced."""
+    """Whether `folder` holds the wanted cache; raises UserError if it holds another and --overwrite is not set."""
     if not (folder / META).is_file():
         return False
-    held = read_meta(folder)
-    made = mismatch(held, wanted)
-    if not made and args.on_error == "stop" and held["unreadable"]:
-        made = f"without {held['unreadable']:,} images that could not be read, which --on-error skip accepts"
-    if made and not args.overwrite:
+    existing = read_meta(folder)
+    difference = mismatch(existing, wanted)
+    if not difference and args.on_error == "stop" and existing["unreadable"]:
+        difference = f"without {existing['unreadable']:,} unreadable images, which --on-error skip accepts"
+    if difference and not args.overwrite:
         raise UserError(
-            f"{folder} was made {made}: replace it with --overwrite, or cache this under a name of its own, that of a"
+            f"{folder} was made {difference}: replace it with --overwrite, or cache this under another name, that of a"
             f" copy of configs/datasets/{wanted['dataset']}.yaml."
         )
-    if not made and (folder / WORKING).is_dir():  # a kill at the very end has left it
+    if not difference and (folder / WORKING).is_dir():  # left by a kill just before the end
         with locked(folder):
             shutil.rmtree(folder / WORKING)
-    return not made
+    return not difference
 
 
 @exits_cleanly(interrupted=GOES_ON)
@@ -79,18 +81,18 @@ def main(argv=None):
     config = load_config(args.dataset, backbone=args.backbone, settings=args.set)
     config.data.root = args.root or config.data.root
     if args.workers is not None and args.workers < 0:
-        raise UserError(f"--workers is a number of processes from 0 on, not {args.workers}.")
+        raise UserError(f"--workers must be at least 0, not {args.workers}.")
     ranks = Ranks()
     device = pick_device(args.device, ranks.local)
     workers = usable_cores() // ranks.neighbors if args.workers is None else args.workers
     source = make_source(config)
     backbone = None
-    todo = []  # every split is looked at before any is encoded
+    todo = []  # all splits are checked before any is encoded
     for split in dict.fromkeys(args.splits or [config.data.train_split, config.data.eval_split]):
         listing = ranks.in_turn(functools.partial(list_split, source, split, args.on_error))
         folder = cache_folder(config.dataset, config.backbone, split)
         if listing.embeddings is not None and args.features == "pooled":
-            raise UserError(f"'{config.dataset}' has embeddings alone, no pooled features: cache them without.")
+            raise UserError(f"'{config.dataset}' has embeddings but no pooled features: leave out --features pooled.")
         wanted = identity(config, split, source, listing, args.features)
         if ranks.told(ranks.first and finished(folder, wanted, args)):
             say(ranks, folder, " (already there)")

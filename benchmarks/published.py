@@ -1,9 +1,9 @@
-"""Figures of what the published code computes, beside what is right: `python -m benchmarks.published [ROW ...]`.
+"""Compare the published code with the right computation, in figures: `python -m benchmarks.published [ROW ...]`.
 
-One line per row of configs/methods/README.md that names no other benchmark. Every figure is ours: a preset or an
-option where the suite has one for the published arithmetic, a literal formula here where it does not. All but `*_pairs`
-are the same in every run on one machine; training is a few hundred small steps on a drawn world, so it shows signs and
-scales, not what COCO gives.
+One line per row of configs/methods/README.md that names no other benchmark. Every figure is from our own code: a preset
+or an option if the suite has one for the published arithmetic, else a literal formula here. All but `*_pairs` are
+deterministic on one machine. Training is a few hundred small steps on a synthetic world, so figures show signs and
+scales, not results on COCO.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HELD_OUT = 500
 
 
 class World(NamedTuple):
-    """Matched images and captions (N, D), and how many of its image's features a caption leaves open (N,)."""
+    """Matched images and captions (N, D), and how many features of its image a caption leaves open (N,)."""
 
     image: Tensor
     text: Tensor
@@ -59,7 +59,7 @@ def draw_world(dim=SMALL_DIM, length=10.0, pairs=2500):
     kept = parts * (torch.rand(pairs, 8, generator=generator).argsort(dim=1) < named)[:, :, None]
     sides = []
     for features in (parts.sum(dim=1), kept.sum(dim=1) * (8 / named).sqrt()):
-        # Noise a quarter as long as the features, and a modality gap as long.
+        # The noise is a quarter as long as the features, the modality gap equally long.
         gap = math.sqrt(8) * torch.randn(dim, generator=generator)
         noise = math.sqrt(0.5) * torch.randn(pairs, dim, generator=generator)
         sides.append(length * F.normalize(features + gap + noise, dim=-1))
@@ -67,7 +67,7 @@ def draw_world(dim=SMALL_DIM, length=10.0, pairs=2500):
 
 
 def train(adaptor, config, world, steps=300, batch=256):
-    """Train with the configuration's own optimizer at a constant rate; yields the loss of every step."""
+    """Train with the configuration's optimizer at a constant rate; yields the loss of every step."""
     optimizer = make_optimizer(adaptor, config.optim)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -80,21 +80,21 @@ def train(adaptor, config, world, steps=300, batch=256):
 
 
 class Trained(NamedTuple):
-    """What a trained adaptor makes of the held-out pairs."""
+    """Adapted held-out pairs of a trained adaptor, and its figures."""
 
     loss: float  # of the last batch
     image: Embedding
     text: Embedding
     cosine: float  # text-to-image R@1 in % by the cosine of the means
-    likelihood: float  # and by the method's own score
+    likelihood: float  # the same by the method's own score
     order: float  # Spearman correlation of the captions' uncertainty with their ambiguity
 
 
 @lru_cache
 def trained(method, preset, *settings, length=10.0, batch=256, change=lambda adaptor: None):
-    """Train a small adaptor for 300 steps; rows that ask for the same one share it."""
+    """Train a small adaptor for 300 steps; rows with equal arguments share it."""
     world = draw_world(SMALL_DIM, length)
-    # Of the data sets' optimizers the one on `shapes` is meant for hundreds of steps.
+    # Among the data sets' optimizers, that of `shapes` is meant for hundreds of steps.
     config = load_config("shapes", method, preset=preset, settings=["model.width=64", "optim.lr=1e-3", *settings])
     torch.manual_seed(0)
     adaptor = make_adaptor(config, SMALL_DIM)
@@ -123,13 +123,13 @@ def asymvlm_normalizer():
             exact = [-mpmath.log(mpmath.hyp0f1(mpmath.mpf(dim) / 2, mpmath.mpf(k) ** 2 / 4)) for k in kappa.tolist()]
         exact = torch.tensor([float(x) for x in exact], dtype=torch.float64)
         bounds = mean_of_bounds(kappa, dim) - mean_of_bounds(zero, dim)
-        for name, found in (("published", bounds), ("right", VonMisesFisher.log_normalizer(kappa, dim))):
-            errors[name].append(f"{(found - exact).abs().max():.4f} nat at D = {dim}")
+        for name, value in (("published", bounds), ("right", VonMisesFisher.log_normalizer(kappa, dim))):
+            errors[name].append(f"{(value - exact).abs().max():.4f} nat at D = {dim}")
     return tuple(map(", ".join, errors.values()))
 
 
 def asymvlm_temperature():
-    """Loss and R@1 after training from a temperature of -1, which only `free` allows, and of `exp` from 1."""
+    """Loss and R@1 after training from a temperature of -1, which only `free` allows, and with `exp` from 1."""
 
     def negate(adaptor):
         adaptor.free_temperature.data.neg_()
@@ -140,7 +140,7 @@ def asymvlm_temperature():
 
 
 def decayed(method, scalar):
-    """Value of a scalar after the published schedule on COCO where the loss has no say, with and without its decay."""
+    """Value of a scalar after the published schedule on COCO at a gradient of 0, with and without weight decay."""
     results = []
     for decay_scalars in (True, False):
         config = load_config("coco", method, preset="reference", settings=[f"optim.decay_scalars={decay_scalars}"])
@@ -166,7 +166,7 @@ def asymvlm_decay():
 
 
 def asymvlm_zero():
-    """Loss, and rows of eta (64, 512) whose gradient is not finite, where one of them is zero."""
+    """Loss, and number of rows of eta (64, 512) whose gradient is not finite if one row is zero."""
     generator = torch.Generator().manual_seed(0)
     image, eta = (F.normalize(torch.randn(64, CLIP_DIM, generator=generator), dim=-1) for _ in range(2))
     eta[0] = 0
@@ -187,9 +187,9 @@ def asymvlm_zero():
 
 
 def asymvlm_opposite():
-    """Share of opposite float32 unit vectors whose log(1 + cos) is not finite, and what one such pair does to a step.
+    """Share of opposite float32 unit vectors whose log(1 + cos) is not finite, and gradients that one such pair spoils.
 
-    The pair is no match: of the gradients of 4 kappas and the temperature, those that are not finite.
+    The pair is unmatched; the count is among the gradients of 4 kappas and the temperature.
     """
     x = F.normalize(torch.randn(4000, CLIP_DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
     cos = torch.cat([(block @ -block.T).diagonal() for block in x.split(1000)])
@@ -208,7 +208,7 @@ def asymvlm_opposite():
 
 
 def asymvlm_constant():
-    """Captions whose best two of 5,000 images tie, and whose best is another than in float64, at kappa = 2."""
+    """Captions whose best two of 5,000 images tie, and whose best image differs from float64, at kappa = 2."""
     generator = torch.Generator().manual_seed(0)
     image, text = (
         F.normalize(torch.randn(count, CLIP_DIM, generator=generator, dtype=torch.float64), dim=-1)
@@ -232,7 +232,7 @@ def asymvlm_constant():
 
 
 def probvlm_sign():
-    """Spearman correlation of the captions' uncertainty with how much they leave open, for one trained model."""
+    """Spearman correlation of the captions' uncertainty with their ambiguity, for one trained model."""
     fits = [trained("probvlm", "reference", f"model.reciprocal={kind}") for kind in ("true", "false")]
     return tuple(f"{fit.order:+.3f}" for fit in fits)
 
@@ -253,12 +253,12 @@ def fit_shape(nll, residual):
 
 
 def residuals(law):
-    """20,000 quantiles of a law (B, 1): a sample without noise."""
+    """20,000 quantiles (B, 1) of a distribution: a sample without noise."""
     return torch.tensor(law.ppf((np.arange(20_000) + 0.5) / 20_000))[:, None]
 
 
 def probvlm_shape():
-    """The beta that a likelihood prefers for residuals by Laplace, by Gauss and by Student's t of 3 degrees."""
+    """The best beta of a likelihood for Laplace, Gaussian and Student-t residuals (3 degrees of freedom)."""
     laws = scipy.stats.laplace, scipy.stats.norm, scipy.stats.t(3)
     return tuple(
         ", ".join(f"{fit_shape(nll, residuals(law))[1]:.3f}" for law in laws) for nll in (surrogate_nll, exact_nll)
@@ -266,7 +266,7 @@ def probvlm_shape():
 
 
 def probvlm_variance():
-    """Variance reported for residuals of variance 1: by the density and by the clipped formula; by the exact fit."""
+    """Variance reported for residuals of variance 1 by the surrogate, plain and clipped, and by the exact fit."""
     results = []
     for nll in (surrogate_nll, exact_nll):
         inverse_alpha, beta = fit_shape(nll, residuals(scipy.stats.norm))
@@ -277,7 +277,7 @@ def probvlm_variance():
 
 
 def probvlm_blow_up():
-    """Factor on an item's uncertainty when 1 of its 512 dimensions takes the least beta that the head can give."""
+    """Factor on an item's uncertainty if 1 of its 512 dimensions has the smallest beta that the head can output."""
     inverse_alpha, beta = torch.ones(1, CLIP_DIM), torch.ones(1, CLIP_DIM)
     results = []
     for variance, least in ((published_variance, 0.0), (geometric_variance, 0.5)):
@@ -288,24 +288,24 @@ def probvlm_blow_up():
 
 
 def probvlm_mean():
-    """Text-to-image R@1 by the cosine of reconstructed means, of the embeddings' own, and of corrected ones."""
+    """Text-to-image R@1 by the cosine of reconstructed means, of the embeddings, and of corrected means."""
     published, frozen = (trained("probvlm", preset).cosine for preset in ("reference", "default"))
     corrected = trained("probvlm", "default", "model.mean=residual").cosine
     return f"R@1 {published:.1f} %", f"R@1 {frozen:.1f} %, corrected {corrected:.1f} %"
 
 
 def of_two_lengths(method, *settings):
-    """Mean variance of the captions from embeddings of length 10 and of length 1, and how the two orders agree."""
+    """Mean variance of the captions from embeddings of length 10 and of length 1, and Spearman between the two."""
     results = []
     for preset in ("reference", "default"):
         long, short = (trained(method, preset, *settings, length=x).text.uncertainty for x in (10.0, 1.0))
-        agree = spearman(long.numpy(), short.numpy())
-        results.append(f"{long.mean():.2g}, {short.mean():.2g}, Spearman {agree:.2f}")
+        agreement = spearman(long.numpy(), short.numpy())
+        results.append(f"{long.mean():.2g}, {short.mean():.2g}, Spearman {agreement:.2f}")
     return tuple(results)
 
 
 def probvlm_length():
-    """ProbVLM on raw embeddings, and on embeddings of one length."""
+    """ProbVLM on raw embeddings, and on embeddings of equal length."""
     return of_two_lengths("probvlm", "model.reciprocal=false")
 
 
@@ -313,7 +313,7 @@ def probvlm_length():
 
 
 def pfe_floor():
-    """Step at which training breaks where all pairs of unit embeddings agree in 1 of 512 coordinates."""
+    """Step at which training diverges if all pairs of unit embeddings agree in 1 of 512 coordinates."""
     world = draw_world(CLIP_DIM, length=1.0)
     world.image[:, 0] = world.text[:, 0] = 0
     results = []
@@ -347,7 +347,7 @@ def pfe_isotropic():
 
 
 def pairwise(method, published):
-    """Make a call that scores 512 x 512 pairs at D = 512, with gradients: as published, or as the suite does."""
+    """Return a function that scores 512 x 512 pairs at D = 512, with gradients, as published or as in the suite."""
     adaptor = make_adaptor(load_config("coco", method, preset="reference", settings=["model.width=1"]), CLIP_DIM)
     mean, log_variance = torch.randn(2, 2, 512, CLIP_DIM, generator=torch.Generator().manual_seed(0)).unbind()
     image, text = (Embedding(*pair) for pair in zip(F.normalize(mean, dim=-1), [None] * 2, log_variance - 6))
@@ -369,7 +369,7 @@ def pairwise(method, published):
 
 
 def time_and_memory(method):
-    """Processor time of a call, and growth of a fresh process's peak memory over one."""
+    """Processor time of a call, and growth of peak memory over one call in a fresh process."""
     results = []
     for published in (True, False):
         call = pairwise(method, published)
@@ -385,12 +385,12 @@ def time_and_memory(method):
 
 
 def pcmepp_pairs():
-    """Scores of 512 x 512 pairs and their gradients by a tensor of 512 x 512 x 512, and by matrix products."""
+    """Scores of 512 x 512 pairs with gradients, by a tensor of 512 x 512 x 512, and by matrix products."""
     return time_and_memory("pcmepp")
 
 
 def pcmepp_negatives():
-    """Pairs of two captions of one image that a batch of 2,048 of COCO's 5 x 118,287 captions trains apart."""
+    """Pairs of captions of one image that are negatives in a batch of 2,048 of COCO's 5 x 118,287 captions."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(118_287, 8, generator=generator)
     owners = [batch // 5 for batch in torch.randperm(5 * len(images), generator=generator).split(2048)[:120]]
@@ -403,13 +403,13 @@ def pcmepp_negatives():
 
 
 def pcmepp_pseudo():
-    """R@1 by the method's score and order of the captions' uncertainty with pseudo-positives and without."""
+    """R@1 by the method's score, and order of the captions' uncertainty, with and without pseudo-positives."""
     fits = (trained("pcmepp", "default", f"model.pseudo={weight}") for weight in (0.1, 0.0))
     return tuple(f"R@1 {fit.likelihood:.1f} %, order {fit.order:+.2f}" for fit in fits)
 
 
 def start(method):
-    """S of images and of captions before training and after 100 steps, at the published width and rate."""
+    """S of images and of captions before and after 100 training steps, at the published width and learning rate."""
     world = draw_world(CLIP_DIM)
     results = []
     for preset in ("reference", "default"):
@@ -445,12 +445,12 @@ def corrected_or_frozen(method):
 
 
 def pcmepp_mean():
-    """R@1 by the method's score and order of the captions' uncertainty with trained means and with frozen ones."""
+    """R@1 by the method's score, and order of the captions' uncertainty, with trained and with frozen means."""
     return corrected_or_frozen("pcmepp")
 
 
 def prolip_pairs():
-    """Scores of 512 x 512 pairs and their gradients by a tensor of 512 x 512 x 512, and by matrix products."""
+    """Scores of 512 x 512 pairs with gradients, by a tensor of 512 x 512 x 512, and by matrix products."""
     return time_and_memory("prolip")
 
 
@@ -470,7 +470,7 @@ def prolip_start():
 
 
 def prolip_mean():
-    """R@1 by the method's score and order of the captions' uncertainty with trained means and with frozen ones."""
+    """R@1 by the method's score, and order of the captions' uncertainty, with trained and with frozen means."""
     return corrected_or_frozen("prolip")
 
 
@@ -486,7 +486,7 @@ def prolip_kl():
 
 
 def prolip_inclusion():
-    """How much rather N(0, 1) lies in N(0, e) than the reverse, per coordinate, as a logit."""
+    """Inclusion of N(0, 1) in N(0, e) minus the reverse, per coordinate, as a logit."""
     narrow, wide = (Embedding(torch.zeros(1), None, torch.full((1,), s)) for s in (0.0, 1.0))
     return tuple(
         f"{(log_inclusion(narrow, wide, published) - log_inclusion(wide, narrow, published)).item():.4f}"
@@ -498,7 +498,7 @@ def prolip_inclusion():
 
 
 class Towers(NamedTuple):
-    """What a last map W (D, P) was given, its embeddings (N, D), and W's posterior: of images, and of captions."""
+    """Inputs phi (N, P) of the last maps W (D, P), embeddings (N, D), W and its factors, by modality."""
 
     phi: dict[str, Tensor]
     embedding: dict[str, Tensor]
@@ -511,15 +511,16 @@ class Towers(NamedTuple):
 
 @lru_cache
 def draw_towers(inputs=96, scale=30.0):
-    """Give the drawn world's embeddings last maps that they come from, and gather both towers' factors."""
+    """Draw last maps, and inputs that they map to the synthetic embeddings; compute both towers' factors."""
     world, generator = draw_world(), torch.Generator().manual_seed(1)
     embedding = {"image": world.image.double(), "text": world.text.double()}
     phi, weight, factors = {}, {}, {}
     for side, z in embedding.items():
         basis = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)).Q
-        seen, unseen = basis.split([SMALL_DIM, inputs - SMALL_DIM], dim=1)  # what W sees of its inputs, and what not
-        weight[side] = seen.T
-        phi[side] = z @ seen.T + torch.randn(len(z), inputs - SMALL_DIM, generator=generator).double() @ unseen.T
+        row_space, null_space = basis.split([SMALL_DIM, inputs - SMALL_DIM], dim=1)  # of W
+        noise = torch.randn(len(z), inputs - SMALL_DIM, generator=generator).double()
+        weight[side] = row_space.T
+        phi[side] = z @ row_space.T + noise @ null_space.T
     for side, other in (("image", "text"), ("text", "image")):
         b = curvature(embedding[side], embedding[other], scale) / math.sqrt(len(phi[side]))
         factors[side] = Factors(activation_factor(phi[side]), b, len(phi[side]))
@@ -527,7 +528,7 @@ def draw_towers(inputs=96, scale=30.0):
 
 
 def bayesvlm_evidence():
-    """Prior precision of the image tower that maximizes either objective, and the mean variance of an embedding."""
+    """Prior precision of the image tower that maximizes each objective, and mean variance of an embedding."""
     towers, results = draw_towers(), []
     for objective in ("published", "correct"):
         posterior = towers.posterior("image", objective=objective)
@@ -537,33 +538,33 @@ def bayesvlm_evidence():
 
 
 def bayesvlm_damping():
-    """Mean variance of an image's embedding under either prior, with one precision and with each its own."""
+    """Mean variance of an image's embedding under each prior, at a shared precision and at its best one."""
     towers, results = draw_towers(), []
     shared = towers.posterior("image").precision
     for prior in PRIORS:
-        own = towers.posterior("image", prior=prior)
+        best = towers.posterior("image", prior=prior)
         traces = [
             posterior.spread(towers.phi["image"]).sum(dim=1).mean().item()
-            for posterior in (towers.posterior("image", prior=prior, precision=shared), own)
+            for posterior in (towers.posterior("image", prior=prior, precision=shared), best)
         ]
-        results.append(f"tr Cov(g) {traces[0]:.2f}, with its own precision {own.precision:.1f} {traces[1]:.2f}")
+        results.append(f"tr Cov(g) {traces[0]:.2f}, with its own precision {best.precision:.1f} {traces[1]:.2f}")
     return tuple(results)
 
 
 def bayesvlm_kfac():
-    """Relative Frobenius distance of B (x) A from the sum that it stands for, over 30 images and over a single one."""
+    """Relative Frobenius distance of B (x) A from the sum that it approximates, over 30 images and over one."""
     towers, results = draw_towers(), []
     for count in (30, 1):
         phi, z = towers.phi["image"][:count], towers.embedding["image"][:count]
         hessians = [curvature(one[None], towers.embedding["text"], 30.0) for one in z]
         exact = sum(torch.kron(h, x.outer(x)) for h, x in zip(hessians, phi, strict=True))
-        found = torch.kron(sum(hessians), phi.T @ phi) / count
-        results.append(f"{((found - exact).norm() / exact.norm()).item():.2f}")
+        product = torch.kron(sum(hessians), phi.T @ phi) / count
+        results.append(f"{((product - exact).norm() / exact.norm()).item():.2f}")
     return tuple(results)
 
 
 def bayesvlm_variance():
-    """Variance of the cosine by formula over that of 20,000 draws, means of 20 pairs: diagonal, and tangent."""
+    """Variance of the cosine by formula over that of 20,000 draws, mean of 20 pairs: diagonal, and tangent."""
     towers, sides = draw_towers(), {}
     for side in ("image", "text"):
         posterior = towers.posterior(side)
@@ -582,10 +583,10 @@ def bayesvlm_variance():
                 for side, noise in zip((images, texts), torch.randn(2, 20_000, SMALL_DIM, generator=generator))
             )
             drawn.append(F.cosine_similarity(g, h).var())
-        for variance, found in ratios.items():
+        for variance, entries in ratios.items():
             ratio = cosine_variance(images, texts, variance).diag() / torch.stack(drawn)
-            found.append(f"{ratio.mean():.2f} at a cosine of {cosine}")
-    return tuple(", ".join(found) for found in ratios.values())
+            entries.append(f"{ratio.mean():.2f} at a cosine of {cosine}")
+    return tuple(", ".join(entries) for entries in ratios.values())
 
 
 class TwoRegions:
@@ -603,21 +604,21 @@ class TwoRegions:
         return torch.randn(*shape, generator=self.generator)
 
     def joint(self, count):
-        """Probabilities (K, 200, 10) of items and (K, 150, 10) of targets, each draw under one W."""
+        """Probabilities (K, 200, 10) of items and (K, 150, 10) of targets; each draw shares one W."""
         weights = self.mean + 0.2 * self.normal(count, *self.mean.shape)
         return (self.items @ weights.mT).softmax(-1).split([200, 150], dim=1)
 
     def independent(self, count):
-        """The same with targets under draws of their own, as published."""
+        """The same with separate draws of W for the targets, as published."""
         return self.joint(count)[0], self.joint(count)[1]
 
     def share(self, score):
-        """Share of the 20 items of the highest score that lie in the target's region; 0.33 by chance."""
+        """Share of the 20 items with the highest scores that are in the target's region; 0.33 by chance."""
         return self.in_region[select(score, 20)].float().mean().item()
 
 
 def bayesvlm_epig():
-    """Share of EPIG's first 20 items that lie in the target's region, of five posteriors; and its mean by draws."""
+    """Share of EPIG's first 20 items in the target's region, over five posteriors, and mean EPIG by number of draws."""
     shares, means = {True: [], False: []}, {True: [], False: []}
     for published in (True, False):
         for seed in range(5):
@@ -632,7 +633,7 @@ def bayesvlm_epig():
 
 
 def bayesvlm_online():
-    """What is left of an image's variance after 50 of its kind were labeled, each counted ten times."""
+    """Remaining share of an image's variance after 50 copies of it were labeled, each counted ten times."""
     towers, results = draw_towers(), []
     posterior, x = towers.posterior("image"), towers.phi["image"][0]
     for published in (True, False):
@@ -640,10 +641,10 @@ def bayesvlm_online():
         for _ in range(50):
             factors = Factors(*online_update(*factors, x, torch.zeros_like(factors.b), 10, published))
         after = Posterior(factors, posterior.norm_sq, precision=posterior.precision)
-        # B is what it was, but for the count, so that A alone tells.
-        left = [p.spectrum.a_basis.T @ x for p in (posterior, after)]
+        # B changes by the count only, so the factor of A is compared alone.
+        projections = [p.spectrum.a_basis.T @ x for p in (posterior, after)]
         spectra = [2 * p.spectrum.a + math.sqrt(posterior.precision) for p in (posterior, after)]
-        before, now = ((u.square() / values).sum() for u, values in zip(left, spectra, strict=True))
+        before, now = ((u.square() / values).sum() for u, values in zip(projections, spectra, strict=True))
         results.append(f"{(now / before).item():.3f}")
     return tuple(results)
 
@@ -656,52 +657,54 @@ class Queries(NamedTuple):
 
     hit: np.ndarray  # whether the answer is right
     answer: np.ndarray  # row of the gallery
-    doubt: np.ndarray  # the query's own uncertainty
+    uncertainty: np.ndarray  # of the query
 
 
 @lru_cache
 def draw_queries():
-    """Draw 1,003 images and five captions of each, noisy views of one scene, and retrieve them both ways by cosine.
+    """Draw 1,003 images and five captions of each, as noisy views of a scene, and retrieve both ways by cosine.
 
-    Noise differs by a factor of six within either kind; uncertainty is its logarithm and as much again of chance.
+    Noise levels vary by a factor of six; uncertainty is the logarithm of the level, uniform, plus equal uniform noise.
     """
     generator = torch.Generator().manual_seed(0)
     scene = torch.randn(1003, SMALL_DIM, generator=generator)
     owners = torch.arange(1003), torch.arange(5 * 1003) // 5
-    sides, doubts = [], []
+    sides, uncertainties = [], []
     for owner in owners:
-        known, chance = torch.rand(2, len(owner), generator=generator)
+        level, chance = torch.rand(2, len(owner), generator=generator)
         noise = torch.randn(len(owner), SMALL_DIM, generator=generator)
-        sides.append(F.normalize(scene[owner] + 0.5 * 6 ** known[:, None] * noise, dim=-1))
-        doubts.append((known + chance).numpy())
+        sides.append(F.normalize(scene[owner] + 0.5 * 6 ** level[:, None] * noise, dim=-1))
+        uncertainties.append((level + chance).numpy())
     cosine = sides[0] @ sides[1].T
     answers = cosine.argmax(dim=1), cosine.argmax(dim=0)
     hits = owners[1][answers[0]] == owners[0], answers[1] == owners[1]
-    return tuple(Queries(hit.numpy(), answer.numpy(), doubt) for hit, answer, doubt in zip(hits, answers, doubts))
+    queries = zip(hits, answers, uncertainties, strict=True)
+    return tuple(Queries(hit.numpy(), answer.numpy(), uncertainty) for hit, answer, uncertainty in queries)
 
 
-def leveled(hit, doubt, drop_remainder=False):
-    """Say the R@1 of ten levels, their trend, and the queries that no level has."""
-    groups = levels(doubt, 10, drop_remainder)
+def leveled(hit, uncertainty, drop_remainder=False):
+    """Text with the R@1 of ten levels, their trend, and the number of queries in no level."""
+    groups = levels(uncertainty, 10, drop_remainder)
     recalls = [100 * hit[rows].mean() for rows in groups]
     left = np.setdiff1d(np.arange(len(hit)), np.concatenate(groups))
-    found = trend(recalls)
-    said = f"R@1 {' '.join(f'{recall:.0f}' for recall in recalls)} %, S {found.s:.3f}, R2 {found.r2:.3f}"
-    lost = f" (R@1 {100 * hit[left].mean():.0f} %)" if len(left) else ""
-    return f"{said}, -S R2 {found.minus_s_r2:.3f}, {len(left)} left out{lost}"
+    fit = trend(recalls)
+    figures = f"S {fit.s:.3f}, R2 {fit.r2:.3f}, -S R2 {fit.minus_s_r2:.3f}"
+    recall_left = f" (R@1 {100 * hit[left].mean():.0f} %)" if len(left) else ""
+    return f"R@1 {' '.join(f'{recall:.0f}' for recall in recalls)} %, {figures}, {len(left)} left out{recall_left}"
 
 
 def levels_remainder():
     """Levels of Q // 10 captions without the most uncertain ones, and levels of all."""
     _, captions = draw_queries()
-    return leveled(captions.hit, captions.doubt, drop_remainder=True), leveled(captions.hit, captions.doubt)
+    hit, uncertainty = captions.hit, captions.uncertainty
+    return leveled(hit, uncertainty, drop_remainder=True), leveled(hit, uncertainty)
 
 
 def levels_retrieved():
-    """Levels of images, likewise, by the uncertainty of the caption that each finds, and by its own."""
+    """Levels of images by the uncertainty of the caption that each retrieves, and by that of the image."""
     images, captions = draw_queries()
-    published = leveled(images.hit, captions.doubt[images.answer], drop_remainder=True)
-    return published, leveled(images.hit, images.doubt)
+    published = leveled(images.hit, captions.uncertainty[images.answer], drop_remainder=True)
+    return published, leveled(images.hit, images.uncertainty)
 
 
 ROWS = {

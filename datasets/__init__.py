@@ -1,4 +1,4 @@
-"""Sources of image-caption pairs; this file makes ours win over an installed Hugging Face `datasets`."""
+"""Sources of image-caption pairs; this file makes `datasets` mean this package, not an installed Hugging Face one."""
 
 import hashlib
 from pathlib import Path
@@ -11,38 +11,38 @@ from utils.errors import UserError
 
 
 class Image(NamedTuple):
-    id: int  # the source's own id
-    path: Path | None = None  # the file that holds it; none: the source has its embedding, or reads it in its own way
-    name: str = ""  # what a report calls it, if it is no file of its own
+    id: int  # given by the source
+    path: Path | None = None  # the file that holds it; None if the source has its embedding, or opens it itself
+    name: str = ""  # shown in reports if the image has no file of its own
 
     @property
     def place(self):
-        """What a report calls it: valid Unicode, whatever its file is called."""
-        said = self.name or (f"image {self.id}" if self.path is None else str(self.path))
-        return said.encode("utf-8", "backslashreplace").decode()
+        """Name of the image in reports: valid Unicode, whatever its file is called."""
+        name = self.name or (f"image {self.id}" if self.path is None else str(self.path))
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 class Caption(NamedTuple):
-    id: int  # the source's own id
-    image_id: int  # the id of the image it describes; of a prompt for a class, the class's number
+    id: int  # given by the source
+    image_id: int  # the id of the image it describes; for a prompt, the number of its class
     text: str
 
 
 class Classes(NamedTuple):
-    """What the N images of a split are, one of C classes each."""
+    """The C classes of the N images of a split."""
 
-    names: list[str]  # (C,), as prompts say them
-    templates: list[str]  # of prompts, with {} where the name stands; none where `captions` has the prompts
+    names: list[str]  # (C,), as prompts spell them
+    templates: list[str]  # of prompts, with {} in place of the name; empty if `captions` lists the prompts
     label: np.ndarray  # (N,) class numbers, in the order of `images`
-    human: np.ndarray | None = None  # (N, C) shares of human answers, where they are known
+    human: np.ndarray | None = None  # (N, C) shares of human answers, if known
 
 
 class Source:
-    """Image-caption pairs as their publisher lays them out: what `cache_embeddings.py` reads.
+    """Image-caption pairs in their publisher's layout, as `cache_embeddings.py` reads them.
 
-    A source is constructed with `root`, a folder or a file, and the `options` of its YAML, and lists what it has in a
-    fixed order; rows of the cache follow that order. `version` names what else pixels and truth depend on: a cache made
-    with another one is stale. `get` is the YAML's line on where the raw data is to be had, for what it says when they
+    A source is constructed with `root` (a folder or a file) and the `options` of its YAML. It lists its content in a
+    fixed order, which is the row order of the cache. `version` names what else pixels and truth depend on: a cache made
+    with another version is stale. `get` is the YAML's sentence on where to get the raw data; errors quote it if they
     are missing.
     """
 
@@ -50,52 +50,52 @@ class Source:
     get = ""
 
     def images(self, split: str) -> list[Image]:
-        """List the images of `split`; raises UserError where the split or its files are missing."""
+        """List the images of `split`; raises UserError if the split or its files are missing."""
         raise NotImplementedError
 
     def captions(self, split: str) -> list[Caption]:
         """List the captions of `split`, grouped by image in the order of `images`.
 
-        Where the images have classes, list the prompts, class by class, or none: then templates make them.
+        If the images have classes, list the prompts class by class, or nothing: templates then make the prompts.
         """
         raise NotImplementedError
 
     def open(self, image: Image) -> PIL.Image.Image:
-        """Open one of the images that `images` lists, in a worker process as well; raises what Pillow raises."""
+        """Open an image that `images` lists, also in a worker process; raises what Pillow raises."""
         return PIL.Image.open(image.path)
 
     def id_space(self, split: str) -> str:
-        """Name what the image ids of `split` count: where two names are equal, equal ids are one and the same image.
+        """Name the id space of `split`: equal image ids in equal id spaces are the same image.
 
-        By it training and test data are kept apart. By default ids mean nothing outside of this source and split.
+        It is used to keep training and test images apart. By default ids mean nothing outside this source and split.
         """
         return f"{type(self).__name__} {self.version} {split}"
 
     def classes(self, split: str) -> Classes | None:
-        """Give the classes of the images of `split`, or None where captions describe them."""
+        """Return the classes of the images of `split`, or None if captions describe them."""
         return None
 
     def embeddings(self, split: str):
-        """Give what `images` and `captions` list already encoded, arrays (N, D) and (M, D), or None: to be encoded.
+        """Return the embeddings (N, D) and (M, D) of `images` and `captions`, or None if they are yet to be encoded.
 
-        A source that gives them has the `logit_scale` and `logit_bias` of the model that they are from.
+        A source that returns them has the `logit_scale` and `logit_bias` of the model that made them.
         """
         return None
 
     def matches(self, split: str):
-        """Tell which images each caption is true of, as a scipy.sparse (N, M) boolean array, or None if unknown."""
+        """Return which images each caption is true of, a boolean scipy.sparse array (N, M), or None if unknown."""
         return None
 
     def chains(self, split: str) -> list[list[str]]:
-        """List chains of prompts that go from general to specific; empty where the source has none."""
+        """List chains of prompts from general to specific; empty if the source has none."""
         return []
 
 
 class Described(Source):
-    """A source that knows each image together with its captions: it gives `pairs` instead of both lists."""
+    """A source that reads each image together with its captions: it implements `pairs` instead of both lists."""
 
     def pairs(self, split: str) -> list[tuple[Image, list[Caption]]]:
-        """List the images of `split` with their captions; raises UserError where it or its files are missing."""
+        """List the images of `split` with their captions; raises UserError if it or its files are missing."""
         raise NotImplementedError
 
     def images(self, split):
@@ -108,24 +108,25 @@ class Described(Source):
 
 
 def name_id(name):
-    """Make an id of a name: 63 bits of its SHA-256, for sources that number nothing."""
+    """Hash a name to an id, 63 bits of its SHA-256, for sources that do not number their images."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def check_folds(folds, seed):
-    """Raise ValueError for options of `fold_splits` that cannot be."""
+    """Raise ValueError for invalid options of `fold_splits`."""
     if not (isinstance(folds, int) and folds >= 2 and isinstance(seed, int) and seed >= 0):
-        raise ValueError("folds must be a whole number from 2 on, seed one from 0 on")
+        raise ValueError("folds must be an integer of at least 2, and seed an integer of at least 0")
 
 
 def fold_splits(count, folds, seed, where):
-    """Split `count` images of `where` at random: {split: mask (count,)}; raises UserError where they are too few.
+    """Split `count` images of `where` at random: {split: mask (count,)}; raises UserError if they are too few.
 
-    `test0`, ... are the parts and `train0`, ... what each leaves; `train` and `test` are those of part 0, `all` is all.
+    `test0`, ... are the parts and `train0`, ... their complements; `train` and `test` are those of part 0, `all` is
+    everything.
     """
     if count < folds:
-        way = "give more, or fewer parts with --set data.options.folds=2"
-        raise UserError(f"{where} has {count} images, too few for {folds} parts: {way}.")
+        hint = "add images, or make fewer parts with --set data.options.folds=2"
+        raise UserError(f"{where} has {count} images, too few for {folds} parts: {hint}.")
     fold = np.empty(count, dtype=np.int64)
     for number, rows in enumerate(np.array_split(np.random.default_rng(seed).permutation(count), folds)):
         fold[rows] = number

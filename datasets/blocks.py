@@ -1,12 +1,13 @@
-"""Encode a split block by block, by one process or several, killed and started again at will.
+"""Encode a split block by block, in one process or several, which may be killed and restarted at any time.
 
-What is encoded lies in `unfinished/` inside the split's folder, one file per block of rows, each whole or absent. A
-block is always encoded in the same batches, so its bytes depend neither on who encodes it nor on what was done before.
+Encoded blocks are stored in `unfinished/` inside the split's folder, one file per block of rows, complete or absent. A
+block is always encoded in the same batches, so its bytes depend neither on the process nor on earlier runs.
 """
 
 import collections
 import contextlib
 import hashlib
+import math
 import shutil
 import warnings
 
@@ -19,21 +20,21 @@ from datasets.embeddings import UNREADABLE, WORKING
 from utils.errors import UserError
 from utils.files import atomic, read_json, write_json
 
-BLOCK = 256  # images of a block, or a whole batch if that is more
-PROOF = 16  # images or captions on which pooled features are held against the ordinary encoding
-TEXTS = 4096  # captions of a block: sorted by length, they are cut to about their own
+BLOCK = 256  # images per block, rounded up to whole batches
+PROOF = 16  # images or captions on which pooled features are checked against the ordinary encoding
+TEXTS = 4096  # captions per block, sorted by length so that a batch is hardly longer than its captions
 PLAN = "plan.json"
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2}  # of the reconstruction of pooled features
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2}  # relative error of embeddings from pooled features
 
 
 class Blocks:
-    """What is encoded so far of a split, in its folder."""
+    """The blocks of a split that are encoded so far, in its folder."""
 
     def __init__(self, folder):
         self.folder = folder / WORKING
 
     def begin(self, plan):
-        """Throw away what was encoded for another plan."""
+        """Delete the blocks that were encoded for another plan."""
         with contextlib.suppress(*UNREADABLE):
             if read_json(self.folder / PLAN) == plan:
                 return
@@ -44,7 +45,7 @@ class Blocks:
         return self.folder / f"{kind}-{number:08d}.npz"
 
     def read(self, kind, number, rows):
-        """Read a block as a dict of arrays, or None where it is absent, damaged or not of `rows` rows."""
+        """Read a block as a dict of arrays, or None if it is absent, damaged or does not have `rows` rows."""
         with contextlib.suppress(*UNREADABLE), np.load(self._file(kind, number)) as file:
             block = dict(file)
             if len(block["embedding"]) == rows:
@@ -55,24 +56,24 @@ class Blocks:
             np.savez(file, **arrays)
 
     def parts(self, kind, size, count):
-        """Give the blocks of `count` rows in order; raises UserError where one is missing."""
+        """Yield the blocks of `count` rows in order, (rows, dict of arrays); raises UserError if one is missing."""
         for number, rows in enumerate(_cut(count, size)):
             block = self.read(kind, number, len(rows))
             if block is None:
                 raise UserError(
-                    f"{self._file(kind, number)} is missing: do all processes see the same folder? The same command"
-                    " goes on from the other blocks."
+                    f"{self._file(kind, number)} is missing: give all processes the same folder, and run the same"
+                    " command again, which goes on from the other blocks."
                 )
             yield rows, block
 
 
 def _cut(count, size):
-    """Cut `count` rows into ranges of `size`."""
+    """Cut `count` rows into ranges of at most `size` rows."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class _Decoded(torch.utils.data.Dataset):
-    """Images as the transform sees them, with the reason in place of those that cannot be read."""
+    """Transformed images; an image that cannot be read is replaced by the reason, a string."""
 
     def __init__(self, source, images, transform):
         self.source, self.images, self.transform = source, images, transform
@@ -80,87 +81,89 @@ class _Decoded(torch.utils.data.Dataset):
     def __getitem__(self, row):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata help nobody here
+                warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata are useless here
                 with self.source.open(self.images[row]) as image:
                     if image.format != "PNG":
                         return self.transform(image)
-                    image.verify()  # PNG alone has checksums, which decoding does not look at
+                    image.verify()  # only PNG has checksums, and decoding ignores them
                 with self.source.open(self.images[row]) as image:
                     return self.transform(image)
         except PIL.UnidentifiedImageError:
-            return "it is no image that Pillow can read"
-        except Exception as error:  # Pillow raises a dozen kinds on a broken file
+            return "it is not an image that Pillow can read"
+        except Exception as error:  # Pillow raises a dozen types on broken files
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _collate(items):
-    """Stack the images that could be read, and tell the others' reasons by their place in the batch."""
+    """Return the images that could be read, stacked (or None), and {place in the batch: reason} of the others."""
     good = [item for item in items if not isinstance(item, str)]
     return torch.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
 
 
 def _stamp(images):
-    """What changes when somebody mends or replaces one of the images' files."""
+    """Hash sizes and times of the images' files, so that a fixed or replaced file is noticed: 16 hex digits."""
     digest = hashlib.sha256()
     for image in images:
         with contextlib.suppress(OSError, AttributeError):  # no file, or none that can be read
-            found = image.path.stat()
-            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            stat = image.path.stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _next(decoded):
-    """Take the next batch; raises UserError where a worker was ended from outside."""
+    """Return the next batch; raises UserError if a worker process was killed."""
     try:
         return next(decoded)
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         raise UserError(
-            f"a process that decodes images was ended ({said}): free memory, or take fewer with --workers 1."
+            f"a process that decodes images was killed ({message}): free memory, or use fewer with --workers 1."
         ) from None
 
 
 class BlockEncoder:
     """Encodes this process's blocks of a split.
 
-    blocks: a Blocks. ranks: a Ranks. pooled: keep the input of the last projections, too. on_error: what to do with an
-    image that cannot be read. workers: processes that decode.
+    blocks: a Blocks. ranks: a Ranks. pooled: also keep the input of the last projections. on_error: stop, or skip an
+    image that cannot be read. workers: processes that decode images.
     """
 
     def __init__(self, blocks, backbone, ranks, pooled=False, on_error="stop", workers=0, quiet=False):
         self.blocks, self.backbone, self.ranks = blocks, backbone, ranks
         self.pooled, self.on_error, self.workers, self.quiet = pooled, on_error, workers, quiet
-        self.proved = set()  # sides whose pooled features were held against the ordinary encoding
+        self.verified = set()  # sides whose pooled features were checked against the ordinary encoding
         batch = backbone.config.batch_size
-        self.sizes = {"image": -(-BLOCK // batch) * batch, "text": TEXTS, "prompt": TEXTS}  # rows of a block
+        # Rows per block.
+        self.sizes = {"image": math.ceil(BLOCK / batch) * batch, "text": TEXTS, "prompt": TEXTS}
 
-    def _mine(self, kind, count, redo=lambda rows, block: False):
-        """List this process's blocks that are still to be done, and a progress bar that knows of the others."""
-        numbered = list(enumerate(_cut(count, self.sizes[kind])))[self.ranks.rank :: self.ranks.world]
+    def _todo(self, kind, count, redo=lambda rows, block: False):
+        """List this process's blocks that remain to be encoded; with it, returns a progress bar over all its blocks."""
+        mine = list(enumerate(_cut(count, self.sizes[kind])))[self.ranks.rank :: self.ranks.world]
         todo = []
-        for number, rows in numbered:
+        for number, rows in mine:
             block = self.blocks.read(kind, number, len(rows))
             if block is None or redo(rows, block):
                 todo.append((number, rows))
-        total, left = (sum(len(rows) for _, rows in which) for which in (numbered, todo))
-        share = f" ({self.ranks.rank + 1} of {self.ranks.world})" * (self.ranks.world > 1)
+        total = sum(len(rows) for _, rows in mine)
+        left = sum(len(rows) for _, rows in todo)
+        title = f"{kind} ({self.ranks.rank + 1} of {self.ranks.world})" if self.ranks.world > 1 else kind
         hidden = True if self.quiet or not self.ranks.first else None
-        return todo, tqdm(total=total, initial=total - left, desc=kind + share, unit=kind, disable=hidden)
+        return todo, tqdm(total=total, initial=total - left, desc=title, unit=kind, disable=hidden)
 
     def parts(self, kind, count):
-        """Give the blocks of all ranks in order, (rows, dict of arrays); raises UserError where one is missing."""
+        """Yield the blocks of all ranks in order, (rows, dict of arrays); raises UserError if one is missing."""
         return self.blocks.parts(kind, self.sizes[kind], count)
 
     def images(self, source, images):
-        """Encode images that `source` opens; raises UserError at one that cannot be read, if told to stop there."""
+        """Encode images that `source` opens; with on_error="stop", raises UserError at one that cannot be read."""
 
         def redo(rows, block):
-            """Whether a file has changed since, or one that could not be read must not be left out any more."""
+            """Whether a file has changed since, or unreadable images were left out that must now stop the run."""
             left_out = self.on_error == "stop" and len(block["bad"])
             return left_out or block["stamp"].item() != _stamp(images[rows.start : rows.stop])
 
         size = self.backbone.config.batch_size
-        todo, bar = self._mine("image", len(images), redo)
+        todo, bar = self._todo("image", len(images), redo)
         batches = [rows[i : i + size] for _, rows in todo for i in range(0, len(rows), size)]
         loader = torch.utils.data.DataLoader(
             _Decoded(source, images, self.backbone.transform),
@@ -180,97 +183,98 @@ class BlockEncoder:
                     if failed and self.on_error == "stop":
                         i, reason = next(iter(failed.items()))
                         raise UserError(
-                            f"the image {images[batch[i]].place} cannot be read ({reason}): mend or remove it, or leave"
+                            f"the image {images[batch[i]].place} cannot be read ({reason}): fix or remove it, or leave"
                             " such images and their captions out with --on-error skip."
                         )
                     good = [i for i in range(len(batch)) if i not in failed]
                     parts.append(self._encoded("image", pixels, good, len(batch)))
                     bar.update(len(batch))
-                marks = {"bad": np.array(list(bad), dtype=np.int64), "reason": np.array(list(bad.values()), dtype=str)}
-                marks["stamp"] = np.array(_stamp(images[rows.start : rows.stop]))
-                self.blocks.write("image", number, **_joined(parts), **marks)
+                bad_rows, reasons = np.array(list(bad), dtype=np.int64), np.array(list(bad.values()), dtype=str)
+                stamp = np.array(_stamp(images[rows.start : rows.stop]))
+                self.blocks.write("image", number, **_joined(parts), bad=bad_rows, reason=reasons, stamp=stamp)
 
     def texts(self, kind, texts):
-        """Encode strings, each that is repeated once, in batches of about equal length."""
-        todo, bar = self._mine(kind, len(texts))
+        """Encode strings in batches of about equal length; repeated strings are encoded once."""
+        todo, bar = self._todo(kind, len(texts))
         with bar:
             for number, rows in todo:
                 block = texts[rows.start : rows.stop]
-                times = collections.Counter(block)
-                different = sorted(times, key=len)
+                counts = collections.Counter(block)
+                unique = sorted(counts, key=len)
                 parts = []
-                for cut in _cut(len(different), self.backbone.config.batch_size):
-                    batch = different[cut.start : cut.stop]
+                for span in _cut(len(unique), self.backbone.config.batch_size):
+                    batch = unique[span.start : span.stop]
                     parts.append(self._encoded("text", self.backbone.tokenize(batch), range(len(batch)), len(batch)))
-                    bar.update(sum(times[text] for text in batch))
-                place = {text: row for row, text in enumerate(different)}
-                back = [place[text] for text in block]
-                found = _joined(parts)
-                found |= {name: found[name][back] for name in ("embedding", "pooled") if name in found}
-                # A token holds a byte at the least, so that only long captions can have been cut.
-                long = sum(len(text.encode()) > 60 and not self.backbone.reads_whole(text) for text in block)
-                self.blocks.write(kind, number, **found, cut=np.array(long))
+                    bar.update(sum(counts[text] for text in batch))
+                row_of = {text: row for row, text in enumerate(unique)}
+                repeated = [row_of[text] for text in block]
+                arrays = _joined(parts)
+                for name in ("embedding", "pooled"):
+                    if name in arrays:
+                        arrays[name] = arrays[name][repeated]
+                # A token holds at least one byte, so only long captions can have been cut.
+                cut = sum(len(text.encode()) > 60 and not self.backbone.reads_whole(text) for text in block)
+                self.blocks.write(kind, number, **arrays, cut=np.array(cut))
 
-    def _encoded(self, side, given, rows, count):
-        """Encode pixels or tokens as float16 arrays of `count` rows, of which only `rows` are given."""
-        whole, pool = (
-            (self.backbone.encode_images, self.backbone.pooled_images)
-            if side == "image"
-            else (self.backbone.encode_tokens, self.backbone.pooled_tokens)
-        )
-        found = {"error": np.array(0.0)}
-        if given is None:
-            found["embedding"] = np.zeros((count, self.backbone.dim), dtype=np.float16)
+    def _encoded(self, side, batch, rows, count):
+        """Encode `batch` (pixels, tokens or None) into `rows` of float16 arrays of `count` rows; other rows are 0."""
+        if side == "image":
+            encode, pool = self.backbone.encode_images, self.backbone.pooled_images
+        else:
+            encode, pool = self.backbone.encode_tokens, self.backbone.pooled_tokens
+        arrays = {"error": np.array(0.0)}
+        if batch is None:
+            arrays["embedding"] = np.zeros((count, self.backbone.dim), dtype=np.float16)
             if self.pooled:
                 width = self.backbone.projection[side].weight.shape[1]
-                found["pooled"] = np.zeros((count, width), dtype=np.float16)
-            return found
+                arrays["pooled"] = np.zeros((count, width), dtype=np.float16)
+            return arrays
         if self.pooled:
-            if side not in self.proved:
-                self._prove(side, whole, pool, given)
-            features = pool(given)
-            found["error"] = np.array(self._error(side, features, TOLERANCE[self.backbone.precision]))
-            kept = {"embedding": features.embedding, "pooled": features.pooled}
+            if side not in self.verified:
+                self._verify(side, encode, pool, batch)
+            features = pool(batch)
+            arrays["error"] = np.array(self._error(side, features, TOLERANCE[self.backbone.precision]))
+            encoded = {"embedding": features.embedding, "pooled": features.pooled}
         else:
-            kept = {"embedding": whole(given)}
-        for name, values in kept.items():
-            found[name] = np.zeros((count, values.shape[1]), dtype=np.float16)
-            found[name][list(rows)] = _half(values)
-        return found
+            encoded = {"embedding": encode(batch)}
+        for name, values in encoded.items():
+            arrays[name] = np.zeros((count, values.shape[1]), dtype=np.float16)
+            arrays[name][list(rows)] = _half(values)
+        return arrays
 
-    def _prove(self, side, whole, pool, given):
-        """Hold pooled features against the ordinary way to encode, once, and in float32, whatever comes after."""
+    def _verify(self, side, encode, pool, batch):
+        """Check pooled features against the ordinary encoding, once per side and always in float32."""
         precision, self.backbone.precision = self.backbone.precision, "float32"
         try:
-            features = pool(given[:PROOF])._replace(embedding=whole(given[:PROOF]))
+            features = pool(batch[:PROOF])._replace(embedding=encode(batch[:PROOF]))
         finally:
             self.backbone.precision = precision
         self._error(side, features, TOLERANCE["float32"])
-        self.proved.add(side)
+        self.verified.add(side)
 
     def _error(self, side, features, allowed):
-        """Give the error of the reconstruction; raises UserError where it is no rounding."""
+        """Return the relative error of the reconstructed embeddings; raises UserError if it exceeds `allowed`."""
         error = self.backbone.reconstruction_error(side, features)
         if not error <= allowed:
             raise UserError(
                 f"the pooled {side} features of {self.backbone.config.model} do not give its embeddings (relative error"
-                f" {error:.1e}, allowed {allowed:.0e}): cache it with --features final, which has no need of them."
+                f" {error:.1e}, allowed {allowed:.0e}): cache it with --features final, which does not need them."
             )
         return error
 
 
 def _joined(parts):
-    """Join the arrays of several batches; of their errors the largest counts."""
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "error"}
-    return found | {"error": np.array(max(float(part["error"]) for part in parts))}
+    """Concatenate the arrays of several batches; the error is the largest of theirs."""
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "error"}
+    return arrays | {"error": np.array(max(float(part["error"]) for part in parts))}
 
 
 def _half(encoded):
-    """Turn embeddings into the float16 of the cache; raises UserError where that cannot hold them."""
+    """Convert embeddings to the float16 of the cache; raises UserError if they are not finite in it."""
     encoded = encoded.half().cpu().numpy()
     if not np.isfinite(encoded).all():
         raise UserError(
-            "the backbone gives embeddings that are not finite in float16: are its weights whole? On a GPU, try"
-            " --set encoder.precision=bfloat16."
+            "the backbone gives embeddings that are not finite in float16: check that its weights are complete, or on a"
+            " GPU try --set encoder.precision=bfloat16."
         )
     return encoded

@@ -1,4 +1,4 @@
-"""Write the cache of frozen embeddings: what it is, and all its files from what blocks hold or a source gives."""
+"""Write the cache of frozen embeddings: its identity, and its files from encoded blocks or a source's embeddings."""
 
 import dataclasses
 import hashlib
@@ -19,8 +19,8 @@ GIVEN = "given"  # the precision of embeddings that were computed elsewhere
 
 
 def identity(config, split, source, listing, features):
-    """Say what a cache is before it is written: names, the backbone's and the listing's fingerprint, and one of all."""
-    said = {
+    """Describe a cache before it is written: names, fingerprints of backbone and listing, and one of them all."""
+    identity = {
         "layout": LAYOUT,
         "dataset": config.dataset,
         "split": split,
@@ -32,44 +32,44 @@ def identity(config, split, source, listing, features):
         "listing_fingerprint": listings.fingerprint(source, listing),
         "files_fingerprint": listings.files_fingerprint(listing),
     }
-    parts = [str(value) for name, value in said.items() if name in ("layout", "split") or name.endswith("fingerprint")]
-    digest = hashlib.sha256(" ".join(parts).encode())
-    return said | {"fingerprint": digest.hexdigest()[:16]}
+    names = [name for name in identity if name in ("layout", "split") or name.endswith("fingerprint")]
+    digest = hashlib.sha256(" ".join(str(identity[name]) for name in names).encode())
+    return identity | {"fingerprint": digest.hexdigest()[:16]}
 
 
-def mismatch(held, wanted):
-    """Say how a finished cache was made, if not as asked for, by the identities of both; nothing if it was."""
-    if held.get("layout") != wanted["layout"]:
+def mismatch(existing, wanted):
+    """Compare the identities of an existing and the wanted cache; returns how the existing one differs, or ""."""
+    if existing.get("layout") != wanted["layout"]:
         return "by another version of this suite"
-    if held["encoder_fingerprint"] != wanted["encoder_fingerprint"]:
-        return "with another backbone than asked for"
-    if held["fingerprint"] != wanted["fingerprint"]:
-        return "of another list of images and captions than asked for"
-    if wanted["features"] == "pooled" and held["features"] != "pooled":
-        return "without the pooled features that are asked for"
+    if existing["encoder_fingerprint"] != wanted["encoder_fingerprint"]:
+        return "with a different backbone than requested"
+    if existing["fingerprint"] != wanted["fingerprint"]:
+        return "from a different list of images and captions than requested"
+    if wanted["features"] == "pooled" and existing["features"] != "pooled":
+        return "without the requested pooled features"
     precision = wanted["encoder"]["precision"]
-    if precision != "auto" and held["precision"] not in (precision, GIVEN):
-        return f"in {held['precision']}, not in {precision}"
+    if precision != "auto" and existing["precision"] not in (precision, GIVEN):
+        return f"in {existing['precision']}, not in {precision}"
     return ""
 
 
 def write_cache(folder, identity, source, listing, backbone, ranks, **options):
-    """Encode a split into `folder` together with the other ranks, of which the first holds the folder's lock.
+    """Encode a split into `folder` together with the other ranks; the first rank holds the folder's lock.
 
-    identity: what the cache is. source, listing: what to encode. backbone: what with. options: those of BlockEncoder.
-    Raises UserError at what cannot be read or encoded; what is done by then is kept, and gone on from.
+    identity: as `identity` returns it. source, listing: what to encode. options: passed to BlockEncoder. Raises
+    UserError if something cannot be read or encoded; the finished blocks are kept, and the next call goes on from them.
     """
     pooled = identity["features"] == "pooled"
     identity = identity | {"precision": backbone.precision}
     plan = {"batch_size": backbone.config.batch_size} | {
         name: identity[name] for name in ("encoder_fingerprint", "listing_fingerprint", "precision", "features")
     }
-    # What the files hold is no part of the plan: blocks whose files are as they were stay when one is mended.
-    mine = plan | {"files_fingerprint": identity["files_fingerprint"]}
-    if ranks.told(mine) != mine:
+    # The plan excludes the content of files: if one image is fixed, the blocks of the others remain valid.
+    job = plan | {"files_fingerprint": identity["files_fingerprint"]}
+    if ranks.told(job) != job:
         raise UserError(
             f"process {ranks.rank} of {ranks.world} lists other images and captions than the first, or computes in"
-            " another precision: all must see the same files, on devices of one kind or with --set encoder.precision."
+            " another precision: give all the same files, and devices of one kind or --set encoder.precision."
         )
     blocks = Blocks(folder)
     if ranks.first:
@@ -77,7 +77,7 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
     ranks.told(None)
     encoder = BlockEncoder(blocks, backbone, ranks, pooled, **options)
     prompts = [prompt for chain in listing.chains for prompt in chain]
-    # Texts come first: they take less time, and a tokenizer that is missing ends the run before the images do.
+    # Texts come first: they take less time, and a missing tokenizer stops the run before hours of images.
     encoder.texts("text", [caption.text for caption in listing.captions])
     encoder.texts("prompt", prompts)
     encoder.images(source, listing.images)
@@ -89,7 +89,7 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
 
 
 def _join(folder, identity, listing, backbone, encoder, prompts):
-    """Make a cache of all blocks, less the rows of images that could not be read."""
+    """Write the cache from all blocks, without the images that could not be read and their captions."""
     counts = {"image": len(listing.images), "text": len(listing.captions), "prompt": len(prompts)}
     error, cut, unreadable = {"image": 0.0, "text": 0.0}, 0, {}
     for kind in counts:
@@ -106,23 +106,23 @@ def _join(folder, identity, listing, backbone, encoder, prompts):
     def arrays(kind, name):
         return (block[name][keep[kind][rows.start : rows.stop]] for rows, block in encoder.parts(kind, counts[kind]))
 
-    def stored(kind, name, file):
-        """Copy the kept rows of all blocks into one .npy, block by block: they may be more than the memory holds."""
+    def write(kind, name, file):
+        """Copy the kept rows of all blocks into one .npy, block by block, as they may not fit into memory."""
         parts = arrays(kind, name)
         first = next(parts)
         header = {"descr": "<f2", "fortran_order": False, "shape": (int(keep[kind].sum()), first.shape[1])}
-        with atomic(folder / file) as partial, open(partial, "wb") as written:
-            np.lib.format.write_array_header_1_0(written, header)
+        with atomic(folder / file) as partial, open(partial, "wb") as npy:
+            np.lib.format.write_array_header_1_0(npy, header)
             for part in itertools.chain([first], parts):
-                written.write(part.astype("<f2").tobytes())
+                npy.write(part.astype("<f2").tobytes())
 
     _clear(folder)
-    stored("image", "embedding", "image.npy")
-    stored("text", "embedding", "text.npy")
+    write("image", "embedding", "image.npy")
+    write("text", "embedding", "text.npy")
     encoded_prompts = {}
     if identity["features"] == "pooled":
-        stored("image", "pooled", "image_pooled.npy")
-        stored("text", "pooled", "text_pooled.npy")
+        write("image", "pooled", "image_pooled.npy")
+        write("text", "pooled", "text_pooled.npy")
         projection = {
             f"{side}_{name}": value.cpu().numpy()
             for side in ("image", "text")
@@ -139,34 +139,36 @@ def _join(folder, identity, listing, backbone, encoder, prompts):
         {"image_id": listing.images[row].id, "path": listing.images[row].place, "reason": reason}
         for row, reason in unreadable.items()
     ]
-    about = {"dim": backbone.dim, "captions_cut": cut, "unreadable": len(unreadable)}
-    _finish(folder, identity | about, listing, backbone, keep_image, keep_text, encoded_prompts, skipped)
+    identity = identity | {"dim": backbone.dim, "captions_cut": cut, "unreadable": len(unreadable)}
+    _finish(folder, identity, listing, backbone, keep_image, keep_text, encoded_prompts, skipped)
 
 
 def write_given(folder, identity, source, listing):
-    """Write a split whose source gives its embeddings into `folder`; the caller holds the folder's lock.
+    """Write a split into `folder` whose source already has the embeddings; the caller holds the folder's lock.
 
-    source: has their model's logit_scale and logit_bias.
+    source: has the logit_scale and logit_bias of the model that made them.
     """
     _clear(folder)
     for name, rows in zip(("image", "text"), listing.embeddings, strict=True):
         save_array(folder / f"{name}.npy", rows)
-    about = {"precision": GIVEN, "dim": listing.embeddings[0].shape[1], "captions_cut": 0, "unreadable": 0}
-    _finish(folder, identity | about, listing, source, *_kept(listing, {}), {}, [])
+    dim = listing.embeddings[0].shape[1]
+    identity = identity | {"precision": GIVEN, "dim": dim, "captions_cut": 0, "unreadable": 0}
+    keep_image, keep_text = _kept(listing, {})
+    _finish(folder, identity, listing, source, keep_image, keep_text, {}, [])
 
 
 def _clear(folder):
-    """Remove a cache that is about to be replaced, its arrays too: it may have had some that this one has not."""
+    """Delete the files of a cache that is about to be replaced: it may have arrays that the new one lacks."""
     (folder / META).unlink(missing_ok=True)
     for path in folder.glob("*.np[yz]"):
         path.unlink()
 
 
 def _kept(listing, unreadable):
-    """Which images and captions stay, (N,) and (M,); raises UserError where none do."""
+    """Return masks of the images (N,) and captions (M,) to keep; raises UserError if none are left."""
     keep_image = np.array([row not in unreadable for row in range(len(listing.images))])
     if not keep_image.any():
-        raise UserError("nothing is left to cache: not one image of the split could be read.")
+        raise UserError("nothing is left to cache: none of the split's images could be read.")
     if listing.classes is not None:
         return keep_image, np.full(len(listing.captions), True)
     return keep_image, keep_image[_image_of_text(listing)]
@@ -178,9 +180,9 @@ def _image_of_text(listing):
 
 
 def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, unreadable):
-    """Write all files of a cache but its embeddings; meta.json comes last.
+    """Write all files of a cache except its embeddings, meta.json last.
 
-    model: what encoded, or the source that gave the embeddings. prompts: arrays of the chains' prompts.
+    model: the backbone, or the source that had the embeddings. prompts: arrays of the chains' prompts.
     """
     images = [image for image, keep in zip(listing.images, keep_image) if keep]
     captions = [caption for caption, keep in zip(listing.captions, keep_text) if keep]
@@ -206,9 +208,10 @@ def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, un
         save_arrays(folder / "chains.npz", **prompts, chain=chain, depth=depth)
     skipped = listing.skipped + unreadable
     libraries = ["torch", "open_clip_torch", "pillow"]
-    libraries += ["transformers"] * (identity["encoder"]["library"] == "transformers")
+    if identity["encoder"]["library"] == "transformers":
+        libraries.append("transformers")
     write_lines(folder / "skipped.jsonl", skipped)
-    about = {
+    metadata = {
         "images": len(images),
         "captions": len(captions),
         "skipped": len(skipped),
@@ -218,4 +221,4 @@ def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, un
         "versions": {name: importlib.metadata.version(name) for name in libraries},
         "complete": True,
     }
-    write_json(folder / META, identity | about)
+    write_json(folder / META, identity | metadata)

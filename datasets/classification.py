@@ -1,4 +1,4 @@
-"""Images in classes, as torchvision.datasets reads them: one wrapper, whose YAML says what it wraps."""
+"""Images with classes, read by torchvision.datasets: one wrapper, configured by the YAML of each data set."""
 
 import inspect
 import os
@@ -17,15 +17,14 @@ NOT_OPTIONS = ("root", "download", "loader", "transform", "target_transform", "t
 
 
 class Classification(Source):
-    """A class of torchvision.datasets, ImageFolder among them, for zero-shot classification; nothing is downloaded.
+    """A class of torchvision.datasets (or ImageFolder) for zero-shot classification; nothing is downloaded.
 
-    dataset: name of the class. splits: for each split, the keyword arguments of that class, and `folder`, where the
-    split lies in a folder of its own inside `root`. classes: their names, in the order of the labels, or a rule: `own`,
-    as the data set calls them; `folders`, the same with _ and / as blanks; `imagenet`, the names that CLIP's authors
-    gave to what folders call by WordNet id, or by number as in ImageNet-V2. templates: prompts with {} where the name
-    stands, or the 80 for ImageNet of CLIP's authors, `openai`, or the 7 best of them, `simple`. human: a file in
-    `root` with the shares of human answers, (N, C), in the order of the images. Raises ValueError for an option that
-    cannot be.
+    dataset: name of the class. splits: for each split, keyword arguments of that class, and `folder` if the split is a
+    folder inside `root`. classes: their names in the order of the labels, or a rule: `own`, the data set's names;
+    `folders`, the same with blanks for _ and /; `imagenet`, the names by CLIP's authors for folders called by WordNet
+    id, or by class number as in ImageNet-V2. templates: prompts with {} in place of the name, or `openai` for the 80
+    ImageNet prompts of CLIP's authors, or `simple` for the 7 best of them. human: a file in `root` with the shares of
+    human answers, (N, C), in the order of the images. Raises ValueError for an invalid option.
     """
 
     def __init__(self, root, dataset, splits, classes="folders", templates=("a photo of a {}.",), human=None):
@@ -36,13 +35,15 @@ class Classification(Source):
             raise ValueError(f"torchvision.datasets has no class '{dataset}'")
         if not (isinstance(splits, dict) and splits and all(isinstance(options, dict) for options in splits.values())):
             raise ValueError("splits must hold the keyword arguments of each split, as in {test: {train: false}}")
-        takes = [name for name in inspect.signature(wrapped).parameters if name not in NOT_OPTIONS] + ["folder"]
+        allowed = [name for name in inspect.signature(wrapped).parameters if name not in NOT_OPTIONS] + ["folder"]
         for split, options in splits.items():
-            if unknown := [name for name in options if name not in takes]:
-                raise ValueError(f"splits: {split} has no key '{unknown[0]}'; of {dataset} it has {', '.join(takes)}")
+            for name in options:
+                if name not in allowed:
+                    takes = f"{dataset} takes {', '.join(allowed)}"
+                    raise ValueError(f"splits: {split} has unknown key '{name}'; {takes}")
         listed = isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
         if not listed and classes not in RULES:
-            raise ValueError(f"classes must list their names in quotes, or be {', '.join(RULES)}")
+            raise ValueError(f"classes must list their names in quotes, or be {', '.join(RULES[:-1])} or {RULES[-1]}")
         if templates not in IMAGENET_TEMPLATES:
             self.templates = list(templates)
             wrong = [template for template in self.templates if str(template).count("{}") != 1]
@@ -51,45 +52,45 @@ class Classification(Source):
                 raise ValueError(f"templates must be {kinds}, or list prompts with one {{}} each, not {templates!r}")
 
     def images(self, split):
-        """List the images of `split`; raises UserError for an unknown split, and where its files are not to be read."""
+        """List the images of `split`; raises UserError for an unknown split, and if its files cannot be read."""
         _, files, labels = self._read(split)
         if files is None:
             return [Image(row, name=f"{self.dataset} {split} {row}") for row in range(len(labels))]
         return [Image(row, Path(file)) for row, file in enumerate(files)]
 
     def captions(self, split):
-        """List none: classes describe the images."""
+        """Return no captions: classes describe the images."""
         return []
 
     def open(self, image):
-        """Open an image from its file, or from the data set where it has none; raises what the reader raises."""
+        """Open an image from its file, or from the data set if it has none; raises what the reader raises."""
         if image.path is not None:
             return super().open(image)
         split = image.name.removeprefix(f"{self.dataset} ").rsplit(" ", 1)[0]
         return self._read(split)[0][image.id][0]
 
     def id_space(self, split):
-        """Name the images by data set and split, whatever its YAML is called; those of folders by their folder."""
+        """Name the id space by data set and split, independent of the YAML's name; for ImageFolder, by the folder."""
         folder, options = self._place(split)
         if self.dataset == "ImageFolder":
             return f"{self.dataset} {folder.resolve()}"
         return " ".join([self.dataset, *(f"{name}={value}" for name, value in sorted(options.items()))])
 
     def classes(self, split):
-        """Give the classes of `split`; raises UserError where names, images and human answers do not fit together."""
+        """Return the classes of `split`; raises UserError if names, images and human answers do not fit together."""
         data, _, labels = self._read(split)
-        own = list(getattr(data, "classes", ()))
-        count = len(own) or int(labels.max()) + 1  # some releases of torchvision do not name the flowers
-        names = self._named(own)
+        listed = list(getattr(data, "classes", ()))
+        count = len(listed) or int(labels.max()) + 1  # some releases of torchvision do not name the flowers
+        names = self._names(listed)
         if len(names) != count:
             raise UserError(
                 f"{self.dataset} in {self.root} has {count} classes, but data.options.classes names {len(names)}: name"
                 " every class once, in the order of the labels."
             )
-        return Classes(names, self._prompts(), labels, self._shares(len(labels), count))
+        return Classes(names, self._templates(), labels, self._shares(len(labels), count))
 
     def _place(self, split):
-        """Folder of a split, and keyword arguments of the class that reads it."""
+        """Return the folder of a split, and the keyword arguments of the class that reads it."""
         if split not in self.splits:
             raise UserError(f"{self.dataset} in {self.root} has no split '{split}'; it has {', '.join(self.splits)}.")
         options = dict(self.splits[split])
@@ -97,71 +98,74 @@ class Classification(Source):
 
     @lru_cache  # noqa: B019  (a source lives as long as its script, or as the worker that it was sent to)
     def _read(self, split):
-        """Read what torchvision lists: the data set, the images' files (N,) or None, and their labels (N,)."""
+        """Return torchvision's data set, its image files (N,) or None, and its labels (N,)."""
         folder, options = self._place(split)
-        self._must_be_one_split(split, folder)
+        self._refuse_nested_splits(split, folder)
         try:
             if self.dataset == "ImageFolder":
-                # Every file is listed, so that one that is no image is named, and a class may have none.
+                # List every file, so that the cache reports those that are not images; a class may be empty.
                 options |= {"is_valid_file": _visible, "allow_empty": True}
             data = getattr(torchvision.datasets, self.dataset)(str(folder), **options)
             files, labels = _listed(data)
-        except Exception as error:  # torchvision raises what its readers raise: of pickles, JSON, .mat and text files
-            said = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
+        except Exception as error:  # torchvision's readers of pickles, JSON, .mat and text files raise many types
+            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
             if not folder.is_dir():
-                said = "it is no folder" if folder.exists() else "there is no such folder"
-            raise self._error(f"{self.dataset} cannot be read from {folder} ({said})") from None
+                reason = "it is not a folder" if folder.exists() else "there is no such folder"
+            raise self._error(f"{self.dataset} cannot be read from {folder} ({reason})") from None
         if not len(labels):
             raise self._error(f"{self.dataset} in {folder} lists no images")
         labels = np.asarray(labels, dtype=np.int64)
-        if self.dataset == "SUN397":  # listed as the file system has it, in another order on another computer
-            order = sorted(range(len(files)), key=files.__getitem__)
+        if self.dataset == "SUN397":  # torchvision lists it in the order of the file system
+            order = sorted(range(len(files)), key=lambda row: files[row])
             files, labels = [files[row] for row in order], labels[order]
         return data, files, labels
 
-    def _error(self, said):
-        return UserError(f"{said}: {self.get or 'name the folder that holds it with --root'}.")
+    def _error(self, message):
+        return UserError(f"{message}: {self.get or 'point --root to the folder that holds it'}.")
 
-    def _must_be_one_split(self, split, folder):
-        """Raise a UserError where `root` is to be one split, but holds others, whose folders would pass for classes."""
+    def _refuse_nested_splits(self, split, folder):
+        """Raise UserError if `root` is read as one split but holds folders of others, which would pass for classes."""
         if folder != self.root or self.dataset != "ImageFolder":
             return
-        inside = {name: self._place(name)[0] for name in self.splits if name != split}
-        found = [name for name, place in inside.items() if place.is_dir() and any(p.is_dir() for p in place.iterdir())]
-        if found:
+        folders = {name: self._place(name)[0] for name in self.splits if name != split}
+        nested = [name for name, path in folders.items() if path.is_dir() and any(p.is_dir() for p in path.iterdir())]
+        if nested:
             raise UserError(
-                f"{self.root} is laid out in the splits {', '.join(found)}: choose with --splits {' '.join(found)}, or"
-                " name one of their folders with --root."
+                f"{self.root} is laid out in the splits {', '.join(nested)}: choose with --splits {' '.join(nested)},"
+                " or point --root to one of their folders."
             )
 
-    def _named(self, own):
-        """Name the classes that the data set calls `own`."""
+    def _names(self, listed):
+        """Return the class names; listed: the names that torchvision lists."""
         if isinstance(self.names, list):
             return self.names
         if self.names == "folders":
-            return [" ".join(name.replace("_", " ").replace("/", " ").split()) for name in own]
+            return [" ".join(name.replace("_", " ").replace("/", " ").split()) for name in listed]
         if self.names == "own":
-            return own
-        from timm.data import ImageNetInfo  # comes with open_clip; knows which WordNet id has which number
+            return listed
+        from timm.data import ImageNetInfo  # comes with open_clip; maps class numbers to WordNet ids
 
         number = {id: row for row, id in enumerate(ImageNetInfo().label_names())}
         number |= {str(row): row for row in range(len(number))}
-        unknown = [name for name in own if name not in number]
+        unknown = [name for name in listed if name not in number]
         if unknown:
             raise UserError(
-                f"the folder '{unknown[0]}' in {self.root} is no class of ImageNet-1k: call folders by WordNet id, such"
-                " as n01440764, or take them for the classes' names with --dataset folder."
+                f"the folder '{unknown[0]}' in {self.root} is not an ImageNet-1k class: name folders by WordNet id,"
+                " such as n01440764, or use their names as class names with --dataset folder."
             )
-        return [_zero_shot().IMAGENET_CLASSNAMES[number[name]] for name in own]
+        return [_zero_shot().IMAGENET_CLASSNAMES[number[name]] for name in listed]
 
-    def _prompts(self):
-        if self.templates not in IMAGENET_TEMPLATES:
+    def _templates(self):
+        if self.templates == "openai":
+            templates = _zero_shot().OPENAI_IMAGENET_TEMPLATES
+        elif self.templates == "simple":
+            templates = _zero_shot().SIMPLE_IMAGENET_TEMPLATES
+        else:
             return self.templates
-        said = getattr(_zero_shot(), f"{self.templates.upper()}_IMAGENET_TEMPLATES")
-        return [template("{}") for template in said]
+        return [template("{}") for template in templates]
 
     def _shares(self, images, classes):
-        """Read the shares of human answers, (N, C), or None; raises UserError for a file that holds something else."""
+        """Read the shares of human answers, (N, C), or None; raises UserError if the file holds something else."""
         if self.human is None:
             return None
         file = self.root / self.human
@@ -171,10 +175,10 @@ class Classification(Source):
         except (OSError, ValueError, EOFError, AttributeError) as error:
             raise self._error(f"the human answers {file} cannot be read ({' '.join(str(error).split())})") from None
         if shape != (images, classes) or kind != "f":
-            found = f"not {shares.dtype} of the shape {shape}"
-            raise self._error(f"{file} must hold floats of the shape ({images}, {classes}), {found}")
+            actual = f"not {shares.dtype} of shape {shape}"
+            raise self._error(f"{file} must hold floats of shape ({images}, {classes}), {actual}")
         sums = shares.sum(axis=1)
-        wrong = ~((shares >= 0).all(axis=1) & (abs(sums - 1) < 1e-3))  # so that NaN is wrong
+        wrong = ~((shares >= 0).all(axis=1) & (abs(sums - 1) < 1e-3))  # NaN is wrong, too
         if wrong.any():
             row = wrong.argmax()
             raise self._error(f"row {row} of {file} must hold shares that sum to 1, not to {sums[row]:.4g}")
@@ -182,7 +186,7 @@ class Classification(Source):
 
 
 def _zero_shot():
-    # Lazily, as the package takes seconds; only names and prompts are read.
+    # Imported late, as the package takes seconds to load; only class names and prompts are read.
     import open_clip.zero_shot_metadata
 
     return open_clip.zero_shot_metadata
@@ -193,7 +197,7 @@ def _visible(file):
 
 
 def _listed(data):
-    """Files (N,), or None where images are no files of their own, and labels (N,), without decoding an image."""
+    """Return the files (N,), or None if images are not files, and the labels (N,), without decoding an image."""
     samples = getattr(data, "samples", None) or getattr(data, "_samples", None)
     if samples:
         return [file for file, _ in samples], [label for _, label in samples]

@@ -21,33 +21,33 @@ class Coco(Source):
     def _read(self, split):
         path = self.root / "annotations" / f"captions_{split}2017.json"
         if not path.is_file():
-            raise UserError(f"COCO's annotation file {path} is missing: {self.get or 'name its folder with --root'}.")
+            raise UserError(f"COCO's annotation file {path} is missing: {self.get or 'point --root to its folder'}.")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 coco = COCO(str(path))
             folder = self.root / f"{split}2017"
             images = [Image(id, folder / coco.imgs[id]["file_name"]) for id in sorted(coco.imgs)]
-            # Thousands of captions carry trailing blanks and line breaks: white space is folded.
+            # White space is folded: thousands of captions have trailing blanks and line breaks.
             captions = [
                 Caption(annotation["id"], id, " ".join(annotation["caption"].split()))
                 for id in sorted(coco.imgs)
                 for annotation in sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"])
             ]
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            said = f"{type(error).__name__}: {error}"  # some errors have the whole file in their repr
-            raise UserError(f"{path} is not a file of COCO captions ({said}): download it again.") from None
+            reason = f"{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
+            raise UserError(f"{path} is not a file of COCO captions ({reason}): download it again.") from None
         if not images or not captions or len(captions) != len(coco.dataset.get("annotations", ())):
             raise UserError(f"{path} lists no images, or captions of images that it does not list: download it again.")
         return images, captions
 
     def images(self, split):
-        """List the images of `split`, by id; raises UserError where the annotation file is missing or broken."""
+        """List the images of `split` by id; raises UserError if the annotation file is missing or broken."""
         return self._read(split)[0]
 
     def captions(self, split):
-        """List the captions of `split`, by image id and own id; raises what `images` raises."""
+        """List the captions of `split` by image id and caption id; raises what `images` raises."""
         return self._read(split)[1]
 
     def id_space(self, split):
-        """COCO numbers the images of all its splits, those of Karpathy as well, in one row."""
+        """Return "coco": image ids are unique over all splits of COCO, including Karpathy's."""
         return "coco"

@@ -1,26 +1,26 @@
-"""The cache of frozen embeddings: open it (memory-mapped), take it to a device. `datasets/caching.py` writes it.
+"""The cache of frozen embeddings: open it (memory-mapped), copy it to a device. `datasets/caching.py` writes it.
 
 One folder per split, `embeddings/<dataset>/<backbone>/<split>/`:
 
     image.npy (N, D), text.npy (M, D)   float16, not normalized
     image_of_text.npy (M,)              the row of image.npy that each caption describes
-    image_id.npy (N,), text_id.npy (M,) the source's own ids
+    image_id.npy (N,), text_id.npy (M,) ids given by the source
     items.jsonl                         image paths, captions and prompts of chains, in row order
-    matches.npz                         sparse (N, M): which images each caption is true of, where the source knows it
+    matches.npz                         sparse (N, M): which images each caption is true of, if known
     chains.npz                          text (K, D), chain (K,), depth (K,): prompts from general to specific
-    skipped.jsonl                       what --on-error skip left out, and why
-    meta.json                           what the cache is; written last, so that its presence means the rest is whole
+    skipped.jsonl                       what was left out, and why
+    meta.json                           metadata; written last, so that its presence means the rest is complete
 
-In place of image_of_text.npy, a set of images with classes has
+If the images have classes, image_of_text.npy is replaced by
 
     label.npy (N,), class_of_text.npy (M,)   class numbers; texts are prompts, every class in every template
-    human.npy (N, C)                    shares of human answers, where they are known
+    human.npy (N, C)                    shares of human answers, if known
 
-and with --features pooled there are
+and --features pooled adds
 
-    image_pooled.npy, text_pooled.npy   float16, what the model's last projections were given
-    projection.npz                      their weights (D, P) and biases (D,): embedding = weight @ pooled + bias, and in
-                                        a few families a residual, the rest
+    image_pooled.npy, text_pooled.npy   float16, the inputs of the model's last projections
+    projection.npz                      their weights (D, P) and biases (D,): embedding = weight @ pooled + bias, plus a
+                                        residual in a few model families
 """
 
 import hashlib
@@ -38,14 +38,14 @@ from utils.config import HOME
 from utils.errors import UserError
 from utils.files import read_json
 
-WORKING = "unfinished"  # folder inside the split's folder that holds what a killed run had done
+WORKING = "unfinished"  # folder inside the split's folder for the blocks of an unfinished run
 META = "meta.json"
-LAYOUT = 2  # of the files above; raise it when they, or what makes embeddings of an image, change
+LAYOUT = 2  # of the files above; increase it when they, or how an image is encoded, change
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_meta(folder):
-    """Read what a cache says of itself; raises UserError where meta.json is damaged."""
+    """Read the metadata of a cache; raises UserError if meta.json is damaged."""
     try:
         meta = read_json(folder / META)
         if meta["complete"] is True:
@@ -60,19 +60,22 @@ def cache_folder(dataset, backbone, split):
 
 
 def encoder_fingerprint(encoder):
-    """Identify a backbone by architecture, weights and what it is given, without loading it: 16 hex digits."""
+    """Hash a backbone's architecture, weights, tokenizer and preprocessing, without loading it: 16 hex digits."""
     digest = hashlib.sha256(f"{encoder.model} {encoder.pretrained is None}".encode())
     if encoder.architecture:
         digest.update((HOME / encoder.architecture).read_bytes())
     for part in (encoder.tokenizer, encoder.preprocess, encoder.library != "open_clip"):
         digest.update(repr(part).encode() if part else b"")
     if encoder.pretrained:
-        place = encoder.weights_file  # a file, or a folder
-        if place is None:
+        weights = encoder.weights_file  # a file, a folder, or None for weights given by name
+        if weights is None:
             digest.update(encoder.pretrained.encode())
-        for path in sorted(place.iterdir()) if place and place.is_dir() else filter(None, [place]):
+            paths = []
+        else:
+            paths = sorted(weights.iterdir()) if weights.is_dir() else [weights]
+        for path in paths:
             if path.is_file():
-                digest.update(path.name.encode() if path != place else b"")
+                digest.update(path.name.encode() if path != weights else b"")
                 with open(path, "rb") as file:
                     while part := file.read(2**24):
                         digest.update(part)
@@ -80,7 +83,7 @@ def encoder_fingerprint(encoder):
 
 
 class Joined:
-    """Arrays of N rows side by side, read as if they were one (N, ...); ones: with a column of ones at the end."""
+    """Arrays of N rows side by side, read as one array; ones: append a column of ones."""
 
     def __init__(self, parts, ones=False):
         self.parts, self.ones = parts, ones
@@ -95,45 +98,51 @@ class Joined:
 
 
 class Pairs:
-    """An opened cache: memory-mapped embeddings of N images and M captions, and what is known of them.
+    """An opened cache: memory-mapped embeddings of N images and M captions, with their annotations.
 
-    pooled: whether `fed` will be asked for what goes into the towers' last maps. Raises UserError where the cache is
-    missing or unfinished, or lacks that.
+    pooled: require the pooled features, the inputs of the towers' last maps. Raises UserError if the cache is missing,
+    unfinished or damaged, or lacks them.
     """
 
     def __init__(self, dataset, backbone, split, pooled=False):
         self.folder = cache_folder(dataset, backbone, split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
-        self.command += " --features pooled" * pooled
+        if pooled:
+            self.command += " --features pooled"
         if not (self.folder / META).is_file():
-            state = "unfinished" if (self.folder / WORKING).is_dir() else "missing"
-            again = " again" * (state == "unfinished")
+            unfinished = (self.folder / WORKING).is_dir()
+            state, again = ("unfinished", " again") if unfinished else ("missing", "")
             others = {path.parts[-3] for path in Path("embeddings", dataset).glob(f"*/{split}/{META}")}
-            there = f" ({', '.join(sorted(others))} is there: name it with --backbone)" * bool(others)
+            if others:
+                state += f" (there is one of {', '.join(sorted(others))}: choose it with --backbone)"
             raise UserError(
-                f"the cache {self.folder.absolute()} is {state}{there}: run `{self.command}`{again}, with --root if the"
-                " data lie elsewhere than their YAML says."
+                f"the cache {self.folder.absolute()} is {state}: run `{self.command}`{again}, with --root if the data"
+                " are not where their YAML says."
             )
         self.meta = read_meta(self.folder)
         if self.meta.get("layout") != LAYOUT:
-            raise UserError(f"{self.folder} was made by another version of this suite: `{self.command} --overwrite`.")
+            again = f"run `{self.command} --overwrite`"
+            raise UserError(f"{self.folder} was made by another version of this suite: {again}.")
         self.image, self.text = self._array("image"), self._array("text")
         self.image_id, self.text_id = (np.asarray(self._array(name)) for name in ("image_id", "text_id"))
-        owner = np.asarray(self._array("image_of_text" if self.classes is None else "class_of_text"))
-        self.image_of_text, self.class_of_text = (owner, None) if self.classes is None else (None, owner)
+        self.image_of_text = self.class_of_text = None
+        if self.classes is None:
+            target = self.image_of_text = np.asarray(self._array("image_of_text"))
+        else:
+            target = self.class_of_text = np.asarray(self._array("class_of_text"))
         shapes = (self.meta["images"], self.meta["dim"]), (self.meta["captions"], self.meta["dim"])
-        if (self.image.shape, self.text.shape) != shapes or len(owner) != len(self.text):
+        if (self.image.shape, self.text.shape) != shapes or len(target) != len(self.text):
             raise UserError(
-                f"the cache {self.folder} holds other sizes than its {META} says: delete it and run `{self.command}`."
+                f"the cache {self.folder} has other sizes than its {META} says: delete it and run `{self.command}`."
             )
         if pooled and self.meta["features"] != "pooled":
             raise UserError(
                 f"{self.folder} has no pooled features, which this needs: run `{self.command} --overwrite`, with --root"
-                " if the data lie elsewhere than their YAML says."
+                " if the data are not where their YAML says."
             )
 
     def _read(self, name, read):
-        """Read one of the cache's files; one that meta.json lists must be there, another gives None."""
+        """Read a file of the cache, or return None if meta.json does not list it."""
         if name not in self.meta["files"]:
             return None
         try:
@@ -152,12 +161,12 @@ class Pairs:
 
     @property
     def queries(self):
-        """How many queries there are, in the direction that has the fewer."""
+        """Number of queries, in the direction that has fewer."""
         return len(self.image) if self.classes is not None else min(len(self.image), len(self.text))
 
     @property
     def classes(self):
-        """Names of the C classes that the images have, or None where captions describe them."""
+        """Names of the C classes of the images, or None if captions describe them."""
         return self.meta.get("classes")
 
     @cached_property
@@ -167,32 +176,32 @@ class Pairs:
 
     @cached_property
     def human(self):
-        """Shares of human answers (N, C), or None where they are not known."""
+        """Shares of human answers (N, C), or None if unknown."""
         return self._array("human")
 
     def seen(self, rows):
-        """What a run that is trained on the images of `rows` keeps of them, to know them again."""
+        """Return the ids of the images of `rows`, which a run stores to recognize its training images."""
         ids = np.unique(self.image_id[rows])
         return {"id_space": self.meta["id_space"], "image_id": torch.from_numpy(ids)}
 
     @property
     def identity(self):
-        """What an adaptor trained on these embeddings depends on."""
+        """The metadata that an adaptor trained on these embeddings depends on."""
         return {name: self.meta[name] for name in ("dim", "encoder", "encoder_fingerprint", "fingerprint")}
 
     def must_fit(self, identity, checkpoint):
-        """Raise a UserError unless an adaptor trained on embeddings of `identity` can be applied to these."""
+        """Raise UserError unless an adaptor trained on embeddings of `identity` can be applied to these."""
         if self.dim != identity["dim"]:
-            kind = f"embeddings of size {identity['dim']}, but {self.folder} holds size {self.dim}"
+            trained_on = f"embeddings of size {identity['dim']}, but {self.folder} holds size {self.dim}"
         elif self.meta["encoder_fingerprint"] != identity["encoder_fingerprint"]:
-            kind = f"another backbone than {self.folder} was cached with"
+            trained_on = f"another backbone than {self.folder} was cached with"
         else:
             return
-        raise UserError(f"{checkpoint} was trained on {kind}: cache and train with the same backbone.")
+        raise UserError(f"{checkpoint} was trained on {trained_on}: cache and train with the same backbone.")
 
     @cached_property
     def matches(self):
-        """Which images each caption is true of, sparse (N, M), or None where the source does not know."""
+        """Which images each caption is true of, sparse (N, M), or None if unknown."""
         return self._read("matches.npz", lambda path: sparse.load_npz(path).tocsc())
 
     @cached_property
@@ -219,58 +228,60 @@ class Pairs:
         return self._read("projection.npz", lambda path: dict(np.load(path)))
 
     def fed(self, side, pooled=False):
-        """What an adaptor is fed of each `image`, `text` or `prompt` of a chain: the embedding (N, D), float16.
+        """Return the inputs of an adaptor for each `image`, `text` or `prompt` of a chain: embeddings (N, D), float16.
 
-        pooled: beside it, (N, D + P), what the tower's last map W (D, P) was given, which ends in a 1 where that has a
-        bias: the embedding is W times it, and in a few families a residual. Open the Pairs as pooled, then.
+        pooled: (N, D + P), each embedding followed by the input phi (P,) of the tower's last map W (D, P); phi ends in
+        a 1 if W has a bias. The embedding is W phi, plus a residual in a few families. Open the Pairs as pooled for it.
         """
         embedding = self.chains["text"] if side == "prompt" else getattr(self, side)
         if not pooled:
             return embedding
-        beside = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
+        phi = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
         tower = "image" if side == "image" else "text"
-        return Joined([embedding, beside], f"{tower}_bias" in self.projection)
+        return Joined([embedding, phi], f"{tower}_bias" in self.projection)
 
     def to(self, device, pooled=False):
-        """Put what an adaptor is fed on `device`: float16 images and captions (see `fed`), int64 image_of_text (M,)."""
+        """Copy to `device`: inputs of images and of captions (see `fed`), float16, and image_of_text (M,), int64."""
         arrays = (self.fed("image", pooled)[:], self.fed("text", pooled)[:], self.image_of_text)
         return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
 
 
 def all_seen(*parts):
-    """Join what `Pairs.seen` gave, or None, each; raises UserError where images of two sources are among them."""
+    """Join results of `Pairs.seen`, or None each; raises UserError if their images come from different sources."""
     parts = [part for part in parts if part is not None]
-    held = [part for part in parts if len(part["image_id"])] or parts[:1]
-    if len({part["id_space"] for part in held}) > 1:
+    filled = [part for part in parts if len(part["image_id"])] or parts[:1]
+    if len({part["id_space"] for part in filled}) > 1:
         raise UserError(
-            "what was learned elsewhere is of another source's images than those it is to be calibrated on, and a run"
-            " knows the images of one: train with --val-fraction 0."
+            "what the method learned elsewhere is from another source's images than those to calibrate on, and a run"
+            " stores the image ids of one source only: train with --val-fraction 0."
         )
-    ids = np.unique(np.concatenate([part["image_id"].numpy() for part in held]))
-    return {"id_space": held[0]["id_space"], "image_id": torch.from_numpy(ids)}
+    ids = np.unique(np.concatenate([part["image_id"].numpy() for part in filled]))
+    return {"id_space": filled[0]["id_space"], "image_id": torch.from_numpy(ids)}
 
 
 def hold_out(image_of_text, fraction, seed, block=1024, most=5):
-    """Split captions by their images: rows to train on, and a list of blocks of held-out rows, no image twice in one.
+    """Split captions by image: rows to train on, and a list of blocks of held-out rows, no image twice in a block.
 
-    image_of_text: (M,). fraction: of the images that is held out; none gives no block. most: blocks that are given. Two
-    captions of an image in one block would each be a wrong answer to the other's image. Raises UserError where fewer
-    than two images would be left of either part.
+    image_of_text: (M,). fraction: share of the images to hold out; 0 gives no blocks. most: largest number of blocks.
+    If a block held two captions of an image, each would be a wrong answer to the other's image. Raises UserError if
+    either part would have fewer than two images.
     """
-    captions = np.bincount(image_of_text)
-    held = round(fraction * len(captions))
+    captions = np.bincount(image_of_text)  # per image
+    held_out = round(fraction * len(captions))
     rows = torch.arange(len(image_of_text))
     if not fraction:
         return rows, []
-    if not 2 <= held <= len(captions) - 2:
+    if not 2 <= held_out <= len(captions) - 2:
         raise UserError(
-            f"--val-fraction {fraction} holds out {held} of {len(captions)} images: leave two or more on either side,"
-            " or hold out none with --val-fraction 0."
+            f"--val-fraction {fraction} holds out {held_out} of {len(captions)} images: leave two or more on either"
+            " side, or hold out none with --val-fraction 0."
         )
-    out = np.isin(image_of_text, np.random.default_rng(seed).permutation(len(captions))[:held])
+    out = np.isin(image_of_text, np.random.default_rng(seed).permutation(len(captions))[:held_out])
     order, starts = np.argsort(image_of_text, kind="stable"), np.cumsum(captions) - captions
-    number = np.empty(len(order), dtype=np.int64)  # of each caption among its image's
+    number = np.empty(len(order), dtype=np.int64)  # of each caption among those of its image
     number[order] = np.arange(len(order)) - np.repeat(starts, captions)
-    blocks = [rows[out & (number == k)].split(block) for k in range(number[out].max() + 1)]
-    # A block of one pair has no wrong answer to learn from.
-    return rows[~out], [part for parts in blocks for part in parts if len(part) > 1][:most]
+    blocks = []
+    for k in range(number[out].max() + 1):
+        blocks += rows[out & (number == k)].split(block)
+    # A block of one pair has no wrong answers.
+    return rows[~out], [part for part in blocks if len(part) > 1][:most]

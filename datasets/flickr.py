@@ -1,10 +1,10 @@
 """Flickr30k (Young et al., TACL 2014) and Flickr8k (Hodosh et al., JAIR 2013), from either kind of files in <root>:
 
     Karpathy's JSON     dataset_flickr30k.json, dataset_flickr8k.json
-    the publisher's     results_20130124.token with train.txt, val.txt, test.txt of Flickr30k Entities, and
+    publisher's lists   results_20130124.token with train.txt, val.txt, test.txt of Flickr30k Entities, and
                         Flickr8k.token.txt with Flickr_8k.trainImages.txt, ...devImages.txt, ...testImages.txt
 
-configs/datasets/flickr30k.yaml and flickr8k.yaml name these files and the folders that images may lie in.
+configs/datasets/flickr30k.yaml and flickr8k.yaml name these files and the possible folders of images.
 """
 
 import re
@@ -16,10 +16,10 @@ from utils.errors import UserError
 
 
 class Flickr(Karpathy):
-    """Flickr30k or Flickr8k: Karpathy's JSON where it is there, else the token file and its lists; in their order.
+    """Flickr30k or Flickr8k from Karpathy's JSON if it exists, else from the token file and its lists; in file order.
 
-    root: the folder. file: the JSON. tokens: the token file. lists: its file of image names by split. folders: names
-    that the folder of images may have. An image's id is that of the photo on Flickr, for both data sets.
+    root: the folder. file: the JSON. tokens: the token file. lists: for each split, the file of image names. folders:
+    possible names of the folder of images. For both data sets, an image's id is that of its photo on Flickr.
     """
 
     def __init__(self, root, file, tokens, lists, folders):
@@ -29,52 +29,53 @@ class Flickr(Karpathy):
         self.folders = [self.root / name for name in folders]
 
     def id_space(self, split):
-        """Flickr numbers its photos; most images of Flickr8k are in Flickr30k as well."""
+        """Return "flickr": ids are those of photos on Flickr, and most images of Flickr8k are also in Flickr30k."""
         return "flickr"
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)
     def _read(self):
-        """List what the JSON, or else the token file, has: (split, image, captions)."""
+        """Read the JSON, or else the token file, as a list of (split, image, captions)."""
         if self.file.is_file():
             return super()._read()
         if not self.tokens.is_file():
-            way = self.get or "name their folder with --root"
-            raise UserError(f"neither {self.file.name} nor {self.tokens.name} is in {self.root}: {way}.")
-        said, listed = self._said(), []
+            hint = self.get or "point --root to their folder"
+            raise UserError(f"{self.root} has neither {self.file.name} nor {self.tokens.name}: {hint}.")
+        captions_of, listed = self._captions(), []
         for split, path in self.lists.items():
             if not path.is_file():
                 raise UserError(f"the list of images {path} is missing: {self.get or 'put it there'}.")
-            # Flickr30k's lists leave .jpg out.
+            # Flickr30k's lists omit .jpg.
             names = [f"{name.removesuffix('.jpg')}.jpg" for name in _text(path).split()]
             for name in names:
-                if name not in said:
-                    way = "take it out of the list, or complete the captions"
-                    raise UserError(f"{path} lists {name}, of which {self.tokens} has no caption: {way}.")
+                if name not in captions_of:
+                    hint = "remove it from the list, or complete the captions"
+                    raise UserError(f"{path} lists {name}, which has no caption in {self.tokens}: {hint}.")
             images = [self._image({"filename": name}) for name in names]
             refuse_repeats(path, images)
-            captions = [[caption._replace(image_id=image.id) for caption in said[image.path.name]] for image in images]
-            listed += [(split, *pair) for pair in zip(images, captions)]
-        # An image in two splits is no mistake of this kind: whoever trains on one and tests on the other is told.
+            for image in images:
+                captions = [caption._replace(image_id=image.id) for caption in captions_of[image.path.name]]
+                listed.append((split, image, captions))
+        # An image may be in two splits: eval.py refuses to test on training images.
         refuse_repeats(self.root, {image.path.name: image for _, image, _ in listed}.values())
         return listed
 
-    def _said(self):
-        """Read the captions by image name; some name what is no image, which no split lists."""
-        said = {}
+    def _captions(self):
+        """Read the token file, {image name: captions}; a few names are not images, and no split lists them."""
+        captions = {}
         for number, line in enumerate(_text(self.tokens).split("\n")):
             name, tab, text = line.partition("\t")
             if tab and "#" in name:
-                said.setdefault(name.rpartition("#")[0], []).append(Caption(number, 0, " ".join(text.split())))
+                captions.setdefault(name.rpartition("#")[0], []).append(Caption(number, 0, " ".join(text.split())))
             elif line.strip():
                 form = "'name.jpg#0', a tab and a caption"
                 raise UserError(f"{self.tokens}: line {number + 1} is not {form}: download the file again.")
-        return said
+        return captions
 
     def _image(self, entry):
         name = entry["filename"]
         photo = re.match(r"(\d+)[_.]", name)
         if not photo:
-            raise UserError(f"the file name '{name}' in {self.root} does not begin with a Flickr photo id: mend it.")
+            raise UserError(f"the file name '{name}' in {self.root} does not begin with a Flickr photo id: fix it.")
         return Image(int(photo[1]), self._folder / name)
 
     @cached_property

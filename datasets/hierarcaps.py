@@ -16,10 +16,10 @@ COLUMNS = "id", "captions", "image_url"
 
 
 class HierarCaps(PairsFile):
-    """The split `test`, in its file's order; an image's caption is the last of its chain, the most specific one.
+    """The split `test`, in file order; the caption of an image is the last of its chain, the most specific one.
 
-    root: folder of hierarcaps_test.csv. images: folder that COCO's folders of 2014 or 2017 lie in, by default root. An
-    image has COCO's id, a caption that of its row.
+    root: folder of hierarcaps_test.csv. images: folder that holds COCO's 2014 or 2017 folders, by default root. An
+    image has COCO's id, a caption the `id` of its row.
     """
 
     def __init__(self, root, images=""):
@@ -28,16 +28,16 @@ class HierarCaps(PairsFile):
 
     @cached_property
     def version(self):
-        """A name for what the chains say: of them the list of captions shows only the last ones."""
+        """Hash of the chains, of which `captions` lists only the last prompts."""
         return f"{name_id(repr(self.chains('test'))):x}"
 
     def id_space(self, split):
-        """Images have COCO's own ids."""
+        """Return "coco": images have COCO's ids."""
         return "coco"
 
     def chains(self, split):
-        """List the chains of `split`, those of images that are absent as well; raises what `pairs` raises."""
-        self.pairs(split)  # refuses a split that is not there
+        """List the chains of `split`, including those of absent images; raises what `pairs` raises."""
+        self.pairs(split)  # raises UserError for an unknown split
         return [chain for _, _, chain in self._rows]
 
     def _read(self):
@@ -45,27 +45,27 @@ class HierarCaps(PairsFile):
 
     @cached_property
     def _rows(self):
-        """What the file has, (image, number of the row, chain)."""
+        """The rows of the file, as a list of (image, id of the row, chain)."""
         names, rows = self._open()
         for column in COLUMNS:
             if column not in names:
-                raise self._error(f"no column is called {column}; it has {', '.join(names):.200}: download it again.")
+                raise self._error(f"it has no column '{column}'; it has {', '.join(names):.200}: download it again.")
         listed, seen = [], set()
         for where, row in rows:
             number, captions, url = (row[column].strip() for column in COLUMNS)
             if not re.fullmatch(r"[0-9]{1,18}", number) or int(number) in seen:
-                way = "give each row a whole number of its own"
-                raise self._error(f"'id' of {where} is {number!r:.40}, which is no number or was there before: {way}.")
+                hint = "give each row its own number"
+                raise self._error(f"'id' of {where} is {number!r:.40}, which is not a number or not unique: {hint}.")
             chain = [" ".join(caption.split()) for caption in captions.split("=>")]  # folded, as in datasets/coco.py
             if len(chain) < 2 or not all(chain):
-                found = "has an empty caption" if len(chain) > 1 else "is no chain"
-                way = "write at least two captions with ' => ' between them, or take the row out"
-                raise self._error(f"'captions' of {where} {found}, {captions!r:.80}: {way}.")
-            place = re.search(r"(\w+)/((?:COCO_\w+_)?([0-9]{12})\.jpg)$", url)
-            if not place:
+                problem = "has an empty caption" if len(chain) > 1 else "is not a chain"
+                hint = "write at least two captions with ' => ' between them, or remove the row"
+                raise self._error(f"'captions' of {where} {problem}, {captions!r:.80}: {hint}.")
+            match = re.search(r"(\w+)/((?:COCO_\w+_)?([0-9]{12})\.jpg)$", url)
+            if not match:
                 form = ".../val2014/COCO_val2014_000000100489.jpg"
-                raise self._error(f"'image_url' of {where} is {url!r:.80}, not of the form {form}: mend the row.")
-            folder, name, id = place.groups()
+                raise self._error(f"'image_url' of {where} is {url!r:.80}, not of the form {form}: fix the row.")
+            folder, name, id = match.groups()
             seen.add(int(number))
             listed.append((Image(int(id), self.coco.find(int(id), folder, name)), int(number), chain))
         if not listed:

@@ -1,4 +1,4 @@
-"""The splits of Karpathy and Fei-Fei (CVPR 2015), one JSON file per data set: COCO's, and what Flickr's have in common.
+"""The splits of Karpathy and Fei-Fei (CVPR 2015), one JSON file per data set: COCO, and the base class for Flickr.
 
 {"images": [{"split": "restval", "cocoid": 522418, "filepath": "val2014", "filename": "COCO_val2014_000000522418.jpg",
              "sentences": [{"sentid": 681330, "raw": "A woman ..."}, ...]}, ...]}
@@ -14,10 +14,10 @@ from utils.errors import UserError
 
 
 class Karpathy(Described):
-    """COCO captions in Karpathy's splits, in their file's order: <root>/<file>, images in <root>/train2014 and val2014.
+    """COCO captions in Karpathy's splits, in file order: <root>/<file>, images in <root>/train2014 and val2014.
 
-    `train` has `restval` in it, as the field trains; `train_only` is without. Where a 2014 folder is absent, images are
-    looked for in train2017 and val2017, which hold the same ones under other names.
+    `train` includes `restval`, as is common in the field; `train_only` excludes it. If a 2014 folder is absent, images
+    are read from train2017 and val2017, which hold the same images under other names.
     """
 
     def __init__(self, root, file="dataset_coco.json"):
@@ -25,7 +25,7 @@ class Karpathy(Described):
         self.coco = CocoFolders(self.root)
 
     def id_space(self, split):
-        """Images have COCO's own ids, whatever the splits."""
+        """Return "coco": images have COCO's ids in all splits."""
         return "coco"
 
     def pairs(self, split):
@@ -40,15 +40,15 @@ class Karpathy(Described):
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)
     def _read(self):
-        """List what the file has, (split, image, captions)."""
+        """Read the file as a list of (split, image, captions)."""
         if not self.file.is_file():
-            raise UserError(f"the file of splits {self.file} is missing: {self.get or 'name its folder with --root'}.")
+            raise UserError(f"the file of splits {self.file} is missing: {self.get or 'point --root to its folder'}.")
         try:
             entries = json.loads(self.file.read_bytes())["images"]
             listed = [(str(entry["split"]), *self._pair(entry)) for entry in entries]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            said = f"{type(error).__name__}: {error}"  # some errors have the whole file in their repr
-            raise UserError(f"{self.file} is not a file of Karpathy's splits ({said}): download it again.") from None
+            reason = f"{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
+            raise UserError(f"{self.file} is not a file of Karpathy's splits ({reason}): download it again.") from None
         if not listed:
             raise UserError(f"{self.file} lists no images: download it again.")
         refuse_repeats(self.file, (image for _, image, _ in listed))
@@ -56,8 +56,11 @@ class Karpathy(Described):
 
     def _pair(self, entry):
         image = self._image(entry)
-        said = [(operator.index(sentence["sentid"]), sentence["raw"].split()) for sentence in entry["sentences"]]
-        return image, [Caption(id, image.id, " ".join(words)) for id, words in said]  # folded, as in datasets/coco.py
+        captions = []
+        for sentence in entry["sentences"]:
+            text = " ".join(sentence["raw"].split())  # folded, as in datasets/coco.py
+            captions.append(Caption(operator.index(sentence["sentid"]), image.id, text))
+        return image, captions
 
     def _image(self, entry):
         id = operator.index(entry["cocoid"])
@@ -65,20 +68,20 @@ class Karpathy(Described):
 
 
 class CocoFolders:
-    """COCO's images in the folders of 2014 or, where one is absent, of 2017, which hold the same under other names."""
+    """COCO's images in the 2014 folders or, if one is absent, in the 2017 folders, which hold the same images."""
 
     def __init__(self, root):
         self.root = root
 
     def find(self, id, folder, name):
-        """Give the path of the image `id`, which is <root>/<folder>/<name> where that folder is there."""
+        """Return the path of image `id`: <root>/<folder>/<name> if that folder exists, else its path of 2017."""
         folder, name_of_2017 = self.root / folder, f"{id:012d}.jpg"
-        if self._is_there(folder) or not self._files_of_2017:
+        if self._exists(folder) or not self._files_of_2017:
             return folder / name
         return self._files_of_2017.get(name_of_2017, self.root / "train2017" / name_of_2017)
 
-    @lru_cache  # noqa: B019  (for one answer per folder, not per image)
-    def _is_there(self, folder):
+    @lru_cache  # noqa: B019  (asked once per folder, not per image)
+    def _exists(self, folder):
         return folder.is_dir()
 
     @cached_property
@@ -87,10 +90,10 @@ class CocoFolders:
 
 
 def refuse_repeats(file, images):
-    """Raise a UserError where two of the `images` that `file` lists have one id."""
-    known = {}
+    """Raise UserError if two of the `images` that `file` lists have the same id."""
+    by_id = {}
     for image in images:
-        if image.id in known:
-            both = f"{known[image.id].path.name} and {image.path.name}"
-            raise UserError(f"{file} lists {both} with one image id, {image.id}: leave one of them out.")
-        known[image.id] = image
+        if image.id in by_id:
+            both = f"{by_id[image.id].path.name} and {image.path.name}"
+            raise UserError(f"{file} lists {both} with the same image id, {image.id}: leave one of them out.")
+        by_id[image.id] = image

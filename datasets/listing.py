@@ -1,4 +1,4 @@
-"""What a split is made of before anything is encoded: its images and captions, less what must be left out."""
+"""List the images and captions of a split before anything is encoded, without those that must be left out."""
 
 import contextlib
 import hashlib
@@ -11,28 +11,28 @@ from scipy import sparse
 from datasets import Caption, Classes, Image
 from utils.errors import UserError
 
-SAMPLE = 16  # files that are looked into, to tell other pictures by the same names
+SAMPLE = 16  # files whose content is hashed, to detect other pictures under the same names
 
 
 @dataclass
 class Listing:
-    """Images (N,) and captions (M,) of a split in row order, with what the source knows of them."""
+    """Images (N,) and captions (M,) of a split in row order, with the source's annotations."""
 
     images: list[Image]
-    captions: list[Caption]  # of a set with classes: the prompts, class by class
+    captions: list[Caption]  # if the images have classes: the prompts, class by class
     id_space: str
     classes: Classes | None = None
-    embeddings: tuple | None = None  # (N, D) and (M, D), where the source gives them
+    embeddings: tuple | None = None  # (N, D) and (M, D), if the source has them
     matches: sparse.csc_array | None = None
     chains: list[list[str]] = field(default_factory=list)
-    skipped: list[dict] = field(default_factory=list)  # what is left out, and why
-    sizes: dict = field(default_factory=dict)  # of the files that hold images, in bytes, by path
+    skipped: list[dict] = field(default_factory=list)  # what was left out, and why
+    sizes: dict = field(default_factory=dict)  # {path: bytes} of the files that hold images
 
 
 def list_split(source, split, on_error="stop"):
-    """List a split, leaving out, where told to, images whose files are absent and captions that cannot be read.
+    """List a split, and handle images without a file and captions that no tokenizer can read.
 
-    on_error: stop raises a UserError at the first of them, skip leaves them (and the captions of such images) out.
+    on_error: stop raises a UserError at the first of them; skip leaves them out, with the captions of such images.
     """
     images, classes = source.images(split), source.classes(split)
     captions = source.captions(split) or ([] if classes is None else _prompts(classes))
@@ -54,18 +54,18 @@ def list_split(source, split, on_error="stop"):
     places = {image.id: image.place for image in images} if faults else {}
     if faults and on_error == "stop":
         first, reason = faults[0]
-        more = f" (and {len(faults) - 1:,} more)" * (len(faults) > 1)
-        said = f"caption {first.id} of '{split}', of {places.get(first.image_id)}, {reason}{more}"
-        raise UserError(f"{said}: mend it, or leave it out with --on-error skip.")
+        more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
+        caption = f"caption {first.id} of '{split}', of {places.get(first.image_id)},"
+        raise UserError(f"{caption} {reason}{more}: fix it, or leave it out with --on-error skip.")
     skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
     skipped += [{"text_id": c.id, "path": places.get(c.image_id), "reason": reason} for c, reason in faults]
     if classes is None:
         kept = [c.image_id not in absent and not reason for c, reason in zip(captions, reasons, strict=True)]
         keep_text = np.array(kept, dtype=bool)
         described = {caption.image_id for caption, keep in zip(captions, keep_text) if keep}
-        # An image that nothing describes can be no query and no answer.
-        silent = [image for image in images if image.id not in described and image.id not in absent]
-        skipped += [{"image_id": image.id, "path": image.place, "reason": "no caption"} for image in silent]
+        # An image without captions can be neither query nor answer.
+        undescribed = [image for image in images if image.id not in described and image.id not in absent]
+        skipped += [{"image_id": image.id, "path": image.place, "reason": "no caption"} for image in undescribed]
     else:
         keep_text, described = np.full(len(captions), True), {image.id for image in images} - absent
     keep_image = np.array([image.id in described for image in images], dtype=bool)
@@ -88,23 +88,24 @@ def list_split(source, split, on_error="stop"):
 
 
 def _size(path):
-    """Size of a file in bytes, or None where there is none that can be read."""
+    """Return the size of a file in bytes, or None if there is no such file."""
     try:
         return path.stat().st_size if path.is_file() else None
-    except OSError:  # such as a name that no file can have
+    except OSError:  # for example, the name is too long
         return None
 
 
 def _prompts(classes):
-    """Say every class in every template."""
-    said = [
-        (number, form.replace("{}", name)) for number, name in enumerate(classes.names) for form in classes.templates
-    ]
-    return [Caption(row, number, prompt) for row, (number, prompt) in enumerate(said)]
+    """Fill every class name into every template."""
+    prompts = []
+    for number, name in enumerate(classes.names):
+        for template in classes.templates:
+            prompts.append(Caption(len(prompts), number, template.replace("{}", name)))
+    return prompts
 
 
 def _fault(text):
-    """Say why no tokenizer can read a caption, or nothing."""
+    """Return why no tokenizer can read a caption, or ""."""
     if not text.strip():
         return "is empty"
     try:
@@ -115,9 +116,9 @@ def _fault(text):
 
 
 def fingerprint(source, listing):
-    """Identify what a split lists: files by name, captions, classes, and the source's version; 16 hex digits.
+    """Hash what a split lists: file names, captions, classes, and the source's version; 16 hex digits.
 
-    Not the folder they lie in: moved data are the same data.
+    The folder of the files is left out: moved data are the same data.
     """
     digest = hashlib.sha256(f"{type(source).__name__} {source.version}\n".encode())
     row_of_id = {}
@@ -125,8 +126,8 @@ def fingerprint(source, listing):
         row_of_id[image.id] = row
         digest.update(f"{Path(image.place).name}\n".encode())
     for caption in listing.captions:
-        owner = caption.image_id if listing.classes is not None else row_of_id[caption.image_id]
-        digest.update(f"{caption.id}\t{owner}\t{caption.text}\n".encode())
+        target = caption.image_id if listing.classes is not None else row_of_id[caption.image_id]
+        digest.update(f"{caption.id}\t{target}\t{caption.text}\n".encode())
     if listing.classes is not None:
         digest.update(repr(listing.classes.names).encode())
         digest.update(np.asarray(listing.classes.label, dtype=np.int64).tobytes())
@@ -136,12 +137,12 @@ def fingerprint(source, listing):
 
 
 def files_fingerprint(listing):
-    """Identify the files that a split's images lie in: 16 hex digits of their sizes and, of some, their first bytes."""
+    """Hash the files of a split's images: all sizes, and the first bytes of about SAMPLE; 16 hex digits."""
     digest = hashlib.sha256()
     for image in listing.images:
         digest.update(f"{listing.sizes.get(image.path)}\n".encode())
     for image in listing.images[:: max(1, len(listing.images) // SAMPLE)]:
-        with contextlib.suppress(OSError):  # one that cannot be read is told of when it is its turn
+        with contextlib.suppress(OSError):  # an unreadable file raises its error when it is encoded
             if image.path is not None:
                 with open(image.path, "rb") as file:
                     digest.update(file.read(2**16))

@@ -1,25 +1,25 @@
-"""Pairs of your own in one table, a row per caption: .csv, .tsv, .jsonl (an object per line) or .parquet with columns
+"""Your own pairs in one table, a row per caption: .csv, .tsv, .jsonl (an object per line) or .parquet with columns
 
-    image     a file's path, from the table's folder (or `image_root`); rows of one image are its several captions
+    image     a file's path, relative to the table's folder (or `image_root`); rows of one image are its captions
     caption   text
     split     optional: train, test, ...; without it images are split at random
 
-and any others, which are not read. Rows are counted from 0.
+Other columns are ignored. Rows are counted from 0.
 """
 
 import codecs
 import csv
 import io
+import itertools
 import json
 import os
 from functools import lru_cache
-from itertools import chain, compress
 from pathlib import Path
 
 from datasets import Caption, Described, Image, check_folds, fold_splits, name_id
 from utils.errors import UserError
 
-# What columns are called, where an option does not say.
+# Default names of the columns.
 COLUMNS = {
     "image": ("image", "image_path", "filepath", "path", "file_name"),
     "caption": ("caption", "text", "title"),
@@ -28,11 +28,11 @@ COLUMNS = {
 
 
 class PairsFile(Described):
-    """Pairs that a table lists; images in the order in which they first occur.
+    """Pairs listed in a table; images in the order in which they first occur.
 
-    root: the file. image_root: the folder that paths start from, by default the file's. image_column, caption_column,
-    split_column: by default the first of COLUMNS that the file has. folds, seed: of the random parts that images are
-    put into where there is no column of splits: all, train and test, train0 and test0, ...
+    root: the file. image_root: the folder that paths are relative to, by default that of the file. image_column,
+    caption_column, split_column: by default the first of COLUMNS that the file has. folds, seed: see `fold_splits`,
+    which splits the images if there is no column of splits.
     """
 
     def __init__(self, root, image_root="", image_column="", caption_column="", split_column="", folds=5, seed=0):
@@ -42,69 +42,73 @@ class PairsFile(Described):
         self.columns = {"image": image_column, "caption": caption_column, "split": split_column}
 
     def id_space(self, split):
-        """An image is known by its path: two tables can name the same file."""
+        """Return "files": an id is a hash of the path, as two tables can list the same file."""
         return "files"
 
     def pairs(self, split):
-        """List images with their captions, whose ids are rows; raises UserError where the file cannot be read so."""
+        """List images with their captions, whose ids are rows; raises UserError if the file cannot be read."""
         splits = self._read()
         if split not in splits:
-            way = "name one with --splits here, --set data.train_split=NAME in train.py and --split in eval.py"
-            raise self._error(f"it has no split '{split}'; it has {', '.join(splits)}: {way}.")
+            hint = "choose one with --splits here, --set data.train_split=NAME in train.py and --split in eval.py"
+            raise self._error(f"it has no split '{split}'; it has {', '.join(splits)}: {hint}.")
         return splits[split]
 
-    def _error(self, said):
-        return UserError(f"{self.file}: {said}")
+    def _error(self, message):
+        return UserError(f"{self.file}: {message}")
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)
     def _read(self):
         """Read the table as {split: [(image, captions)]}."""
         names, rows = self._open()
-        columns = [self._column(names, kind) for kind in COLUMNS]
+        image_column, caption_column, split_column = (self._column(names, kind) for kind in COLUMNS)
         images, described = {}, {}
         for number, (where, row) in enumerate(rows):
-            for column in filter(None, columns):
+            for column in filter(None, (image_column, caption_column, split_column)):
                 if not isinstance(row.get(column), str):
-                    found = "null or missing" if row.get(column) is None else f"no string but {row[column]!r:.40}"
-                    raise self._error(f"'{column}' of {where} is {found}: mend the row, or take it out.")
-            image, text, split = (row.get(column, "").strip() for column in columns)
-            if not image or (columns[2] and not split):
-                raise self._error(f"'{columns[2] if image else columns[0]}' of {where} is empty: mend the row.")
+                    actual = "null or missing" if row.get(column) is None else f"not a string but {row[column]!r:.40}"
+                    raise self._error(f"'{column}' of {where} is {actual}: fix the row, or remove it.")
+            image, text = row[image_column].strip(), row[caption_column]
+            split = row[split_column].strip() if split_column else ""
+            if not image:
+                raise self._error(f"'{image_column}' of {where} is empty: fix the row.")
+            if split_column and not split:
+                raise self._error(f"'{split_column}' of {where} is empty: fix the row.")
             if image not in images:
                 images[image] = self._image(image, where)
-            of_split = described.setdefault(split, {})
+            pairs = described.setdefault(split, {})
             caption = Caption(number, images[image].id, " ".join(text.split()))
-            of_split.setdefault(images[image].id, (images[image], []))[1].append(caption)
+            pairs.setdefault(images[image].id, (images[image], []))[1].append(caption)
         if not images:
-            raise self._error("it holds no pairs: give it a row per caption.")
+            raise self._error("it holds no pairs: write a row per caption.")
         splits = {split: list(pairs.values()) for split, pairs in described.items()}
-        if columns[2]:
+        if split_column:
             return splits
         pairs = splits[""]
         masks = fold_splits(len(pairs), self.folds, self.seed, self.file)
-        return {split: list(compress(pairs, mask)) for split, mask in masks.items()}
+        return {split: list(itertools.compress(pairs, mask)) for split, mask in masks.items()}
 
-    def _image(self, written, where):
-        """Make an image of a path; one file has one id, whichever way its path is written."""
-        if "://" in written:
-            raise self._error(f"the image of {where} is an address, {written}: download it, and name its file.")
-        path = Path(os.path.normpath(self.folder / written))
+    def _image(self, name, where):
+        """Make an image of a path; one file has one id, however its path is spelled."""
+        if "://" in name:
+            raise self._error(f"the image of {where} is a URL, {name}: download it, and give the path of its file.")
+        path = Path(os.path.normpath(self.folder / name))
         return Image(name_id(path.as_posix()), path)
 
     def _column(self, names, kind):
-        """Find what the file calls a column; only the split may be left out."""
+        """Return the file's name of a column, or None; raises UserError without one, except for the split."""
         option = self.columns[kind]
-        column = next((name for name in ([option] if option else COLUMNS[kind]) if name in names), None)
+        candidates = [option] if option else COLUMNS[kind]
+        column = next((name for name in candidates if name in names), None)
         if column is None and (option or kind != "split"):
-            wanted, has = option or " or ".join(COLUMNS[kind]), ", ".join(names)
-            way = f"name it with --set data.options.{kind}_column=NAME"
+            hint = f"choose one with --set data.options.{kind}_column=NAME"
             if len(names) == 1 and ";" in names[0]:
-                way = "separate the columns by commas, or by tabs in a .tsv"
-            raise self._error(f"no column is called {wanted}; it has {has:.200}: {way}.")
+                hint = "separate the columns by commas, or by tabs in a .tsv"
+            wanted = " or ".join(f"'{name}'" for name in candidates)
+            raise self._error(f"it has no column {wanted}; it has {', '.join(names):.200}: {hint}.")
         return column
 
     def _open(self):
-        """Open the table: its columns' names, and an iterator of (where a row stands, {column: value})."""
+        """Open the table: returns the column names, and an iterator of ("line 2" or "row 0", {column: value})."""
         formats = {
             ".csv": lambda: self._csv(","),
             ".tsv": lambda: self._csv("\t"),
@@ -112,11 +116,11 @@ class PairsFile(Described):
             ".parquet": self._parquet,
         }
         if self.file.is_dir():
-            raise self._error("it is a folder: name the file of pairs itself with --root.")
+            raise self._error("it is a folder: point --root to the file of pairs itself.")
         if self.file.suffix.lower() not in formats:
-            raise self._error(f"its name must end in {', '.join(formats)}, which says how it is to be read.")
+            raise self._error(f"its name must end in {', '.join(formats)}, which tells its format.")
         if not self.file.is_file():
-            raise self._error(f"it is missing: {self.get or 'name the file of pairs with --root'}.")
+            raise self._error(f"it is missing: {self.get or 'point --root to the file of pairs'}.")
         return formats[self.file.suffix.lower()]()
 
     def _text(self):
@@ -129,12 +133,12 @@ class PairsFile(Described):
                 f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8."
             ) from None
         if not text.strip():
-            raise self._error("it is empty: give it a row per caption.")
+            raise self._error("it is empty: write a row per caption.")
         return text
 
     def _csv(self, delimiter):
-        csv.field_size_limit(2**31 - 1)  # by default a caption of 10,000 words may be too long
-        # Strict, because a quote that is never closed would else take the rows after it for one caption.
+        csv.field_size_limit(2**31 - 1)  # the default refuses captions of 10,000 words and more
+        # Strict, because an unclosed quote would otherwise turn the following rows into one caption.
         reader = csv.reader(io.StringIO(self._text(), newline=""), delimiter=delimiter, strict=True)
 
         def lines():
@@ -143,20 +147,20 @@ class PairsFile(Described):
                 for row in filter(None, reader):
                     width = width or len(row)
                     if len(row) != width:
-                        way = f"captions with a {'comma' if delimiter == ',' else 'tab'} must be in quotes"
+                        hint = f"put captions with a {'comma' if delimiter == ',' else 'tab'} in quotes"
                         raise self._error(
-                            f"line {reader.line_num} has {len(row)} fields, but the header {width}: {way}."
+                            f"line {reader.line_num} has {len(row)} fields, but the header has {width}: {hint}."
                         )
                     yield f"line {reader.line_num}", row
             except csv.Error as error:
-                way = 'put fields that hold quotes between quotes, and write their own twice ("say ""this""")'
-                raise self._error(f"line {reader.line_num} cannot be read ({error}): {way}.") from None
+                hint = 'put fields that contain quotes in quotes, and double those inside ("say ""this""")'
+                raise self._error(f"line {reader.line_num} cannot be read ({error}): {hint}.") from None
 
         rows = lines()
         header = [name.strip() for name in next(rows)[1]]
-        twice = [name for name in header if header.count(name) > 1]
-        if twice:
-            raise self._error(f"it has two columns '{twice[0]}': write a row per caption, and name each column once.")
+        repeated = [name for name in header if header.count(name) > 1]
+        if repeated:
+            raise self._error(f"it has two columns '{repeated[0]}': write a row per caption, and each column once.")
         return header, ((where, dict(zip(header, row))) for where, row in rows)
 
     def _jsonl(self):
@@ -166,9 +170,9 @@ class PairsFile(Described):
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise self._error(f"line {number} is not valid JSON ({error}): mend the line.") from None
+                    raise self._error(f"line {number} is not valid JSON ({error}): fix the line.") from None
                 if not isinstance(row, dict):
-                    raise self._error(f"line {number} is no object: write one per line, with keys for the columns.")
+                    raise self._error(f"line {number} is not an object: write one per line, with the columns as keys.")
                 rows.append((f"line {number}", row))
         return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
@@ -177,25 +181,29 @@ class PairsFile(Described):
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            way = "`pip install -r requirements-extra.txt`, or save the table as .csv"
-            raise self._error(f"Parquet files are read with pyarrow, which is not installed: {way}.") from None
-        refused = (pyarrow.ArrowException, OSError, ValueError)
+            hint = "run `pip install -r requirements-extra.txt`, or save the table as .csv"
+            raise self._error(f"Parquet files are read with pyarrow, which is not installed: {hint}.") from None
+        errors = (pyarrow.ArrowException, OSError, ValueError)
 
-        def failed(error):
-            return self._error(f"it is no Parquet file that pyarrow reads ({' '.join(str(error).split())}): mend it.")
+        def unreadable(error):
+            message = " ".join(str(error).split())
+            return self._error(f"it is not a Parquet file that pyarrow can read ({message}): write it again.")
 
         def records():
             try:
-                # Others are left alone: some tables have the images' own bytes in them.
-                columns = [name for name in names if name in {*sum(COLUMNS.values(), ()), *self.columns.values()}]
-                rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(columns=columns))
-                yield from ((f"row {number}", row) for number, row in enumerate(rows))
-            except refused as error:
-                raise failed(error) from None
+                # Other columns are skipped: some tables hold the bytes of the images.
+                used = {*itertools.chain(*COLUMNS.values()), *self.columns.values()}
+                number = 0
+                for batch in file.iter_batches(columns=[name for name in names if name in used]):
+                    for row in batch.to_pylist():
+                        yield f"row {number}", row
+                        number += 1
+            except errors as error:
+                raise unreadable(error) from None
 
         try:
             file = pyarrow.parquet.ParquetFile(self.file)
             names = file.schema_arrow.names
-        except refused as error:
-            raise failed(error) from None
+        except errors as error:
+            raise unreadable(error) from None
         return names, records()

@@ -1,8 +1,8 @@
-"""Images of the drawn world in classes, by shape or by color, and the same objects on backgrounds never seen.
+"""Images of the drawn world in classes, by shape or by color, also on backgrounds unseen in training.
 
 The built-in backbone and the captions of `shapes` know eight backgrounds, all of them gray, black, white or brown. The
-`shifted` splits show the same 720 objects on eight others, textures in muted colors, of which an object's own color
-keeps a distance that an eye sees. So the world's labels stay exact, while the backbone's answers get worse.
+`shifted` splits show the same 720 objects on eight others, textures in muted colors that are visibly different from the
+object's color. Labels thus remain exact, while the accuracy of the backbone drops.
 """
 
 import re
@@ -14,9 +14,9 @@ import PIL.Image
 
 from datasets import Caption, Classes, Source
 from datasets.shapes import CARDINALITY, DRAWING, NAMES, VAL_SCENES, VALUES, draw, drawn
-from utils.errors import UserError
+from utils.errors import UserError, one_of
 
-# Each background with its texture and the two colors that this mixes.
+# Each background with its texture and the two colors that the texture mixes.
 BACKGROUNDS = {
     "sky": ("gradient", (120, 165, 215), (225, 225, 225)),
     "dusk": ("gradient", (110, 85, 130), (225, 175, 140)),
@@ -28,12 +28,12 @@ BACKGROUNDS = {
     "carpet": ("zigzag", (115, 65, 90), (180, 140, 140)),
 }
 SHIFTED = (*CARDINALITY[:4], len(BACKGROUNDS))
-# Least distances in RGB, of 0 to 255, before the jitter that every drawing has.
-GAP = 80  # from an object's color to any that is mixed behind it
-CONTRAST = 40  # between the two colors of a background, so that its texture can be seen, too
+# Smallest distances in RGB (0 to 255), before the jitter of every drawing.
+GAP = 80  # between an object's color and every color of its background
+CONTRAST = 40  # between the two colors of a background, so that its texture is visible
 
-# Which scenes a split may show, as a range of the world's shuffled scenes. The ranges do not depend on sizes, so that
-# changing one never moves a scene across. The first VAL_SCENES are those that the backbone was not trained on.
+# The scenes that a split may show, as a range of the world's shuffled scenes. Ranges do not depend on sizes, so that
+# changing a size never moves a scene to another split. The backbone was not trained on the first VAL_SCENES.
 RANGES = {
     "train": (VAL_SCENES, None),
     "val": (0, VAL_SCENES // 2),
@@ -44,24 +44,23 @@ RANGES = {
 }
 IMAGES = {"train": 2000, "val": 500, "test": 500, "shifted-train": 2000, "shifted-val": 500, "shifted-test": 1000}
 ATTRIBUTES = ("shape", "color")
-BACKDROPS = "b1"  # raise it when what a seed draws behind shifted objects changes, see shapes.DRAWING
+BACKDROPS = "b1"  # increase it when the shifted backgrounds of a seed change, see shapes.DRAWING
 
 
 class ShapeClasses(Source):
-    """Newly drawn images of the world of `shapes`, in classes by one attribute; draws the image files it lacks.
+    """New drawings of the world of `shapes`, in classes by one attribute; draws the image files that are missing.
 
     root: folder for the files, which do not depend on attribute and templates. attribute: shape or color. templates:
-    prompts with {} where the class's name stands. seed: fixes scenes and drawings, and must be that of the `shapes`
-    that the backbone knows. images: sizes of splits, where they differ from IMAGES. image_size: side of a drawing in
-    pixels. Raises ValueError for an option that cannot be.
+    prompts with {} in place of the class name. seed: fixes scenes and drawings; must be the seed of the `shapes` that
+    the backbone was trained on. images: sizes of splits that differ from IMAGES. image_size: side of a drawing in
+    pixels. Raises ValueError for an invalid option.
     """
 
     def __init__(self, root, attribute, templates, seed=0, images=None, image_size=96):
         self.attribute, self.templates, self.seed, self.image_size = attribute, templates, seed, image_size
-        if attribute not in ATTRIBUTES:
-            raise ValueError(f"attribute must be {' or '.join(ATTRIBUTES)}, not {attribute!r}")
-        prompts = isinstance(templates, list) and all(isinstance(form, str) for form in templates)
-        if not (prompts and templates and all(form.count("{}") == 1 for form in templates)):
+        one_of("attribute", attribute, ATTRIBUTES)
+        strings = isinstance(templates, list) and all(isinstance(template, str) for template in templates)
+        if not (strings and templates and all(template.count("{}") == 1 for template in templates)):
             raise ValueError(f"templates must list prompts with one {{}} each, not {templates!r}")
         images = {} if images is None else images
         if not isinstance(images, dict) or set(images) - set(IMAGES):
@@ -69,22 +68,22 @@ class ShapeClasses(Source):
         self.sizes = IMAGES | images
         numbers = [(number, 1) for number in (*self.sizes.values(), image_size)] + [(seed, 0)]
         if any(type(number) is not int or number < least for number, least in numbers):
-            raise ValueError("sizes must be whole numbers from 1 on, and the seed from 0 on")
-        # Without the attribute: classes of both read the same files, and an image has one id space whatever it is
-        # asked. Drawings of `shapes` are other files: its ids are not these, though scenes of train are in its train.
+            raise ValueError("sizes must be integers of at least 1, and the seed of at least 0")
+        # The attribute is left out: both attributes read the same files, so an image has one id space. Drawings of
+        # `shapes` are other files with other ids, although it shares the scenes of train.
         self.version = f"{DRAWING}-{BACKDROPS}-seed{seed}-{image_size}px"
         self.folder = Path(root) / self.version
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)
     def scenes(self, split):
-        """Draw the scenes of `split`, (N, 5) value indices, the last of BACKGROUNDS if the split is shifted.
+        """Sample the scenes of `split`, (N, 5) value indices; the last is into BACKGROUNDS if the split is shifted.
 
-        No scene of one split occurs in another, and none of `val` and `test` in the train split of `shapes`. Raises
-        UserError for an unknown split.
+        The splits share no scene, and `val` and `test` share none with the train split of `shapes`. Raises UserError
+        for an unknown split.
         """
         if split not in RANGES:
             raise UserError(f"this data set has no split '{split}'; it has {', '.join(RANGES)}.")
-        # [seed, 0] is the order by which `shapes` holds scenes out.
+        # [seed, 0] is the order in which `shapes` holds scenes out.
         world, stream = (SHIFTED, 3) if is_shifted(split) else (CARDINALITY, 0)
         order = np.random.default_rng([self.seed, stream]).permutation(int(np.prod(world)))
         rows = np.resize(order[slice(*RANGES[split])], self.sizes[split])  # every scene once before any occurs twice
@@ -92,7 +91,7 @@ class ShapeClasses(Source):
 
     def images(self, split):
         """List the images of `split`, drawing the files that are missing; raises UserError for an unknown split."""
-        scenes, stream = self.scenes(split), 11 + list(RANGES).index(split)  # those of `shapes` are 1 and 2
+        scenes, stream = self.scenes(split), 11 + list(RANGES).index(split)  # `shapes` uses streams 1 and 2
         paint = paint_unseen if is_shifted(split) else None
         return drawn(
             self.folder / split,
@@ -101,16 +100,17 @@ class ShapeClasses(Source):
         )
 
     def captions(self, split):
-        """List the prompts, class by class: the templates, with the article that English wants."""
-        said = [
-            (number, re.sub(r"\ba \{\}", "an {}" if name[0] in "aeiou" else "a {}", form).replace("{}", name))
-            for number, name in enumerate(self._names)
-            for form in self.templates
-        ]
-        return [Caption(row, number, prompt) for row, (number, prompt) in enumerate(said)]
+        """List the prompts class by class: the templates, with "an" for "a" before a vowel."""
+        prompts = []
+        for number, name in enumerate(self._names):
+            article = "an" if name[0] in "aeiou" else "a"
+            for template in self.templates:
+                prompt = re.sub(r"\ba \{\}", f"{article} {{}}", template).replace("{}", name)
+                prompts.append(Caption(len(prompts), number, prompt))
+        return prompts
 
     def classes(self, split):
-        """Give the classes of the images of `split`; raises UserError for an unknown split."""
+        """Return the classes of the images of `split`; raises UserError for an unknown split."""
         return Classes(list(self._names), [], self.scenes(split)[:, NAMES.index(self.attribute)])
 
     @property
@@ -119,12 +119,12 @@ class ShapeClasses(Source):
 
 
 def is_shifted(split):
-    """Whether a split shows BACKGROUNDS in place of the world's own."""
+    """Whether a split shows BACKGROUNDS instead of those of `shapes`."""
     return split.startswith("shifted-")
 
 
 def paint_unseen(number, fill, size, rng):
-    """Paint background `number` of BACKGROUNDS for an object of the color `fill`, (size, size, 3) in 0 to 255."""
+    """Draw background `number` of BACKGROUNDS behind an object of color `fill`: (size, size, 3), from 0 to 255."""
     texture, *colors = list(BACKGROUNDS.values())[number]
     while True:
         pair = np.array(colors) + rng.uniform(-20, 20, (2, 3)) + rng.uniform(-60, 60)
@@ -137,7 +137,7 @@ def paint_unseen(number, fill, size, rng):
 
 
 def _axes(size, rng):
-    """Coordinates of pixels across and down a picture of side 1, (1, size) and (size, 1), at a random phase."""
+    """Return x (1, size) and y (size, 1) of the pixels of a picture of side 1, at a random phase."""
     steps = np.arange(size) / size
     return steps[None] + rng.uniform(), steps[:, None] + rng.uniform()
 
@@ -182,7 +182,7 @@ def _patches(size, rng):
 
 
 def _field(size, across, down, rng):
-    """Random values in [0, 1] of a coarse grid, drawn smoothly to (size, size)."""
+    """Return random values in [0, 1] of a coarse grid, interpolated to (size, size)."""
     grid = PIL.Image.fromarray(rng.integers(0, 256, (down, across), dtype=np.uint8))
     return np.asarray(grid.resize((size, size), PIL.Image.Resampling.BICUBIC)) / 255
 

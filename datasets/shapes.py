@@ -1,8 +1,8 @@
 """`shapes`: a drawn world in which the ambiguity of every caption is known exactly.
 
 An image shows one object on a background; five attributes describe it, so there are 5,760 distinct scenes. A caption
-names a random subset of the attributes, from none ("a photo") to all five. Which images of a gallery a caption is true
-of then follows from the grammar, and with it the caption's ambiguity and the best recall that any method can reach.
+names a random subset of the attributes, from none ("a photo") to all five. The grammar thus determines which images of
+a gallery a caption is true of, its ambiguity, and the best recall that any method can reach.
 """
 
 from functools import lru_cache
@@ -18,8 +18,8 @@ from datasets import Caption, Image, Source
 from utils.errors import UserError
 from utils.files import atomic
 
-# Each value with the ways captions spell it. Colors of objects and of backgrounds do not overlap, so that every object
-# can be seen and no word means two things.
+# Each value with its wordings in captions. Colors of objects and of backgrounds do not overlap, so that every object is
+# visible and no word is ambiguous.
 ATTRIBUTES = {
     "shape": {
         "circle": ["circle", "disc"],
@@ -57,11 +57,11 @@ NAMES = tuple(ATTRIBUTES)
 VALUES = tuple(tuple(values) for values in ATTRIBUTES.values())
 CARDINALITY = tuple(len(values) for values in VALUES)
 SCENES = int(np.prod(CARDINALITY))
-VAL_SCENES = 1000  # held out whatever the sizes of the splits, so that changing a size never moves a scene across
+VAL_SCENES = 1000  # held out for any sizes of the splits, so that changing a size never moves a scene to another split
 UNNAMED = -1
 
 OPENINGS = ("a photo", "a picture", "an image", "a drawing", "a snapshot")
-NOUNS = ("object", "thing", "figure")  # what the object is called where its shape is not named
+NOUNS = ("object", "thing", "figure")  # words for the object if its shape is not named
 BACKDROPS = ("on a {} background", "against a {} background", "in front of a {} backdrop")
 
 OBJECT_RGB = {
@@ -75,7 +75,7 @@ CENTER = {
     "bottom left": (0.3, 0.7), "bottom right": (0.7, 0.7),
 }  # fmt: skip
 
-DRAWING = "v1"  # raise it when what a seed draws or says changes: old files and caches are then left aside
+DRAWING = "v1"  # increase it when the drawings or captions of a seed change, so that old files and caches are not used
 
 
 class Shapes(Source):
@@ -90,13 +90,13 @@ class Shapes(Source):
         self.sizes = {"train": train_images, "val": val_images}
         numbers = (train_images, val_images, captions_per_image, image_size)
         if seed < 0 or any(not isinstance(number, int) or number < 1 for number in numbers):
-            raise ValueError("sizes must be whole numbers from 1 on, and the seed from 0 on")
+            raise ValueError("sizes must be integers of at least 1, and the seed of at least 0")
         self.version = f"{DRAWING}-seed{seed}-{image_size}px"
         self.folder = Path(root) / self.version
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)
     def scenes(self, split):
-        """Draw the scenes of `split`, (N, 5) value indices; no scene of one split occurs in the other."""
+        """Sample the scenes of `split`, (N, 5) value indices; the splits share no scene."""
         if split not in self.sizes:
             raise UserError(f"shapes has no split '{split}'; it has {', '.join(self.sizes)}.")
         order = np.random.default_rng([self.seed, 0]).permutation(SCENES)
@@ -120,11 +120,11 @@ class Shapes(Source):
         ]
 
     def mentions(self, split):
-        """Give what each caption names, (M, 5) value indices with UNNAMED where it is silent."""
+        """Return the attributes that each caption names, (M, 5) value indices or UNNAMED."""
         return np.stack([mention for _, mention in self._written(split)])
 
     def matches(self, split):
-        # Of the training captions an (N, M) truth would hold tens of millions of pairs, and nothing reads it.
+        # The matches of training captions would be tens of millions of pairs, and nothing reads them.
         if split == "train":
             return None
         scenes, mentions = self.scenes(split), self.mentions(split)
@@ -135,7 +135,7 @@ class Shapes(Source):
         return sparse.csr_array(true)
 
     def chains(self, split, count=200):
-        """Write `count` chains of six prompts, each naming one attribute more than the one before it."""
+        """Write `count` chains of six prompts; each prompt names one attribute more than the one before."""
         scenes = self.scenes(split)
         rng = np.random.default_rng([self.seed, 2])
         chains = []
@@ -157,7 +157,7 @@ class Shapes(Source):
 
 
 def drawn(folder, count, make):
-    """List the `count` images of a split's folder, making the files that are missing; `make` is given the row."""
+    """List the `count` images of a split's folder; `make(row)` draws those whose files are missing."""
     images = [Image(row, folder / f"{row:06d}.jpg") for row in range(count)]
     present = {path.name for path in folder.glob("*.jpg")}
     missing = [image for image in images if image.path.name not in present]
@@ -169,7 +169,7 @@ def drawn(folder, count, make):
 
 
 def caption(scene, rng):
-    """Describe a random subset of `scene`'s attributes in random words; returns the text and what it names, (5,)."""
+    """Describe a random subset of `scene`'s attributes in random words; returns the text and its mention (5,)."""
     named = rng.permutation(len(NAMES))[: rng.integers(len(NAMES) + 1)]
     mention = np.full(len(NAMES), UNNAMED)
     mention[named] = scene[named]
@@ -177,7 +177,7 @@ def caption(scene, rng):
 
 
 def describe(mention, rng=None):
-    """Word a mention, (5,) value indices: in random wording, or in the plainest without `rng`."""
+    """Write a mention, (5,) value indices or UNNAMED, as text: in random words, or without `rng` in the first ones."""
 
     def choose(options):
         return options[0] if rng is None else options[rng.integers(len(options))]
@@ -202,10 +202,10 @@ def describe(mention, rng=None):
 
 
 def draw(scene, rng, size, paint=None):
-    """Draw a scene, (5,) value indices, as a (size, size) RGB image with jitter in everything and pixel noise.
+    """Draw a scene, (5,) value indices, as a (size, size) RGB image with jitter of all attributes and pixel noise.
 
-    paint: draws what lies behind the object in place of the scene's own background, (size, size, 3); it is given the
-    number of the background, the object's color (3,), the size and `rng`.
+    paint: function that draws another background than the scene's, (size, size, 3), from the number of the background,
+    the object's color (3,), the size and `rng`.
     """
     shape, color, extent, place = (VALUES[i][value] for i, value in enumerate(scene[:4]))
     center = np.array(CENTER[place]) + rng.uniform(-0.05, 0.05, 2)
@@ -219,7 +219,7 @@ def draw(scene, rng, size, paint=None):
 
 
 def _cover(shape, center, radius, turn, size):
-    """Share of each pixel that the object covers, (size, size) in [0, 1]; drawn larger for smooth edges."""
+    """Return the share of each pixel that the object covers, (size, size) in [0, 1]; drawn larger for smooth edges."""
     side = 4 * size
     canvas = PIL.Image.new("L", (side, side))
     pen = PIL.ImageDraw.Draw(canvas)
@@ -234,7 +234,7 @@ def _cover(shape, center, radius, turn, size):
 
 
 def _background(name, size, rng):
-    """A plain color, (3,), or a pattern in two grays at a random phase, (size, size, 1)."""
+    """Return a plain color, (3,), or a pattern in two grays at a random phase, (size, size, 1)."""
     if name in PLAIN_RGB:
         return np.array(PLAIN_RGB[name])
     period = size / 8
@@ -250,11 +250,11 @@ def _background(name, size, rng):
 
 
 def _outline(shape, turn):
-    """Corner points of a shape on the unit disc, (K, 2), turned by `turn` radians."""
+    """Return the corners of a shape in the unit disc, (K, 2), rotated by `turn` radians."""
     if shape == "cross":
         a = 0.34
         x = np.array([-a, a, a, 1, 1, a, a, -a, -a, -1, -1, -a])
-        points = np.stack([x, np.roll(x, -3)], axis=1)  # the same walk, a quarter turn behind
+        points = np.stack([x, np.roll(x, -3)], axis=1)  # y is x a quarter of the outline later
     else:
         corners, inner = {"square": (4, None), "triangle": (3, None), "star": (5, 0.42)}[shape]
         radius = np.ones(corners) if inner is None else np.tile([1, inner], corners)

@@ -1,8 +1,8 @@
-"""AsymVLM: a caption is a distribution on the unit sphere, an image a point of it (arXiv 2505.11029).
+"""AsymVLM (Ju et al., arXiv 2505.11029): a caption is a distribution on the unit sphere, an image a point on it.
 
-A perceptron turns the frozen text embedding into eta = kappa mu, or corrects it. The score of an image x is its log
-density under the caption's distribution, less the constant log C_D(0), which no ranking and no softmax sees and whose
-size (868 at D = 512) would cost float32 the digits that matter.
+A perceptron predicts eta = kappa mu from the frozen text embedding, or a correction to it. The score of an image x is
+its log density under the caption's distribution minus the constant log C_D(0). Rankings and softmaxes do not depend on
+this constant, and its size (868 at D = 512) would cost float32 the digits that matter.
 """
 
 import math
@@ -14,28 +14,27 @@ from torch import Tensor, nn
 from models.base import Adaptor, Embedding, perceptron
 from models.distributions import PowerSpherical, VonMisesFisher
 from utils.config import MEANS
+from utils.errors import one_of
 
 FAMILIES = {"von-mises-fisher": VonMisesFisher, "power-spherical": PowerSpherical}
 # kappa = sqrt(|eta|^2 + FLOOR^2) and mu = eta / kappa have finite gradients at eta = 0, where kappa mu . x keeps its
-# gradient x; from |eta| = 1 on, float64 cannot tell the difference.
+# gradient x. From |eta| = 1 on, the floor is below float64 rounding.
 FLOOR = 1e-8
 
 
 class SphericalHead(nn.Module):
     """Unit mean mu (N, D) and concentration kappa (N,) of frozen embeddings (N, D).
 
-    mean: `learned`, both from one vector eta = kappa mu that a perceptron makes; `residual`, the perceptron corrects
-    eta = start * direction, at first by zero; `frozen`, mu is the direction, and a perceptron makes kappa alone.
+    mean: `learned`, a perceptron predicts both as eta = kappa mu; `residual`, it predicts a correction, at first zero,
+    to eta = start * direction; `frozen`, mu is the direction, and a perceptron predicts kappa alone.
     width, hidden: of the perceptron.
     """
 
     def __init__(self, dim: int, mean: str, width: int, hidden: int):
         super().__init__()
-        if mean not in MEANS:
-            raise ValueError(f"mean must be {', '.join(MEANS[:-1])} or {MEANS[-1]}, not '{mean}'")
-        self.kind = mean
-        # Where the mean starts out right, scores must start at a size that a softmax can use. Cosines of unrelated
-        # directions scatter by 1 / sqrt(D): kappa = sqrt(D) gives them a scatter of one nat.
+        self.kind = one_of("mean", mean, MEANS)
+        # A mean that starts at the frozen direction needs scores of a size that a softmax can use. Cosines of unrelated
+        # directions have standard deviation 1 / sqrt(D); with kappa = sqrt(D), that of scores is 1 nat.
         self.start = math.sqrt(dim)
         head = perceptron(dim, width, 1 if mean == "frozen" else dim, hidden)
         if mean != "learned":
@@ -45,7 +44,7 @@ class SphericalHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "frozen":
-            # Softplus grows no faster than |eta| does; with exp, one step of SGD that is too long would multiply kappa.
+            # Softplus grows linearly, as |eta| does; with exp, one SGD step that is too long would multiply kappa.
             kappa = self.start / math.log(2) * F.softplus(self.kappa(x).squeeze(-1)) + FLOOR
             return F.normalize(x, dim=-1), kappa
         eta = self.eta(x)
@@ -56,10 +55,11 @@ class SphericalHead(nn.Module):
 
 
 class AsymVLM(Adaptor):
-    """Captions as von Mises-Fisher or power spherical distributions, images as points; trained with unified InfoNCE.
+    """Captions as von Mises-Fisher or power spherical distributions, images as points; Ju et al., arXiv 2505.11029.
 
-    family: `von-mises-fisher` or `power-spherical`. mean, width, hidden: see SphericalHead. normalizer: `exact`, or
-    `bounds`, the mean of two bounds that the public code takes for von Mises-Fisher. temperature: see Adaptor.
+    Trained with unified InfoNCE. family: `von-mises-fisher` or `power-spherical`. mean, width, hidden: see
+    SphericalHead. normalizer: `exact`, or for von Mises-Fisher `bounds`, the public code's mean of two bounds.
+    temperature: see Adaptor.
     """
 
     def __init__(
@@ -73,11 +73,9 @@ class AsymVLM(Adaptor):
         temperature: str = "exp",
     ):
         super().__init__(temperature)
-        if family not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not '{family}'")
-        if normalizer not in ("exact", "bounds") or (normalizer == "bounds" and family != "von-mises-fisher"):
-            raise ValueError(f"the {family} normalizer cannot be '{normalizer}'")
-        self.dim, self.family = dim, FAMILIES[family]
+        self.dim, self.family = dim, FAMILIES[one_of("family", family, FAMILIES)]
+        normalizers = ("exact", "bounds") if family == "von-mises-fisher" else ("exact",)
+        one_of(f"the {family} normalizer", normalizer, normalizers)
         self.log_normalizer = self.family.log_normalizer if normalizer == "exact" else mean_of_bounds
         self.text = SphericalHead(dim, mean, width, hidden)
 
@@ -92,9 +90,9 @@ class AsymVLM(Adaptor):
 
 
 def mean_of_bounds(kappa: Tensor, dim: int) -> Tensor:
-    """Approximate log C_D(kappa) (M,) by the mean of an upper and a lower bound (arXiv 2103.15718), as the public code.
+    """Mean (M,) of an upper and a lower bound of log C_D(kappa) (arXiv 2103.15718), as in the public code.
 
-    Off by up to 0.1 nat and by a constant; kept to replicate published runs.
+    It is off by up to 0.1 nat and by a constant, and kept to replicate published runs.
     """
     a = (dim - 1) / 2
 

@@ -1,6 +1,6 @@
-"""What a method is: the one interface, and the unified InfoNCE objective.
+"""The interface of a method, `Adaptor`, and the unified InfoNCE objective.
 
-N images, M captions, B matched pairs, D embedding size. Embeddings come as the frozen model gave them: not normalized.
+N images, M captions, B matched pairs, D embedding size. Frozen embeddings are not normalized.
 """
 
 import math
@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.config import MEANS
+from utils.errors import one_of
 
-COSINE_SCALE = 1 / 0.07  # of cosines in InfoNCE, where CLIP's own starts
+COSINE_SCALE = 1 / 0.07  # factor on cosines in InfoNCE: CLIP's initial logit scale
 
 
 class Embedding(NamedTuple):
-    """What an adaptor makes of N frozen embeddings."""
+    """Adapted embeddings of N items."""
 
     mean: Tensor  # (N, D)
-    uncertainty: Tensor | None = None  # (N,) larger = less certain, for every method; None where there is none
+    uncertainty: Tensor | None = None  # (N,) larger = less certain, for every method; None if the method has none
     spread: Tensor | None = None  # the method's own parameters: kappa (N,), log variance (N, D), ...
 
     def rows(self, index) -> "Embedding":
@@ -32,20 +33,18 @@ class Embedding(NamedTuple):
 class Adaptor(nn.Module):
     """A small model on top of frozen embeddings; a method overrides what it does differently.
 
-    pooled: whether it is fed what goes into the towers' last maps, too: inputs are (N, D + P) then, see `Pairs.fed`.
-    temperature: factor on the score inside the InfoNCE objective; `fixed` at 1, `exp` of a learned number, or `free`,
-    a learned factor of either sign as in the public AsymVLM code. The posterior over a gallery is the softmax of
-    `posterior_scale` times the score: the temperature, unless `given_scale` is set, as calibration on held-out pairs
-    does.
+    pooled: whether inputs also contain the inputs of the towers' last maps, (N, D + P) in all; see `Pairs.fed`.
+    temperature: factor on the score in the InfoNCE objective: `fixed` at 1, `exp` of a learned number, or `free`, a
+    learned factor of either sign as in the public AsymVLM code. The posterior over a gallery is the softmax of
+    `posterior_scale` times the score. This scale is the temperature unless calibration on held-out pairs sets
+    `given_scale`.
     """
 
     pooled = False
 
     def __init__(self, temperature: str = "fixed"):
         super().__init__()
-        if temperature not in ("fixed", "exp", "free"):
-            raise ValueError(f"temperature must be fixed, exp or free, not '{temperature}'")
-        self._temperature_kind = temperature
+        self._temperature_kind = one_of("temperature", temperature, ("fixed", "exp", "free"))
         self.register_buffer("given_scale", torch.tensor(float("nan")))
         if temperature == "exp":
             self.log_temperature = nn.Parameter(torch.zeros(()))
@@ -64,11 +63,11 @@ class Adaptor(nn.Module):
         return float(torch.as_tensor(self.temperature).detach()) if math.isnan(given) else given
 
     def adapt_image(self, image: Tensor) -> Embedding:
-        """Give images (N, D) what the method knows of them."""
+        """Adapt frozen image embeddings (N, D)."""
         return Embedding(F.normalize(image, dim=-1))
 
     def adapt_text(self, text: Tensor) -> Embedding:
-        """Give captions (M, D) what the method knows of them."""
+        """Adapt frozen caption embeddings (M, D)."""
         return Embedding(F.normalize(text, dim=-1))
 
     def similarity(self, image: Embedding, text: Embedding) -> Tensor:
@@ -80,34 +79,34 @@ class Adaptor(nn.Module):
         return self.similarity(image, text)
 
     def classify(self, image: Embedding, text: Embedding) -> Tensor:
-        """The score (N, C) of all C classes of a classification: the method's own, or logarithms of probabilities."""
+        """Score (N, C) of images against all C classes: `log_likelihood`, or the logarithms of class probabilities."""
         return self.log_likelihood(image, text)
 
     def matched_scale(self, image: Embedding, text: Embedding) -> float | None:
-        """The one factor on the cosine of the means that cools as the method's posterior does on average over (N, C).
+        """The single temperature on the cosine that softens probabilities (N, C) as much as the method does on average.
 
-        Only what a method does beyond it is told from item to item. None where there is no such thing.
+        Everything else that the method does to them differs between items. None if there is no such temperature.
         """
         return None
 
     def unified_loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Unified InfoNCE () of B matched pairs (B, D), (B, D) over `log_likelihood`: `--objective infonce`."""
+        """Unified InfoNCE loss () over `log_likelihood` of B pairs (B, D), (B, D): `--objective infonce`."""
         image, text = self.adapt_image(image), self.adapt_text(text)
         score = self.temperature * self.log_likelihood(image, text)
         return info_nce(score) + self.auxiliary_loss(image, text, score)
 
     def auxiliary_loss(self, image: Embedding, text: Embedding, score: Tensor) -> Tensor | float:
-        """What the unified objective has beside InfoNCE (), of B adapted pairs and their scores (B, B); nothing."""
+        """Term () that the unified objective adds to InfoNCE, of B adapted pairs and their scores (B, B)."""
         return 0.0
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """The method's own loss () of B matched pairs (B, D), (B, D): `--objective native`; by default the unified."""
+        """The method's own loss () of B pairs (B, D), (B, D): `--objective native`; by default `unified_loss`."""
         return self.unified_loss(image, text)
 
     def prepare(self, pairs, quiet: bool = False) -> dict | None:
-        """Look once at all that is cached of the training split, an opened `Pairs`, before training.
+        """Read the cached training split, an opened `Pairs`, once before training.
 
-        quiet: show no progress. Returns what `Pairs.seen` gives of the images that something was learned from, or None.
+        quiet: show no progress. Returns `Pairs.seen` of the images that something was learned from, or None.
         """
 
 
@@ -118,7 +117,7 @@ def cosine(image: Embedding, text: Embedding) -> Tensor:
 
 @torch.inference_mode()
 def adapt_all(adapt, embeddings, device, block: int = 8192) -> Embedding:
-    """Apply `adaptor.adapt_image` or `.adapt_text` to what `Pairs.fed` gives block by block, ending on `device`."""
+    """Apply `adaptor.adapt_image` or `.adapt_text` to the array of `Pairs.fed` block by block, on `device`."""
     blocks = [
         adapt(torch.as_tensor(embeddings[start : start + block].copy()).to(device).float())
         for start in range(0, len(embeddings), block)
@@ -127,19 +126,19 @@ def adapt_all(adapt, embeddings, device, block: int = 8192) -> Embedding:
 
 
 def info_nce(score: Tensor) -> Tensor:
-    """Symmetric InfoNCE () of scores (B, B) whose diagonal is matched; van den Oord et al. (2018), arXiv 1807.03748."""
+    """Symmetric InfoNCE () of scores (B, B), matches on the diagonal; van den Oord et al. (2018), arXiv 1807.03748."""
     target = torch.arange(len(score), device=score.device)
     return (F.cross_entropy(score, target) + F.cross_entropy(score.T, target)) / 2
 
 
 def best_temperature(scores: list[Tensor]) -> float:
-    """The factor that gives matrices of scores (B, B), whose diagonals are matched, the least mean InfoNCE.
+    """The factor on score matrices (B, B), matches on the diagonal, that minimizes their mean InfoNCE.
 
-    Temperature scaling: Guo et al. (2017), arXiv 1706.04599. Where every pair is ranked right a larger factor is always
-    better; then the one is given at which the loss is one in the number of pairs, the least that so many can show.
+    Temperature scaling: Guo et al. (2017), arXiv 1706.04599. If every pair is ranked first, a larger factor is always
+    better; the result is then the factor whose loss is 1 / (number of pairs), the smallest loss they can resolve.
     """
     pairs = sum(map(len, scores))
-    # A common shift changes nothing but the digits. Medians, for an overfitted density may be beyond all others.
+    # A shift changes only the rounding. By the median, because one overfitted density may exceed all others by far.
     scores = [score - score.median() for score in scores]
     scatter = max(score.abs().median().item() for score in scores)
     if scatter == 0:
@@ -159,15 +158,13 @@ def best_temperature(scores: list[Tensor]) -> float:
 class Mean(nn.Module):
     """Unit mean (N, D) of frozen embeddings (N, D).
 
-    kind: `frozen`, the embedding's own direction; `residual`, that direction plus a learned correction which starts at
-    zero; `learned`, from nothing. width, hidden: of the perceptron.
+    kind: `frozen`, the embedding's direction; `residual`, that direction plus a learned correction that starts at zero;
+    `learned`, a perceptron's output. width, hidden: of the perceptron.
     """
 
     def __init__(self, kind: str, dim: int, width: int, hidden: int):
         super().__init__()
-        if kind not in MEANS:
-            raise ValueError(f"mean must be {', '.join(MEANS[:-1])} or {MEANS[-1]}, not '{kind}'")
-        self.kind = kind
+        self.kind = one_of("mean", kind, MEANS)
         if kind != "frozen":
             self.head = perceptron(dim, width, dim, hidden)
         if kind == "residual":
@@ -177,7 +174,7 @@ class Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         direction = F.normalize(x, dim=-1)
         if self.kind == "residual":
-            # An empty embedding has no direction, and 1 / eps bounds the gradient of what stands in for one.
+            # An embedding of zeros has no direction; 1 / eps bounds the gradient of the correction alone.
             return F.normalize(direction + self.head(x), dim=-1, eps=0.1)
         return direction if self.kind == "frozen" else F.normalize(self.head(x), dim=-1)
 
@@ -187,5 +184,7 @@ def perceptron(dim_in: int, width: int, dim_out: int, hidden: int) -> nn.Sequent
     if width < 1 or hidden < 0:
         raise ValueError(f"a perceptron cannot have {hidden} hidden layers of width {width}")
     sizes = [dim_in] + [width] * hidden
-    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = []
+    for size, following in pairwise(sizes):
+        layers += [nn.Linear(size, following), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], dim_out))

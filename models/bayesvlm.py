@@ -1,7 +1,7 @@
-"""BayesVLM (Baumann et al., arXiv 2412.06014): uncertainty of the frozen towers' last linear maps, nothing trained.
+"""BayesVLM (Baumann et al., arXiv 2412.06014): a Laplace posterior on the towers' last linear layers, no training.
 
-N images, M captions, D embedding size, P size of what a last map W (D, P) is given, with a 1 at the end where it has a
-bias. Its posterior is a Gaussian, so that an embedding is one, too, and so a cosine has a mean and a variance.
+Embeddings become Gaussians, and each cosine gets a mean and a variance. N images, M captions, D embedding size, P size
+of the input phi of a last layer W (D, P); phi ends in a 1 if the layer has a bias.
 """
 
 import math
@@ -36,30 +36,30 @@ from models.prob_cosine import (
     variance_of,
 )
 from utils.checkpoint import read_run
-from utils.errors import UserError
+from utils.errors import UserError, one_of
 
-SIDES = {"image": "text", "text": "image"}  # each with what its candidates are
+SIDES = {"image": "text", "text": "image"}  # each modality, and that of its candidates
 PROBABILITIES = ("mean", "probit", "mc-independent", "mc-joint")
-SEEDS = {"image": 0, "text": 1}  # of draws: whatever part of the images is asked for, the weights are the same
+SEEDS = {"image": 0, "text": 1}  # of draws: every block of images gets the same weights
 STEP = 2048  # items between two steps of the progress bar
-TILE = 2**22  # probit factors held at once
+TILE = 2**22  # probit factors in memory at once
 
 
 def draw_pairs(image_of_text, most: int):
-    """Rows of at most `most` random images, none twice, and of a caption of each; by torch's global generator.
+    """Draw rows of at most `most` random images without replacement, and of a random caption of each.
 
-    image_of_text: (M,) the image of each caption. Both are arrays in one order.
+    image_of_text: (M,) the image of each caption. Returns two arrays in the same order; uses torch's global generator.
     """
     captions = np.bincount(image_of_text)
     order, starts = np.argsort(image_of_text, kind="stable"), np.cumsum(captions) - captions
     images = np.flatnonzero(captions)
     images = images[torch.randperm(len(images)).numpy()[:most]]
-    which = (torch.rand(len(images), dtype=torch.float64).numpy() * captions[images]).astype(np.int64)
-    return images, order[starts[images] + which]
+    offsets = (torch.rand(len(images), dtype=torch.float64).numpy() * captions[images]).astype(np.int64)
+    return images, order[starts[images] + offsets]
 
 
 class Tower(nn.Module):
-    """The posterior of a tower's last map as buffers, whose sizes are known once there is one."""
+    """The posterior of a tower's last layer as buffers, whose sizes are set when a posterior is stored or loaded."""
 
     NAMES = ("a", "a_basis", "b", "b_basis", "count", "norm_sq", "n", "precision", "prior")  # Posterior.state
 
@@ -72,8 +72,8 @@ class Tower(nn.Module):
     def posterior(self) -> Posterior:
         return Posterior.from_state(self._buffers)
 
-    def hold(self, posterior: Posterior):
-        """Take a posterior over, in float32, which every device has."""
+    def store(self, posterior: Posterior):
+        """Copy a posterior to the buffers, in float32 because not every device has float64."""
         state = posterior.state()
         for name in self.NAMES:
             value = state[name].float() if state[name].is_floating_point() else state[name]
@@ -87,15 +87,17 @@ class Tower(nn.Module):
 
 
 class BayesVLM(Adaptor):
-    """Embeddings as Gaussians: `spread` (N, D) has their variances in `b_basis`, `uncertainty` the sum over |z|^2.
+    """Embeddings as Gaussians, by a Laplace posterior on each tower's last linear layer; arXiv 2412.06014.
+
+    `spread` (N, D) are the variances of an embedding z in `b_basis`, `uncertainty` is their sum divided by |z|^2.
 
     n: how often each item behind the factors counts. prior: how the prior enters, `damped` as published or `exact`.
-    evidence: which marginal likelihood the prior's precision maximizes, the `correct` one or the `published`, faulty.
-    candidates, batches: of how many items the factors are gathered, each against its batch; an image is taken once, so
-    that small data have fewer. factors: take them from a file instead, see `_taken`. variance: of the cosine, see
-    models/prob_cosine.py. probabilities: of classes; `probit` and `mean` are scores of pairs, `mc-independent` and
-    `mc-joint` means over draws, which hold for classification alone: pairs then have the score of `probit`, and with
-    `mc-joint` phi stands behind the spread, (N, D + P). draws: how many. Raises ValueError for what cannot be.
+    evidence: the marginal likelihood that the prior precision maximizes, the `correct` or the faulty `published` one.
+    candidates, batches: the factors come from at most `batches` batches of `candidates` items, each item against its
+    batch; no image is used twice. factors: load them from a file instead, see `_load_factors`. variance: of the cosine,
+    see models/prob_cosine.py. probabilities: of classes; `probit` and `mean` are scores of pairs too; `mc-independent`
+    and `mc-joint` are means over draws for classification alone, where pairs have the score of `probit`; `mc-joint`
+    appends phi to the spread, (N, D + P). draws: how many. Raises ValueError for invalid values.
     """
 
     pooled = True
@@ -114,13 +116,12 @@ class BayesVLM(Adaptor):
         draws: int = 100,
     ):
         super().__init__()
-        given = {"prior": prior, "evidence": evidence, "variance": variance, "probabilities": probabilities}
-        known = {"prior": PRIORS, "evidence": OBJECTIVES, "variance": VARIANCES, "probabilities": PROBABILITIES}
-        for name, value in given.items():
-            if value not in known[name]:
-                raise ValueError(f"{name} must be {' or '.join(known[name])}, not '{value}'")
+        one_of("prior", prior, PRIORS)
+        one_of("evidence", evidence, OBJECTIVES)
+        one_of("variance", variance, VARIANCES)
+        one_of("probabilities", probabilities, PROBABILITIES)
         if evidence == "published" and prior == "exact":
-            raise ValueError("the published evidence is of the damped prior only")
+            raise ValueError("the published evidence is defined for the damped prior only")
         if isinstance(n, str) or not 0 < n < math.inf:
             raise ValueError(f"n must be a number above 0, not {n!r}")
         for name, value, least in (("candidates", candidates, 2), ("batches", batches, 1), ("draws", draws, 1)):
@@ -131,17 +132,17 @@ class BayesVLM(Adaptor):
         self.variance, self.probabilities, self.draws = variance, probabilities, draws
         self.image, self.text = Tower(), Tower()
         self.register_buffer("logit_scale", torch.tensor(math.nan))
-        self._held = {}
+        self._half_of = {}  # the last embedding of each side, and its Half
 
     def prepare(self, pairs, quiet: bool = False) -> dict | None:
-        """Gather the factors of both towers, or take them, and find the precisions of most marginal likelihood.
+        """Gather or load the factors of both towers, and find the precisions that maximize the marginal likelihood.
 
-        Returns which images they are of (`Pairs.seen`), None where that is not known. Raises UserError for a cache
-        without pooled features, and for factors that cannot be used.
+        Returns `Pairs.seen` of the images behind the factors, or None if unknown. Raises UserError for a cache without
+        pooled features and for unusable factors.
         """
         factors, seen = self.find_factors(pairs, quiet)
         self.logit_scale.fill_(pairs.meta["logit_scale"])
-        self._held.clear()
+        self._half_of.clear()
         for side in SIDES:
             parts = (pairs.projection.get(f"{side}_{name}", 0.0) for name in ("weight", "bias"))
             norm_sq = sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
@@ -149,15 +150,15 @@ class BayesVLM(Adaptor):
                 posterior = Posterior(factors[side], norm_sq, self.n, self.prior, objective=self.evidence)
             except ValueError as error:
                 raise UserError(f"the {side} factors of {self.factors or pairs.folder}: {error}.") from None
-            getattr(self, side).hold(posterior)
+            getattr(self, side).store(posterior)
         return seen
 
     def adapt_image(self, image: Tensor) -> Embedding:
-        """Give images (N, D + P) a Gaussian each."""
+        """Adapt images (N, D + P) to Gaussians."""
         return self._adapt(image, self.image)
 
     def adapt_text(self, text: Tensor) -> Embedding:
-        """Give captions (M, D + P) a Gaussian each."""
+        """Adapt captions (M, D + P) to Gaussians."""
         return self._adapt(text, self.text)
 
     def similarity(self, image: Embedding, text: Embedding) -> Tensor:
@@ -165,7 +166,7 @@ class BayesVLM(Adaptor):
         return mean_of(*self._halves(image, text))
 
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
-        """Logit (N, M), times the probit factor on its variance; a logit bias, common to all, is left out."""
+        """Logit (N, M) times the probit factor of its variance, without the logit bias, which all pairs share."""
         halves = self._halves(image, text)
         return self._factor(halves) * self.logit_scale * mean_of(*halves)
 
@@ -173,97 +174,98 @@ class BayesVLM(Adaptor):
         if not self.probabilities.startswith("mc-"):
             return self.log_likelihood(image, text)
         if self.probabilities == "mc-joint":
-            found = joint_probabilities(zip(*map(self._drawn, (image, text), SIDES)), self.logit_scale.item())
+            draws = zip(self._sampled(image, "image"), self._sampled(text, "text"), strict=True)
+            probability = joint_probabilities(draws, self.logit_scale.item())
         else:
             halves = self._halves(image, text)
             logit, variance = self.logit_scale * mean_of(*halves), self.logit_scale**2 * variance_of(*halves)
             generator = torch.Generator().manual_seed(0)
-            found = independent_probabilities(logit, variance, self.draws, generator)
-        return found.clamp_min(torch.finfo(found.dtype).tiny).log()
+            probability = independent_probabilities(logit, variance, self.draws, generator)
+        return probability.clamp_min(torch.finfo(probability.dtype).tiny).log()
 
     def matched_scale(self, image: Embedding, text: Embedding) -> float | None:
-        """The logit scale times what ProbCosine and the probit factor multiply cosines by, on average over (N, C).
+        """The logit scale times the mean factor over (N, C) that ProbCosine and the probit put on cosines.
 
-        None where probabilities are means over draws, which multiply logits by nothing.
+        None for means over draws, which put no factor on logits.
         """
         if self.probabilities.startswith("mc-"):
             return None
         left, right = self._halves(image, text)
-        shrunk, total = right.mean.norm(dim=-1), 0.0
-        for rows in torch.arange(len(left.mean), device=shrunk.device).split(max(1, TILE // len(shrunk))):
-            some = Half(*(None if part is None else part[rows] for part in left))
-            total += (some.mean.norm(dim=-1) @ (self._factor((some, right)) * shrunk).sum(dim=-1)).item()
-        return self.posterior_scale * self.logit_scale.item() * total / (len(left.mean) * len(shrunk))
+        shrinkage, total = right.mean.norm(dim=-1), 0.0
+        for rows in torch.arange(len(left.mean), device=shrinkage.device).split(max(1, TILE // len(shrinkage))):
+            block = Half(*(None if part is None else part[rows] for part in left))
+            total += (block.mean.norm(dim=-1) @ (self._factor((block, right)) * shrinkage).sum(dim=-1)).item()
+        return self.posterior_scale * self.logit_scale.item() * total / (len(left.mean) * len(shrinkage))
 
     def _adapt(self, x, tower):
         mean, phi = x[:, : self.dim], x[:, self.dim :]
         spread = tower.posterior.spread(phi)
-        square = mean.square().sum(dim=-1).clamp_min(torch.finfo(mean.dtype).eps)  # an empty embedding has no length
+        square = mean.square().sum(dim=-1).clamp_min(torch.finfo(mean.dtype).eps)  # an embedding of zeros has no length
         uncertainty = spread.sum(dim=-1) / square
-        # Joint draws need phi, of which the spread says too little.
+        # Joint draws need phi, which the spread does not determine.
         return Embedding(mean, uncertainty, torch.cat([spread, phi], 1) if self.probabilities == "mc-joint" else spread)
 
     def _gaussians(self, embedding, side):
         return Gaussians(embedding.mean, embedding.spread[:, : self.dim], getattr(self, side).b_basis)
 
     def _halves(self, image, text):
-        """Both sides as ProbCosine takes them."""
+        """The left and the right Half of ProbCosine."""
         return self._half(image, "image"), self._half(text, "text")
 
     def _half(self, embedding, side):
-        """One side, kept until another is asked for: a gallery is the same for many blocks of queries."""
-        of, held = self._held.get(side, (None, None))
-        if of is not embedding.mean:
+        """The Half of one side, cached because many blocks of queries share a gallery."""
+        mean, cached = self._half_of.get(side, (None, None))
+        if mean is not embedding.mean:
             basis = getattr(self, SIDES[side]).b_basis
-            held = half(self._gaussians(embedding, side), basis, self.variance, right=side == "text")
-            self._held[side] = embedding.mean, held
-        return held
+            cached = half(self._gaussians(embedding, side), basis, self.variance, right=side == "text")
+            self._half_of[side] = embedding.mean, cached
+        return cached
 
     def _factor(self, halves):
-        """What logits (N, M) are multiplied by."""
+        """Factor (N, M) on the logits."""
         if self.probabilities == "mean":
             images, texts = (len(side.mean) for side in halves)
             return self.logit_scale.new_ones(1, 1).expand(images, texts)
         return probit_factor(self.logit_scale**2 * variance_of(*halves))
 
-    def _drawn(self, embedding, side):
-        """Embeddings (N, D) under one drawn map after another."""
+    def _sampled(self, embedding, side):
+        """Iterate over embeddings (N, D), each time under another sampled map."""
         posterior, phi = getattr(self, side).posterior, embedding.spread[:, self.dim :]
         return posterior.samples(phi, embedding.mean, torch.Generator().manual_seed(SEEDS[side]), self.draws)
 
     def find_factors(self, pairs, quiet: bool = False) -> tuple[dict[str, Factors | Spectrum], dict | None]:
-        """Gather the factors of both towers, or take those that are named: also returns which images they are of.
+        """Load the factors of both towers from `factors`, or gather them; also returns `Pairs.seen` of their images.
 
         Raises UserError as `prepare` does.
         """
-        return self._taken(pairs) if self.factors else self._gathered(pairs, quiet)
+        return self._load_factors(pairs) if self.factors else self._gather_factors(pairs, quiet)
 
-    def _gathered(self, pairs, quiet):
-        """Factors of random images with a caption of each, batch by batch, and the images."""
+    def _gather_factors(self, pairs, quiet):
+        """Compute the factors of random images and a caption of each, batch by batch."""
         fed = {side: pairs.fed(side, pooled=True) for side in SIDES}
         images, texts = draw_pairs(pairs.image_of_text, self.batches * self.candidates)
         count, device = len(images), self.logit_scale.device
         scale, loss = pairs.meta["logit_scale"], loss_of(pairs.meta)
         a, b = dict.fromkeys(SIDES, 0.0), dict.fromkeys(SIDES, 0.0)
-        parts = max(1, -(-count // self.candidates))
+        parts = max(1, math.ceil(count / self.candidates))
         bar = tqdm(total=2 * count, desc="factors", unit="item", disable=quiet or None)
-        for number in range(parts):  # batches of about one size
+        for number in range(parts):  # batches of about equal size
             chosen = {"image": images[number::parts], "text": texts[number::parts]}
             rows = {side: fed[side][np.sort(chosen[side])] for side in SIDES}
             z = {side: torch.from_numpy(rows[side][:, : self.dim]).to(device).float() for side in SIDES}
             for side, other in SIDES.items():
                 # Summed in float64, which not every device has.
-                of_batch = activation_factor(rows[side][:, self.dim :], device=device).cpu().double()
-                a[side] += math.sqrt(len(rows[side])) * of_batch
-                for some in z[side].split(STEP):
-                    b[side] += curvature(some, z[other], scale, **loss).cpu().double()
-                    bar.update(len(some))
+                batch_factor = activation_factor(rows[side][:, self.dim :], device=device).cpu().double()
+                a[side] += math.sqrt(len(rows[side])) * batch_factor
+                for block in z[side].split(STEP):
+                    b[side] += curvature(block, z[other], scale, **loss).cpu().double()
+                    bar.update(len(block))
         bar.close()
         root = math.sqrt(count)
         return {side: Factors(a[side] / root, b[side] / root, count) for side in SIDES}, pairs.seen(images)
 
-    def _taken(self, pairs):
-        """Factors as BayesVLM publishes them (see `load_published`), or those of a run's adaptor.pt, and its images."""
+    def _load_factors(self, pairs):
+        """Read factors as BayesVLM publishes them (see `load_published`), or those of a run's adaptor.pt."""
         path = Path(self.factors)
         weights = {side: pairs.projection[f"{side}_weight"].shape for side in SIDES}
         sizes = {side: (p + (f"{side}_bias" in pairs.projection), d) for side, (d, p) in weights.items()}

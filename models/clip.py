@@ -1,14 +1,14 @@
-"""CLIP as it is: points on the sphere, no uncertainty, nothing to train (Radford et al., arXiv 2103.00020)."""
+"""Plain CLIP (Radford et al., arXiv 2103.00020): points on the sphere, no uncertainty, no training."""
 
 from models.base import Adaptor
 
 
 class Clip(Adaptor):
-    """The deterministic baseline: every score is the cosine of the frozen embeddings."""
+    """Images and captions as points, scored by cosine: the deterministic baseline; Radford et al., arXiv 2103.00020."""
 
     def __init__(self, dim: int):
         super().__init__()
 
     def prepare(self, pairs, quiet: bool = False) -> None:
-        """Take the frozen model's own logit scale for the posterior over a gallery."""
+        """Use the frozen model's logit scale as `posterior_scale`."""
         self.given_scale.fill_(pairs.meta["logit_scale"])

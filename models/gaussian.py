@@ -1,9 +1,9 @@
-"""The family of PFE, PCME++ and ProLIP: images and captions as Gaussians N(mu, diag sigma^2) of the embedding space.
+"""The base of PFE, PCME++ and ProLIP: images and captions as Gaussians N(mu, diag sigma^2) in the embedding space.
 
-A perceptron per modality reads log sigma^2 off the frozen embedding. With S the sum of sigma^2 over the coordinates,
+A perceptron per modality predicts log sigma^2 from the frozen embedding. With S the sum of sigma^2 over coordinates,
 the expected squared distance of samples is E|Z_i - Z_t|^2 = |mu_i - mu_t|^2 + S_i + S_t: no tensor of size B x B x D.
-On unit means it is 2 - 2 match with match = cos - (S_i + S_t)/2, so that the logits of PCME++, b - a (2 - 2 match), and
-of ProLIP, a match + b, are one function under two namings of its scale and shift.
+On unit means it is 2 - 2 match with match = cos - (S_i + S_t)/2, so the logits of PCME++, b - a (2 - 2 match), and of
+ProLIP, a match + b, are the same function with different parametrizations of scale and shift.
 """
 
 import math
@@ -13,25 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Adaptor, Embedding, Mean, perceptron
+from utils.errors import one_of
 
 
 class Gaussian(Adaptor):
     """Diagonal Gaussians of both modalities; `spread` is log sigma^2 (N, D), `uncertainty` the mean of sigma^2 over D.
 
     mean, width, hidden: see Mean; the perceptrons of log sigma^2 have the same width and depth. start: S before
-    training, or None for whatever the perceptron starts with, about D. floor: added to every sigma^2.
+    training, or None for the perceptron's own initialization, about D. floor: added to every sigma^2.
     """
 
     def __init__(self, dim: int, mean: str, width: int, hidden: int, start: float | None, floor: float):
         super().__init__()
         if floor < 0 or (start is not None and start <= 0):
-            raise ValueError(f"start must be above 0 and floor not below, not {start} and {floor}")
+            raise ValueError(f"start must be above 0 and floor at least 0, not {start} and {floor}")
         self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in range(2))
         self.image_log_variance, self.text_log_variance = (perceptron(dim, width, dim, hidden) for _ in range(2))
         self.log_floor = math.log(floor) if floor else -math.inf
-        # Unit means tell pairs apart by differences of squared distance below 2. At the perceptron's own start S is
-        # about D = 512, every logit hundreds below zero: the first steps then throw log sigma^2 so far down that its
-        # gradient, proportional to sigma^2, vanishes for good.
+        # Squared distances of unit means differ by less than 2 between pairs. With the perceptron's initialization S
+        # is about D = 512 and every logit is hundreds below zero: the first steps then push log sigma^2 so far down
+        # that its gradient, proportional to sigma^2, vanishes for good.
         if start is not None:
             for head in (self.image_log_variance, self.text_log_variance):
                 nn.init.constant_(head[-1].bias, math.log(start / dim))
@@ -48,27 +49,26 @@ class Gaussian(Adaptor):
         return Embedding(mean(x), log_variance.exp().mean(dim=-1), log_variance)
 
     def _input(self, x: Tensor) -> Tensor:
-        """What the perceptrons see: directions, so that a cache of unit embeddings serves as well as a raw one."""
+        """Input of the perceptrons: directions, so that caches of unit and of raw embeddings give the same result."""
         return F.normalize(x, dim=-1)
 
     def _log_variance(self, output: Tensor) -> Tensor:
-        """log sigma^2 (N, D) from the perceptron's output; by logarithms, as sigma^2 itself may underflow."""
+        """log sigma^2 (N, D) from the perceptron's output, in logarithms because sigma^2 may underflow."""
         return torch.logaddexp(output, output.new_tensor(self.log_floor))
 
 
 class PairwiseGaussian(Gaussian):
-    """Gaussians whose logit for "these two belong together" is affine in `match`, with a learned scale and shift.
+    """Gaussians whose logit of "this pair matches" is affine in `match`, with a learned scale and shift.
 
     scale: `exp`, the exponential of a learned number; `free`, learned with either sign, as published; `fixed`, 1 with
-    a shift of 0. first_scale, first_shift: before training. vib: weight of the KL divergence to N(0, I). same_image:
-    whether all captions of an image are its positives, or only the one it was drawn with.
+    a shift of 0. first_scale, first_shift: initial values. vib: weight of the KL divergence to N(0, I). same_image:
+    whether all captions of an image are its positives, or only the one it was sampled with.
     """
 
     def __init__(self, *args, scale: str, first_scale: float, first_shift: float, vib: float, same_image: bool):
         super().__init__(*args)
-        if scale not in ("exp", "free", "fixed"):
-            raise ValueError(f"scale must be exp, free or fixed, not '{scale}'")
-        self._scale_kind, self.vib, self.same_image = scale, vib, same_image
+        self._scale_kind = one_of("scale", scale, ("exp", "free", "fixed"))
+        self.vib, self.same_image = vib, same_image
         self.shift = 0.0 if scale == "fixed" else nn.Parameter(torch.tensor(float(first_shift)))
         if scale == "exp":
             self.log_scale = nn.Parameter(torch.tensor(math.log(first_scale)))
@@ -82,18 +82,18 @@ class PairwiseGaussian(Gaussian):
         return self.free_scale if self._scale_kind == "free" else 1.0
 
     def positives(self, image: Tensor) -> Tensor:
-        """Mark (B, B) which captions belong to which of the images (B, D); equal rows are the same image."""
+        """Mark (B, B) which captions are positives of which images (B, D); equal rows are the same image."""
         if not self.same_image:
             return torch.eye(len(image), dtype=torch.bool, device=image.device)
-        # Two rows are equal if a hash of their bits is: B^2 comparisons instead of B^2 D. Integer sums wrap around and
-        # do not round, whatever the order.
+        # Compare rows by a hash of their bits: B^2 comparisons instead of B^2 D. Integer sums wrap around and do not
+        # round, so their order does not matter.
         bits = image.float().view(torch.int32).long()
         factors = torch.randint(2**62, (image.shape[1],), generator=torch.Generator().manual_seed(0))
-        group = (bits * factors.to(image.device)).sum(dim=-1)
-        return group[:, None] == group
+        row_hash = (bits * factors.to(image.device)).sum(dim=-1)
+        return row_hash[:, None] == row_hash
 
     def kl(self, embedding: Embedding) -> Tensor:
-        """KL divergence () in nats to N(0, I), per item and coordinate; `vib` weighs it."""
+        """KL divergence () to N(0, I) in nats, mean over items and coordinates; its weight is `vib`."""
         return kl_to_standard_normal(embedding.mean, embedding.spread)
 
 
@@ -104,5 +104,5 @@ def match(image: Embedding, text: Embedding) -> Tensor:
 
 
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, 1)) () in nats, mean over the items and coordinates of (N, D), (N, D)."""
+    """KL(N(mu, sigma^2) || N(0, 1)) () in nats, mean over items and coordinates (N, D)."""
     return (log_variance.exp() + mean.square() - 1 - log_variance).mean() / 2

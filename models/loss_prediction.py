@@ -1,8 +1,8 @@
-"""Loss prediction: uncertainty is the retrieval loss that a perceptron expects of a query.
+"""Loss prediction: the uncertainty of a query is its retrieval loss as predicted by a perceptron.
 
 After Yoo & Kweon (2019), arXiv 1905.03677, and Kirchhof et al. (2024), Pretrained Visual Uncertainties,
-arXiv 2402.16569; where both rank pairs of losses, this regresses them, so that an uncertainty is in nats. No
-distribution is assumed, and the scores are those of plain CLIP.
+arXiv 2402.16569. Both rank pairs of losses; this method regresses losses, so that uncertainty is in nats. It assumes no
+distribution, and its scores are those of plain CLIP.
 """
 
 import math
@@ -15,31 +15,31 @@ from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, perceptron
 
 
 class LossPrediction(Adaptor):
-    """Points as CLIP has them, and beside each the cross-entropy expected of retrieving with it.
+    """Points as in CLIP, each with its predicted retrieval cross-entropy; after arXiv 1905.03677 and 2402.16569.
 
     mean: see models.base.Mean. width, hidden: of the perceptrons.
     """
 
     def __init__(self, dim: int, mean: str = "frozen", width: int = 1024, hidden: int = 3):
         super().__init__(temperature="exp")
-        nn.init.constant_(self.log_temperature, math.log(COSINE_SCALE))  # cosines alone are too flat
+        nn.init.constant_(self.log_temperature, math.log(COSINE_SCALE))  # the softmax of plain cosines is too flat
         self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in ("image", "text"))
         self.image_loss, self.text_loss = (perceptron(dim, width, 1, hidden) for _ in ("image", "text"))
 
     def adapt_image(self, image: Tensor) -> Embedding:
-        """Give images (N, D) a mean and the loss (N,) expected of retrieving with them, in nats beyond a guess's."""
+        """Adapt images (N, D): mean, and predicted retrieval loss (N,) in nats above that of guessing."""
         return Embedding(self.image_mean(image), uncertainty=self.image_loss(image).squeeze(-1))
 
     def adapt_text(self, text: Tensor) -> Embedding:
         return Embedding(self.text_mean(text), uncertainty=self.text_loss(text).squeeze(-1))
 
     def auxiliary_loss(self, image: Embedding, text: Embedding, score: Tensor) -> Tensor:
-        """Squared errors of the predicted losses.
+        """Squared errors () of the predicted losses.
 
-        The prediction's target is detached and its input frozen, so that it changes no score (Kirchhof et al. 2024).
+        Their target is detached and their input frozen, so prediction changes no score (Kirchhof et al. 2024).
         """
         target = torch.arange(len(score), device=score.device)
-        # Less what a guess would cost, so that a loss means the same in batches of any size.
+        # Relative to the loss of guessing, so that losses in batches of different sizes are comparable.
         guess = math.log(len(score))
         observed = (F.cross_entropy(x.detach(), target, reduction="none") - guess for x in (score, score.T))
         return sum(F.mse_loss(x.uncertainty, loss) for x, loss in zip((image, text), observed, strict=True))

@@ -8,10 +8,10 @@ from models.gaussian import PairwiseGaussian, match
 
 
 class PCMEPP(PairwiseGaussian):
-    """Gaussians trained by classifying pairs on their closed-form sampled distance (CSD).
+    """Gaussians trained by classifying pairs on their closed-form sampled distance (CSD); arXiv 2305.18171.
 
     mean, width, hidden, start, floor: see Gaussian. scale, vib, same_image: see PairwiseGaussian. pseudo: weight of the
-    loss in which every pair that scores no lower than the matched one of its row, or column, is a positive as well.
+    loss that also counts as positive every pair that scores at least as high as the match of its row, or column.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PCMEPP(PairwiseGaussian):
         return self.shift - self.scale * (2 - 2 * match(image, text))
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Matching loss of B pairs, once per direction, pseudo-positives of either direction, and KL ()."""
+        """Sum () of the matching loss of B pairs in both directions, that of pseudo-positives in both, and KL."""
         positive = self.positives(image)
         image, text = self.adapt_image(image), self.adapt_text(text)
         logit = self.log_likelihood(image, text)
@@ -45,11 +45,11 @@ class PCMEPP(PairwiseGaussian):
             loss = loss + self.vib * (self.kl(image) + self.kl(text))
         if self.pseudo:
             matched = logit.diagonal()
-            for level in (matched[:, None], matched):
-                loss = loss + self.pseudo * cross_entropy(logit, positive | (logit >= level))
+            for threshold in (matched[:, None], matched):
+                loss = loss + self.pseudo * cross_entropy(logit, positive | (logit >= threshold))
         return loss
 
 
 def cross_entropy(logit: Tensor, positive: Tensor) -> Tensor:
-    """Mean binary cross-entropy () of logits (B, B) against truths (B, B)."""
+    """Mean binary cross-entropy () of logits (B, B) against labels (B, B)."""
     return F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype))

@@ -1,6 +1,6 @@
 """PFE, probabilistic face embeddings (Shi and Jain 2019, arXiv 1904.09658), for images and captions.
 
-The score of a pair is its mutual likelihood, the log density that both embeddings stem from one point, less constants
+The score of a pair is its mutual likelihood: the log density of both embeddings being the same point, up to constants
 and a factor of 2: -sum over D of (mu_i - mu_t)^2/(sigma_i^2 + sigma_t^2) + ln(sigma_i^2 + sigma_t^2).
 """
 
@@ -11,17 +11,18 @@ from torch.autograd.function import once_differentiable
 
 from models.base import COSINE_SCALE, Embedding, info_nce
 from models.gaussian import Gaussian
+from utils.errors import one_of
 
-# Entries of a tile of pairs x D. On a CPU its temporaries stay in a core's cache; an accelerator wants few launches.
+# Entries of a tile of pairs x D. A small tile stays in a CPU core's cache; a large one needs few kernel launches.
 CPU_TILE, DEVICE_TILE = 2**17, 2**24
 
 
 class PFE(Gaussian):
-    """Gaussians trained with the mutual likelihood of matched pairs alone; nothing is a negative.
+    """Gaussians trained with the mutual likelihood of matched pairs, without negatives; arXiv 1904.09658.
 
-    mean: `frozen` as in the paper, `residual`, `learned`, or `raw`, the embedding with its length. variance: `exp` or
-    `softplus` of the perceptron's output, plus the floor. isotropic: take each item's sigma^2 as its mean over D, in
-    loss and score; costs N x M instead of N x M x D.
+    mean: `frozen` as in the paper, `residual`, `learned`, or `raw`, the embedding at its own length. variance: `exp` or
+    `softplus` of the perceptron's output, plus the floor. isotropic: use the mean of sigma^2 over D for every
+    coordinate, in loss and score; costs N x M instead of N x M x D.
     """
 
     def __init__(
@@ -36,8 +37,7 @@ class PFE(Gaussian):
         floor: float = 1e-6,
     ):
         super().__init__(dim, "frozen" if mean == "raw" else mean, width, hidden, start, floor)
-        if variance not in ("exp", "softplus"):
-            raise ValueError(f"variance must be exp or softplus, not '{variance}'")
+        one_of("variance", variance, ("exp", "softplus"))
         self.trains_means = mean in ("residual", "learned")
         self.softplus, self.isotropic, self.raw = variance == "softplus", isotropic, mean == "raw"
         if self.raw:
@@ -48,7 +48,7 @@ class PFE(Gaussian):
 
     def _log_variance(self, output: Tensor) -> Tensor:
         if self.softplus:
-            # Far below zero softplus(x) is exp(x), and its logarithm x; taken there, its gradient would be 0 / 0.
+            # Far below zero log(softplus(x)) is x; computed as written, its gradient would be 0 / 0 there.
             output = F.softplus(output.clamp_min(-40)).log() + (output + 40).clamp_max(0)
         return super()._log_variance(output)
 
@@ -58,13 +58,13 @@ class PFE(Gaussian):
             return MutualLikelihood.apply(image.mean, image.spread.exp(), text.mean, text.spread.exp())
         dim = image.mean.shape[-1]
         variance = image.uncertainty[:, None] + text.uncertainty
-        lengths = image.mean.square().sum(dim=-1)[:, None] + text.mean.square().sum(dim=-1)
-        return -(lengths - 2 * image.mean @ text.mean.T) / variance - dim * variance.log()
+        squares = image.mean.square().sum(dim=-1)[:, None] + text.mean.square().sum(dim=-1)
+        return -(squares - 2 * image.mean @ text.mean.T) / variance - dim * variance.log()
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Negative mutual likelihood () of the matched pairs; trained means are trained by InfoNCE of their cosines.
+        """Negative mutual likelihood () of the matched pairs, plus InfoNCE of the cosines where means are trained.
 
-        The likelihood has no negatives, and would draw all means to a point.
+        The likelihood has no negatives and would collapse all means to one point.
         """
         image, text = self.adapt_image(image), self.adapt_text(text)
         contrast = info_nce(COSINE_SCALE * self.similarity(image, text)) if self.trains_means else 0
@@ -79,8 +79,8 @@ class PFE(Gaussian):
 class MutualLikelihood(torch.autograd.Function):
     """Mutual likelihood score (N, M) of means and variances (N, D), (N, D), (M, D), (M, D).
 
-    It does not separate into a matrix product. Forward and backward go by tiles of pairs, so that no more than the
-    result and one tile is held.
+    It does not separate into a matrix product. Forward and backward run over tiles of pairs, so that only the result
+    and one tile are in memory.
     """
 
     @staticmethod
@@ -98,21 +98,22 @@ class MutualLikelihood(torch.autograd.Function):
     def backward(ctx, grad):
         image_mean, image_variance, text_mean, text_variance = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in ctx.saved_tensors]
+        image_mean_grad, image_variance_grad, text_mean_grad, text_variance_grad = grads
         for rows, columns in tiles(grad, image_mean.shape[-1]):
             weight = grad[rows, columns]
             inverse = (image_variance[rows, None] + text_variance[columns]).reciprocal_()
             ratio = (image_mean[rows, None] - text_mean[columns]).mul_(inverse)
-            by_variance = torch.addcmul(-inverse, ratio, ratio)
-            grads[1][rows] += torch.einsum("ij,ijd->id", weight, by_variance)
-            grads[3][columns] += torch.einsum("ij,ijd->jd", weight, by_variance)
-            if any(ctx.needs_input_grad[::2]):
-                grads[0][rows] -= 2 * torch.einsum("ij,ijd->id", weight, ratio)
-                grads[2][columns] += 2 * torch.einsum("ij,ijd->jd", weight, ratio)
+            variance_slope = torch.addcmul(-inverse, ratio, ratio)
+            image_variance_grad[rows] += torch.einsum("ij,ijd->id", weight, variance_slope)
+            text_variance_grad[columns] += torch.einsum("ij,ijd->jd", weight, variance_slope)
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:  # of the means
+                image_mean_grad[rows] -= 2 * torch.einsum("ij,ijd->id", weight, ratio)
+                text_mean_grad[columns] += 2 * torch.einsum("ij,ijd->jd", weight, ratio)
         return tuple(grads)
 
 
 def tiles(score: Tensor, dim: int):
-    """Cut pairs (N, M) into slices of rows and columns, so that a tile by `dim` has about the size for the device."""
+    """Yield slices of rows and columns that cut pairs (N, M) into tiles; tile x `dim` is the device's tile size."""
     side = max(1, int(((CPU_TILE if score.device.type == "cpu" else DEVICE_TILE) / dim) ** 0.5))
     for row in range(0, score.shape[0], side):
         for column in range(0, score.shape[1], side):

@@ -1,9 +1,9 @@
-"""ProbCosine: mean and variance of the cosine of two independent Gaussians, and what becomes of a softmax over them.
+"""ProbCosine: mean and variance of the cosine of two independent Gaussians, and class probabilities from them.
 
-BayesVLM, arXiv 2412.06014. N items g and C items h of the other modality, D embedding size. An item's embedding has a
-mean m (D,) and a covariance U diag(s) U^T, whose basis U (D, D) is one for all of a side, as models/laplace.py gives
-them. Squared lengths |g|^2 are replaced by what is expected of them, |m|^2 + sum s. Everything is products of (N, D) by
-(D, C) matrices. Right for image and text; two images or two texts are under one map and not independent.
+BayesVLM, arXiv 2412.06014. N items g and C items h of the other modality, D embedding size. An embedding has a mean m
+(D,) and a covariance U diag(s) U^T, where all items of a side share the basis U (D, D), as in models/laplace.py.
+Squared lengths |g|^2 are replaced by their expectation |m|^2 + sum s. Everything is products of (N, D) by (D, C)
+matrices. This holds for image and text; two images or two texts share one random map and are not independent.
 """
 
 import math
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.errors import one_of
+
 VARIANCES = ("diagonal", "kronecker", "tangent")
 
 
 class Gaussians(NamedTuple):
-    """N Gaussian embeddings; a plain tuple of the three will do wherever one is asked for."""
+    """N Gaussian embeddings; functions also accept a plain tuple of the three fields."""
 
     mean: Tensor  # (N, D)
     spread: Tensor  # (N, D) variances along the columns of the basis
@@ -26,46 +28,45 @@ class Gaussians(NamedTuple):
 
 
 class Half(NamedTuple):
-    """What mean and variance of cosines need of one side's N items: they are products of a left and a right half."""
+    """One side of the products, a left times a right half, that give the mean and variance of cosines."""
 
-    mean: Tensor  # (N, D), such that |g|^2 is expected to be 1
+    mean: Tensor  # (N, D), scaled so that |g|^2 has expectation 1
     full: Tensor  # (N, 2 D)
-    mixed: Tensor | None = None  # (N, 2 D), of `tangent`, as what follows
+    mixed: Tensor | None = None  # (N, 2 D), for `tangent` only, as the fields below
     radial: Tensor | None = None  # (N, 2)
     inverse_length: Tensor | None = None  # (N, 1) of the mean
 
 
-def half(g: Gaussians, basis: Tensor, variance: str = "diagonal", right: bool = False) -> Half:
-    """What cosines of variance `variance` (see `cosine_variance`) need of one side, so that it need not be found anew.
+def half(g: Gaussians, other_basis: Tensor, variance: str = "diagonal", right: bool = False) -> Half:
+    """One side's Half for cosines with this kind of variance (see `cosine_variance`), for use in many products.
 
-    basis: (D, D), the other side's. right: whether this side stands on the right of the products. Raises ValueError for
-    another variance.
+    other_basis: (D, D), of the other side. right: whether this side is the right factor of the products. Raises
+    ValueError for an unknown variance.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance must be {', '.join(VARIANCES[:-1])} or {VARIANCES[-1]}, not '{variance}'")
-    mean, spread, own = _scaled(g)
+    one_of("variance", variance, VARIANCES)
+    mean, spread, basis = _scaled(g)
 
-    def joined(*parts):
-        return torch.cat(parts[::-1] if right else parts, dim=-1)
+    def joined(first, second):
+        return torch.cat((second, first) if right else (first, second), dim=-1)
 
     if variance == "diagonal":
-        v = spread @ own.square().T
+        v = spread @ basis.square().T
         return Half(mean, joined(mean.square(), v) if right else joined(mean.square() + v, v))
     # With Sigma = U diag(s) U^T: h^T Sigma_g h = s_g . (U_g^T h)^2 and trace(Sigma_g Sigma_h) = s_g (U_g^T U_h)^2 s_h.
-    in_other = mean @ basis
-    seen = in_other.square()
-    if not right:  # the trace stands on one side
-        seen = seen + spread @ (own.T @ basis).square()
-    full = joined(spread, seen)
+    in_other = mean @ other_basis
+    squares = in_other.square()
+    if not right:  # the trace is counted once
+        squares = squares + spread @ (basis.T @ other_basis).square()
+    full = joined(spread, squares)
     if variance == "kronecker":
         return Half(mean, full)
-    # With x = g/|g|, y = h/|h| and c = x . y, y - c x stands for y in |h|^2 y^T Sigma_g y, and likewise for Sigma_h.
-    # What that adds is |h|^2 (c^2 x^T Sigma_g x - 2 c x^T Sigma_g y).
+    # With x = g/|g|, y = h/|h| and c = x . y, `tangent` replaces y by y - c x in |h|^2 y^T Sigma_g y, and likewise for
+    # Sigma_h. This adds |h|^2 (c^2 x^T Sigma_g x - 2 c x^T Sigma_g y).
     square = mean.square().sum(dim=-1, keepdim=True)
     inverse = torch.where(square > 0, square.rsqrt(), 0.0)
-    in_own = inverse * (mean @ own)
-    mixed = joined(spread * in_own, square * inverse * in_other)
-    return Half(mean, full, mixed, joined((spread * in_own.square()).sum(dim=-1, keepdim=True), square), inverse)
+    direction = inverse * (mean @ basis)
+    mixed = joined(spread * direction, square * inverse * in_other)
+    return Half(mean, full, mixed, joined((spread * direction.square()).sum(dim=-1, keepdim=True), square), inverse)
 
 
 def mean_of(g: Half, h: Half) -> Tensor:
@@ -84,29 +85,29 @@ def variance_of(g: Half, h: Half) -> Tensor:
 
 
 def cosine_mean(g: Gaussians, h: Gaussians) -> Tensor:
-    """Mean of the cosine (N, C): that of the means times a factor of at most 1 from each side."""
+    """Mean of the cosine (N, C): the cosine of the means times a factor of at most 1 for each side."""
     return _scaled(g).mean @ _scaled(h).mean.T
 
 
 def cosine_variance(g: Gaussians, h: Gaussians, variance: str = "diagonal") -> Tensor:
     """Variance of the cosine (N, C).
 
-    `diagonal`, as published: of the product of the two, coordinates of an embedding taken as independent; `kronecker`:
-    with their covariances; `tangent`: less what moves an embedding along its own direction and no cosine, which the
-    other two count, the more so the larger the cosine. Raises ValueError for another variance.
+    `diagonal`, as published: of the inner product, with the coordinates of an embedding as independent; `kronecker`:
+    with their covariances; `tangent`: without variance along an embedding's own direction, which moves no cosine. The
+    other two include it, the more the larger the cosine. Raises ValueError for an unknown variance.
     """
     return variance_of(half(g, h[2], variance), half(h, g[2], variance, right=True))
 
 
 def probit_factor(variance: Tensor) -> Tensor:
-    """The factor 1 / sqrt(1 + pi/8 variance) on a logit of that variance, elementwise; MacKay (1992)."""
+    """Probit factor 1 / sqrt(1 + pi/8 variance) on a logit of this variance, elementwise; MacKay (1992)."""
     return (1 + math.pi / 8 * variance).rsqrt()
 
 
 def independent_probabilities(logit: Tensor, variance: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Class probabilities (N, C), the mean softmax over draws of logits with these means and variances (N, C).
+    """Class probabilities (N, C): the mean softmax over draws of logits with these means and variances (N, C).
 
-    No logit of a draw knows of another; joint draws are `joint_probabilities`.
+    The logits of a draw are independent; for joint draws see `joint_probabilities`.
     """
     deviation, total = variance.sqrt(), torch.zeros_like(logit)
     for _ in range(draws):
@@ -116,10 +117,10 @@ def independent_probabilities(logit: Tensor, variance: Tensor, draws: int, gener
 
 
 def joint_probabilities(draws: Iterable[tuple[Tensor, Tensor]], scale: float) -> Tensor:
-    """Class probabilities (N, C), the mean softmax over draws of all embeddings (N, D), (C, D) under one map a side.
+    """Class probabilities (N, C): the mean softmax over draws of all embeddings (N, D), (C, D) under one map per side.
 
     draws: such as `zip(images.samples(...), texts.samples(...))` of two posteriors. Logits are scale times cosine; a
-    bias common to all would cancel. Raises ValueError if there is no draw.
+    common bias would cancel. Raises ValueError if there is no draw.
     """
     total, count = 0.0, 0
     for g, h in draws:
@@ -127,13 +128,13 @@ def joint_probabilities(draws: Iterable[tuple[Tensor, Tensor]], scale: float) ->
         total = total + (scale * cosine).softmax(dim=-1)
         count += 1
     if not count:
-        raise ValueError("there is no draw to take the mean of")
+        raise ValueError("there is no draw to average")
     return total / count
 
 
 def _scaled(g: Gaussians) -> Gaussians:
-    """The same Gaussians (N, D) with lengths such that |g|^2 is expected to be 1, which changes no cosine."""
+    """The same Gaussians (N, D) scaled so that |g|^2 has expectation 1, which changes no cosine."""
     mean, spread, basis = g
     square = mean.square().sum(dim=-1, keepdim=True) + spread.sum(dim=-1, keepdim=True)
-    square = square.clamp_min(torch.finfo(mean.dtype).tiny)  # a point at 0 has cosines of 0
+    square = square.clamp_min(torch.finfo(mean.dtype).tiny)  # a point at 0 gets cosines of 0
     return Gaussians(mean / square.sqrt(), spread / square, basis)

@@ -1,7 +1,7 @@
-"""ProbVLM: an embedding is a generalized Gaussian in every dimension, for both modalities (arXiv 2307.00398).
+"""ProbVLM (Upadhyay et al., arXiv 2307.00398): embeddings are generalized Gaussians in every dimension.
 
-A BayesCap network per modality (arXiv 2207.06873) gives a mean, a scale alpha and a shape beta. The intra-modal term of
-the loss is the likelihood of the embedding itself, the cross-modal term that of its match in the other modality.
+A BayesCap network per modality (arXiv 2207.06873) predicts a mean, a scale alpha and a shape beta. The intra-modal term
+of the loss is the likelihood of the embedding itself, the cross-modal term that of its match in the other modality.
 """
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, info_nce, perceptron
 from models.distributions import GeneralizedGaussian
+from utils.errors import one_of
 
-EPS = 1e-4  # added to 1 / alpha and beta wherever a likelihood is formed, as in the public code
-LIKELIHOOD_WEIGHT, CROSS_WEIGHT = 5e-2, 1e-4  # next to the L1 distance; next to the intra-modal term
-# With beta < 1 the likelihood has a cusp at a residual of zero; above this its gradient there stays integrable.
+EPS = 1e-4  # added to 1 / alpha and beta in every likelihood, as in the public code
+LIKELIHOOD_WEIGHT, CROSS_WEIGHT = 5e-2, 1e-4  # relative to the L1 distance; relative to the intra-modal term
+# For beta < 1 the likelihood has a cusp at a residual of zero; above this value its gradient stays integrable there.
 LOWEST_BETA = 0.5
 
 
@@ -29,7 +30,7 @@ class BayesCap(nn.Module):
         layers = list(perceptron(dim, width, dim, hidden=2))
         self.trunk = nn.Sequential(*layers[:-1], nn.Dropout(dropout), layers[-1])
         self.mean = perceptron(dim, dim, dim, hidden=1) if mean == "learned" else Mean(mean, dim, width, hidden=2)
-        # Between a kept mean and the other modality lies what all pairs have in common; unlearned, alpha would hold it.
+        # All pairs share an offset from a kept mean to the other modality. Unless it is learned, alpha absorbs it.
         self.gap = 0.0 if mean == "learned" else nn.Parameter(torch.zeros(dim))
         self.inverse_alpha = perceptron(dim, dim, dim, hidden=1)
         self.beta = perceptron(dim, dim, dim, hidden=1)
@@ -44,12 +45,12 @@ class BayesCap(nn.Module):
 
 
 class ProbVLM(Adaptor):
-    """Images and captions as generalized Gaussians.
+    """Images and captions as generalized Gaussians in every dimension; Upadhyay et al. (2023), arXiv 2307.00398.
 
-    mean: see BayesCap. likelihood: `exact`, or `surrogate`, linear where the density has a power, as published (beta
-    then learns nothing, see `surrogate_nll`). width, dropout: of the trunk. normalize: work on embeddings of length
-    sqrt(D), at which scales start well, instead of their own. reciprocal: report 1 / variance as uncertainty, which is
-    wrong (larger = more certain) but published. temperature: see Adaptor.
+    mean: see BayesCap. likelihood: `exact`, or `surrogate`, linear in the residual, as published (beta then learns
+    nothing, see `surrogate_nll`). width, dropout: of the trunk. normalize: scale embeddings to length sqrt(D), at which
+    scales start well, instead of keeping their length. reciprocal: report 1 / variance as uncertainty, as published but
+    wrong (larger = more certain). temperature: see Adaptor.
     """
 
     def __init__(
@@ -64,10 +65,9 @@ class ProbVLM(Adaptor):
         temperature: str = "exp",
     ):
         super().__init__(temperature)
-        if likelihood not in ("exact", "surrogate"):
-            raise ValueError(f"likelihood must be exact or surrogate, not '{likelihood}'")
-        exact = likelihood == "exact"
-        self.nll, self.variance = (exact_nll, geometric_variance) if exact else (surrogate_nll, published_variance)
+        exact = one_of("likelihood", likelihood, ("exact", "surrogate")) == "exact"
+        self.nll = exact_nll if exact else surrogate_nll
+        self.variance = geometric_variance if exact else published_variance
         self.normalize, self.reciprocal = normalize, reciprocal
         self.image, self.text = (
             BayesCap(dim, mean, width, dropout, LOWEST_BETA if exact else 0.0) for _ in ("image", "text")
@@ -84,41 +84,42 @@ class ProbVLM(Adaptor):
         return Embedding(mean, uncertainty, spread=torch.stack((inverse_alpha, beta, x), dim=1))
 
     def adapt_image(self, image: Tensor) -> Embedding:
-        """Give images (N, D) a mean, a variance (N,), and as spread (N, 3, D) 1 / alpha, beta and the embedding."""
+        """Adapt images (N, D): mean, variance (N,), and as spread (N, 3, D) 1 / alpha, beta and the embedding."""
         return self._adapt(self.image, image)
 
     def adapt_text(self, text: Tensor) -> Embedding:
         return self._adapt(self.text, text)
 
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
-        """Log density (N, M) of each image's embedding under each caption's distribution plus that of the reverse.
+        """Log density (N, M) of each image's embedding under each caption's distribution, plus the reverse.
 
-        A matched pair's score is minus its exact cross-modal term, so that what ranks is what the loss trains.
+        A matched pair's score is minus its exact cross-modal term, so the loss trains the score that ranks.
         """
-        of_image, of_text = (
-            density(own.mean + head.gap, own.spread[:, 0], own.spread[:, 1]).pairwise_log_prob(other.spread[:, 2])
-            for head, own, other in ((self.text, text, image), (self.image, image, text))
-        )
-        return of_image + of_text.T
+        under_text = density(text.mean + self.text.gap, text.spread[:, 0], text.spread[:, 1])
+        under_image = density(image.mean + self.image.gap, image.spread[:, 0], image.spread[:, 1])
+        return under_text.pairwise_log_prob(image.spread[:, 2]) + under_image.pairwise_log_prob(text.spread[:, 2]).T
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """L1 distance and weighted likelihood () of B pairs (B, D), (B, D); arXiv 2307.00398, section 3.2.
 
-        A learned mean has the intra- and the cross-modal term, as published. One that holds the embedding itself
-        reconstructs it perfectly, so that the intra-modal likelihood grows without bound whatever the data: there the
-        cross-modal term gives the scale, and InfoNCE the correction, which a distance would draw to the batch's mean.
+        A learned mean has the intra- and the cross-modal term, as published. A frozen or residual mean reconstructs the
+        embedding perfectly, so the intra-modal likelihood would grow without bound. There the cross-modal term trains
+        the scale, and InfoNCE the correction, which an L1 distance would pull to the batch's mean.
         """
         image, text = self._input(image), self._input(text)
         means = []
         total = 0
-        for head, own, other in ((self.image, image, text), (self.text, text, image)):
-            mean, *shape = head(own)
+        for head, embedding, match in ((self.image, image, text), (self.text, text, image)):
+            mean, inverse_alpha, beta = head(embedding)
             means.append(F.normalize(mean, dim=-1, eps=1e-3))
             if head.kind == "learned":
-                total = total + self._term(own, mean, *shape) + CROSS_WEIGHT * self._term(other, mean, *shape)
+                total = total + self._term(embedding, mean, inverse_alpha, beta)
+                total = total + CROSS_WEIGHT * self._term(match, mean, inverse_alpha, beta)
             else:
-                total = total + self._term(other, mean.detach() + head.gap, *shape)
-        return total + info_nce(COSINE_SCALE * means[0] @ means[1].T) if self.image.kind == "residual" else total
+                total = total + self._term(match, mean.detach() + head.gap, inverse_alpha, beta)
+        if self.image.kind == "residual":
+            total = total + info_nce(COSINE_SCALE * means[0] @ means[1].T)
+        return total
 
     def _term(self, target: Tensor, mean: Tensor, inverse_alpha: Tensor, beta: Tensor) -> Tensor:
         likelihood = self.nll(target, mean, inverse_alpha, beta).mean()
@@ -130,14 +131,14 @@ def density(mean: Tensor, inverse_alpha: Tensor, beta: Tensor) -> GeneralizedGau
 
 
 def exact_nll(target: Tensor, mean: Tensor, inverse_alpha: Tensor, beta: Tensor) -> Tensor:
-    """Minus the log density (B, D) of targets (B, D); arXiv 2307.00398, equation 3."""
+    """Negative log density (B, D) of targets (B, D); arXiv 2307.00398, equation 3."""
     return -density(mean, inverse_alpha, beta).log_prob(target)
 
 
 def surrogate_nll(target: Tensor, mean: Tensor, inverse_alpha: Tensor, beta: Tensor) -> Tensor:
     """The public code's loss (B, D): beta |r| / alpha in place of (|r| / alpha)^beta.
 
-    The best alpha is beta |r|, which leaves log Gamma(1/beta): at its minimum beta = 0.68417, whatever the data.
+    The optimal alpha is beta |r|, which leaves log Gamma(1/beta), minimal at beta = 0.68417 for any data.
     """
     inverse_alpha, beta = inverse_alpha + EPS, beta + EPS
     distance = ((mean - target).abs() * inverse_alpha * beta).clamp(1e-4, 1e3)
@@ -147,7 +148,7 @@ def surrogate_nll(target: Tensor, mean: Tensor, inverse_alpha: Tensor, beta: Ten
 def geometric_variance(inverse_alpha: Tensor, beta: Tensor) -> Tensor:
     """Geometric mean (N,) over D of the variances of (N, D).
 
-    An arithmetic mean would see nothing but the few dimensions of least beta, where Gamma(3/beta) is astronomic.
+    The few dimensions of smallest beta, where Gamma(3/beta) is huge, would dominate an arithmetic mean.
     """
     return density(torch.zeros_like(beta), inverse_alpha, beta).log_variance.mean(dim=-1).exp()
 

@@ -1,7 +1,7 @@
 """ProLIP, probabilistic language-image pre-training (Chun et al. 2025, arXiv 2410.18857), on frozen embeddings.
 
-Of its two inclusion losses, the one that puts an image inside its caption is here. The other puts an input inside the
-same input with parts masked, which a cache of embeddings does not have.
+Of its two inclusion losses, this implements the inclusion of an image in its caption. The other is the inclusion of an
+input in a masked copy of itself, which a cache of embeddings does not have.
 """
 
 import math
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from models.base import COSINE_SCALE, Embedding
 from models.gaussian import PairwiseGaussian, kl_to_standard_normal, match
+from utils.errors import one_of
 
-STEEPNESS = 1000  # of the sigmoid that turns two inclusions of a coordinate into a choice
+STEEPNESS = 1000  # of the sigmoid of the difference between the inclusions of both directions
 
 
 class ProLIP(PairwiseGaussian):
-    """Gaussians trained with the pairwise sigmoid loss on cos - (S_i + S_t)/2, inclusion and KL.
+    """Gaussians trained with a pairwise sigmoid loss on cos - (S_i + S_t)/2, inclusion and KL; arXiv 2410.18857.
 
     mean, width, hidden, start, floor: see Gaussian. scale, vib, same_image: see PairwiseGaussian. kl: `exact`, or
     `halved`, with log sigma^2 halved first, as published. inclusion: weight of the inclusion loss. inclusion_weights:
-    `exact`, or `published`, where log sigma^2 counts as if it were log sigma.
+    `exact`, or `published`, which uses log sigma^2 as if it were log sigma.
     """
 
     def __init__(
@@ -41,24 +42,24 @@ class ProLIP(PairwiseGaussian):
         first = {"first_scale": COSINE_SCALE, "first_shift": -10}
         pairwise = {"scale": scale, "vib": vib, "same_image": same_image} | first
         super().__init__(dim, mean, width, hidden, start, floor, **pairwise)
-        for name, value, known in (("kl", kl, "halved"), ("inclusion_weights", inclusion_weights, "published")):
-            if value not in ("exact", known):
-                raise ValueError(f"{name} must be exact or {known}, not '{value}'")
-        self.halved, self.published, self.inclusion = kl == "halved", inclusion_weights == "published", inclusion
+        self.halved = one_of("kl", kl, ("exact", "halved")) == "halved"
+        self.published = one_of("inclusion_weights", inclusion_weights, ("exact", "published")) == "published"
+        self.inclusion = inclusion
 
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
         """Match logit (N, M)."""
         return self.scale * match(image, text) + self.shift
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Pairwise sigmoid loss per image, inclusion and information losses () of B pairs."""
+        """Sum () of the pairwise sigmoid loss per image, the inclusion loss and KL of B pairs."""
         positive = self.positives(image)
         image, text = self.adapt_image(image), self.adapt_text(text)
         logit = self.log_likelihood(image, text)
         loss = F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype), reduction="sum") / len(logit)
         if self.inclusion:
-            forth, back = (log_inclusion(*pair, self.published) for pair in ((image, text), (text, image)))
-            loss = loss - self.inclusion * F.logsigmoid(STEEPNESS * (forth - back)).mean()
+            in_text = log_inclusion(image, text, self.published)
+            in_image = log_inclusion(text, image, self.published)
+            loss = loss - self.inclusion * F.logsigmoid(STEEPNESS * (in_text - in_image)).mean()
         return loss + self.vib * (self.kl(image) + self.kl(text))
 
     def kl(self, embedding: Embedding) -> Tensor:
@@ -68,10 +69,10 @@ class ProLIP(PairwiseGaussian):
 
 
 def log_inclusion(inner: Embedding, outer: Embedding, published: bool = False) -> Tensor:
-    """How much `inner` lies in `outer`, ln of the integral of p_inner^2 p_outer (N, D), per coordinate.
+    """Inclusion (N, D) of `inner` in `outer` per coordinate: ln of the integral of p_inner^2 p_outer.
 
-    The square is a Gaussian of half the variance over 2 sqrt(pi) sigma, and the integral of two Gaussians' product is
-    one at the distance of their means.
+    The square is a Gaussian of half the variance over 2 sqrt(pi) sigma, and the integral of a product of two Gaussians
+    is a Gaussian density at the distance of their means.
     """
     width = inner.spread.exp() + 2 * outer.spread.exp()
     squares = (inner.mean - outer.mean).square()

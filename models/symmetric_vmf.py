@@ -1,8 +1,8 @@
-"""Symmetric von Mises-Fisher: an image is a distribution on the unit sphere as much as a caption is.
+"""Symmetric von Mises-Fisher: images and captions are both distributions on the unit sphere.
 
-The ablation of what is asymmetric in AsymVLM (arXiv 2505.11029). Two distributions are compared by the expected
-likelihood kernel, the integral of the product of their densities (Jebara & Kondor 2003; for von Mises-Fisher Kirchhof
-et al. 2022, arXiv 2207.03784), which has a closed form.
+An ablation of the asymmetry of AsymVLM (arXiv 2505.11029). Two distributions are compared by the expected likelihood
+kernel, the integral of the product of their densities (Jebara & Kondor 2003), which has a closed form for von
+Mises-Fisher (Kirchhof et al. 2022, arXiv 2207.03784).
 """
 
 import torch
@@ -14,7 +14,7 @@ from models.distributions.von_mises_fisher import log_normalizer
 
 
 class SymmetricVMF(Adaptor):
-    """Images and captions as von Mises-Fisher distributions; trained with unified InfoNCE.
+    """Images and captions as von Mises-Fisher distributions, trained with unified InfoNCE; after arXiv 2505.11029.
 
     mean, width, hidden: of both heads, see SphericalHead. temperature: see Adaptor.
     """
@@ -38,12 +38,12 @@ class SymmetricVMF(Adaptor):
 
 
 def log_kernel(cos: Tensor, kappa: Tensor, other: Tensor, dim: int) -> Tensor:
-    """Log of the integral of the product of two von Mises-Fisher densities, less log C_dim(0), elementwise.
+    """Log integral of the product of two von Mises-Fisher densities, minus log C_dim(0), elementwise.
 
-    log C(kappa) + log C(other) - log C(|kappa mu + other mu'|), each less log C(0), so 0 where either is uniform.
+    log C(kappa) + log C(other) - log C(|kappa mu + other mu'|), each minus log C(0), so 0 if either is uniform.
     """
     # |kappa mu + other mu'|^2 as a sum of two squares: expanded, opposite directions would cancel. The floor keeps the
-    # gradient of the root finite at zero, where that of log C vanishes.
+    # gradient of the root finite at zero, where the gradient of log C vanishes.
     squared = (kappa - other).square() + 2 * kappa * other * (1 + cos).clamp_min(0)
     both = torch.sqrt(squared + FLOOR**2)
     return log_normalizer(kappa, dim) + log_normalizer(other, dim) - log_normalizer(both, dim)

@@ -1,4 +1,4 @@
-"""The problem on which the public AsymVLM suite's outputs were recorded, in float64, and a method set to it."""
+"""The float64 problem on which outputs of the public AsymVLM suite were recorded, and methods set to it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Embeddings computed elsewhere: split by image, cached without a backbone, and what is refused."""
+"""Embeddings computed elsewhere: split by image, cached without a backbone, and their errors."""
 
 import json
 import re
@@ -23,7 +23,7 @@ RUN = ["--dataset", "embeddings", "--method"]
 
 
 def arrays(**changes):
-    """Arrays as a user may have them; None leaves a key out."""
+    """Arrays as a user may have them; None removes a key."""
     rng = np.random.default_rng(0)
     image_of_text = rng.permutation(np.resize(np.arange(N), M))
     image = rng.normal(size=(N, D)).astype(np.float32)
@@ -117,16 +117,16 @@ def test_images_without_a_text_are_left_out(here, capsys):
     assert len(Pairs("embeddings", "given", "all").text) == 99
 
 
-def test_a_cache_of_other_content_is_not_taken_for_this_one(here, refusal, capsys):
+def test_a_cache_of_other_content_is_refused(here, refusal, capsys):
     cache_embeddings.main(CACHE)
     np.savez("pairs.npz", **{key: np.asfortranarray(array) for key, array in arrays().items()})
     cache_embeddings.main(CACHE)
     assert capsys.readouterr().out.count("(already there)") == 2
     for setting in ("data.options.logit_scale=50", "data.options.seed=1"):
-        assert "another list of images and captions" in refusal(cache_embeddings.main, *CACHE, "--set", setting)
-    assert "another backbone" in refusal(cache_embeddings.main, *CACHE, "--set", "encoder.model=ViT-B-16")
+        assert "a different list of images and captions" in refusal(cache_embeddings.main, *CACHE, "--set", setting)
+    assert "a different backbone" in refusal(cache_embeddings.main, *CACHE, "--set", "encoder.model=ViT-B-16")
     np.savez("pairs.npz", **arrays(**spoiled("text", 3, 1)))
-    assert "another list of images and captions" in refusal(cache_embeddings.main, *CACHE)
+    assert "a different list of images and captions" in refusal(cache_embeddings.main, *CACHE)
     cache_embeddings.main([*CACHE, "--overwrite"])
     assert "already there" not in capsys.readouterr().out
 
@@ -139,20 +139,20 @@ def test_scripts_need_no_backbone(here, refusal, monkeypatch):
     train.main([*RUN, "asymvlm-psd", "--quiet", "--set", "train.epochs=2", "model.width=8"])
     for method in ("clip", "asymvlm-psd"):
         evaluation.main([*RUN, method, "--quiet", "--uncer_levels", "4"])
-    found = json.loads((here / "results/embeddings/given/asymvlm-psd/seed0/embeddings-retrieval.json").read_text())
-    assert (found["split"], found["images"]) == ("test0", 8)
-    surest = found["text_to_image"]["examples"]["most_certain"][0]
-    assert surest["own"].startswith("image 9")
+    result = json.loads((here / "results/embeddings/given/asymvlm-psd/seed0/embeddings-retrieval.json").read_text())
+    assert (result["split"], result["images"]) == ("test0", 8)
+    example = result["text_to_image"]["examples"]["most_certain"][0]
+    assert example["own"].startswith("image 9")
     report.main(["--dataset", "embeddings", "--quiet"])
     page = (here / "results/embeddings/report.html").read_text()
-    assert surest["best"][0]["answer"] in page
+    assert example["best"][0]["answer"] in page
     error = refusal(uncertainty.main, *RUN, "asymvlm-psd", "a photo")
     assert "trained on embeddings computed elsewhere, so no backbone is at hand to encode prompts" in error
-    again = refusal(train.main, *RUN, "clip", "--tag", "t", "--set", "data.train_split=train1")
-    assert "run `python cache_embeddings.py --dataset embeddings --backbone given --splits train1`" in again
+    error = refusal(train.main, *RUN, "clip", "--tag", "t", "--set", "data.train_split=train1")
+    assert "run `python cache_embeddings.py --dataset embeddings --backbone given --splits train1`" in error
 
 
-def test_a_backbone_of_another_size_is_not_asked(here, refusal):
+def test_a_backbone_of_another_size_is_refused(here, refusal):
     named = ["--backbone", "shapes-tiny"]
     cache_embeddings.main([*CACHE, *named])
     train.main([*RUN, "asymvlm-psd", *named, "--quiet", "--set", "train.epochs=1", "model.width=8"])
@@ -165,57 +165,60 @@ def test_a_backbone_of_another_size_is_not_asked(here, refusal):
     [
         (dict(text=None), "it has no key 'text'"),
         (dict(image=np.ones((N, D), dtype=int)), "'image' must hold one embedding per row, .* not int64"),
-        (dict(image=np.ones(N)), r"'image' must hold one embedding per row, .* of the shape \(40,\)"),
-        (dict(text=np.ones((0, D))), r"'text' must hold .* of the shape \(0, 16\)"),
-        (dict(text=np.ones((M, D + 1))), "'image' have size 16, but those of 'text' 17: give embeddings of one model"),
+        (dict(image=np.ones(N)), r"'image' must hold one embedding per row, .* of shape \(40,\)"),
+        (dict(text=np.ones((0, D))), r"'text' must hold .* of shape \(0, 16\)"),
+        (
+            dict(text=np.ones((M, D + 1))),
+            "'image' has rows of size 16, but 'text' of size 17: give embeddings of one model",
+        ),
         (spoiled("image", 7, np.nan), "row 7 of 'image' is not finite"),
         (spoiled("text", 99, (0,) * (D - 1) + (np.inf,)), "row 99 of 'text' is not finite"),
         (spoiled("text", 4, 0), "row 4 of 'text' is all zeros"),
         (spoiled("text", 5, 7e4), "row 5 of 'text' is too large for float16.* multiply all rows by one number"),
         (spoiled("image", 6, 1e-6), "row 6 of 'image' is too small for float16.* multiply all rows by one number"),
         (spoiled("image", 6, 1e-12), "row 6 of 'image' is too small for float16"),
-        (dict(image_of_text=None), "'image' has 40 rows and 'text' 100: say with 'image_of_text'"),
-        (dict(image_of_text=np.zeros(M)), "'image_of_text' must hold whole numbers .* not float64"),
-        (dict(image_of_text=np.zeros(M - 1, dtype=int)), r"of the shape \(100,\), not int64 of the shape \(99,\)"),
-        (spoiled("image_of_text", 8, N), "row 8 of 'image_of_text' is 40, .* counted from 0 to 39"),
-        (spoiled("image_of_text", 9, -1), "row 9 of 'image_of_text' is -1, which is no row of 'image'"),
+        (dict(image_of_text=None), "'image' has 40 rows and 'text' 100: add 'image_of_text'"),
+        (dict(image_of_text=np.zeros(M)), "'image_of_text' must hold integers .* not float64"),
+        (dict(image_of_text=np.zeros(M - 1, dtype=int)), r"of shape \(100,\), not int64 of shape \(99,\)"),
+        (spoiled("image_of_text", 8, N), "row 8 of 'image_of_text' is 40, .* count the rows of 'image' from 0 to 39"),
+        (spoiled("image_of_text", 9, -1), "row 9 of 'image_of_text' is -1, which is not a row of 'image'"),
         (spoiled("image_id", 31, 997), "rows 3 and 31 of 'image_id' are both 997: give each image one row"),
-        (dict(image_id=np.arange(N).astype(str)), "'image_id' must hold whole numbers"),
+        (dict(image_id=np.arange(N).astype(str)), "'image_id' must hold integers"),
         (dict(caption=np.arange(M)), "'caption' must hold strings"),
         (
             dict(caption=np.array(["a"] * M, dtype=object)),
-            "'caption' is an array of Python objects: make it plain, strings with numpy.array",
+            "'caption' is an array of Python objects: store plain values, strings with numpy.array",
         ),
         (spoiled("caption", 3, " "), "caption 3 of 'all', of image 9.., is empty"),
-        (FOUR | {"image_of_text": None}, "has 4 images, too few for 5 parts: give more, or fewer parts"),
+        (FOUR | {"image_of_text": None}, "has 4 images, too few for 5 parts: add images, or make fewer parts"),
     ],
 )
-def test_what_cannot_be_cached_is_named(here, refusal, changes, sentence):
+def test_arrays_that_cannot_be_cached_are_named(here, refusal, changes, sentence):
     np.savez("pairs.npz", **arrays(**changes))
     assert re.search(sentence, refusal(cache_embeddings.main, *CACHE, "--splits", "all"))
     assert not (here / "embeddings").exists()
 
 
-def test_files_splits_and_options_that_are_none_are_named(here, refusal):
+def test_invalid_files_splits_and_options_are_named(here, refusal):
     np.save("one.npy", np.ones((N, D)))
-    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "one.npy")
-    assert "one.npy: it is one array of several: name the folder that holds image.npy and text.npy" in said
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "one.npy")
+    assert "one.npy: it is a single array: point --root to the folder that holds image.npy and text.npy" in error
     (here / "text.npz").write_text("image, text")
     (here / "cut.npz").write_bytes((here / "pairs.npz").read_bytes()[:2000])
     for name in ("text.npz", "cut.npz"):
-        assert f"{name}: it is no .npz" in refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", name)
+        assert f"{name}: it is not an .npz" in refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", name)
     error = refusal(cache_embeddings.main, "--dataset", "embeddings")
-    assert "data/embeddings.npz are missing: name an .npz, a .safetensors or a folder of .npy with --root" in error
+    assert "data/embeddings.npz are missing: point --root to an .npz, a .safetensors or a folder of .npy" in error
     error = refusal(cache_embeddings.main, *CACHE, "--splits", "val")
     assert "pairs.npz has no split 'val'; it has all, train, test, train0, train1" in error
     for setting in ("folds=1", "folds=2.5", "seed=-1", "logit_scale=0", "logit_scale=.inf"):
         error = refusal(cache_embeddings.main, *CACHE, "--set", f"data.options.{setting}")
-        must_be = "folds must be a whole number from 2 on" if "scale" not in setting else "logit_scale must be"
+        must_be = "folds must be an integer of at least 2" if "scale" not in setting else "logit_scale must be"
         assert f"data.options: {must_be}" in error
 
 
 def test_every_layout_holds_the_same(here, refusal):
-    """A .safetensors, a folder of .npy and clip-retrieval's parts give what the .npz gives."""
+    """A .safetensors, a folder of .npy and clip-retrieval's parts give the same as the .npz."""
     import pyarrow
     import safetensors.torch
     from pyarrow import parquet
@@ -248,20 +251,20 @@ def test_every_layout_holds_the_same(here, refusal):
     assert (source.embeddings("all")[1] == text.astype(np.float16)).all()
     assert [c.text for c in source.captions("all")] == ["" if c is None else c for c in caption]
     (here / "laion/text_emb/text_emb_10.npy").unlink()
-    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "laion")
-    assert "img_emb_10.npy has no text_emb_10.npy beside it" in said
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "laion")
+    assert "img_emb_10.npy has no text_emb_10.npy beside it" in error
     np.save("laion/text_emb/text_emb_10.npy", text[30:].astype(np.float16))
-    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "laion")
-    assert "part 10 has 10 and 15 rows" in said
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "laion")
+    assert "part 10 has 10 and 15 rows" in error
     (here / "bad.safetensors").write_bytes(b"nothing")
-    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "bad.safetensors")
-    assert "bad.safetensors: it is no .safetensors" in said
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "bad.safetensors")
+    assert "bad.safetensors: it is not a .safetensors" in error
     (here / "folder/text.npy").write_bytes(b"nothing")
-    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "folder")
-    assert "text.npy is no .npy of plain numbers" in said
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "folder")
+    assert "text.npy is not an .npy of plain numbers" in error
     (here / "bare").mkdir()
-    said = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "bare")
-    assert "bare: it has no key 'image'" in said
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "bare")
+    assert "bare: it has no key 'image'" in error
 
 
 def labeled(images=60, classes=6, per_class=3, **changes):
@@ -288,12 +291,12 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
     assert "60 images, 18 prompts for 6 classes, D = 16" in capsys.readouterr().out
     pairs = Pairs("embeddings", "given", "all")
     assert pairs.classes[2] == "thing 2" and (pairs.label == given["label"]).all()
-    said = refusal(train.main, *RUN, "clip", "--set", "data.train_split=all")
-    assert "holds images with classes, not captions" in said
+    error = refusal(train.main, *RUN, "clip", "--set", "data.train_split=all")
+    assert "holds images with classes, not captions" in error
     train.main([*RUN, "clip", "--quiet"])
     capsys.readouterr()
     evaluation.main([*RUN, "clip", "--split", "all", "--score", "both"])
-    # The slow way: unit prompts averaged, made unit again, one image after the other.
+    # Reference: average the unit prompts of a class, normalize the mean, one image after the other.
     image, text = given["image"].astype(np.float16).astype(float), given["text"].astype(np.float16).astype(float)
     hits = {1: 0, 5: 0}
     for row, label in zip(image, given["label"], strict=True):
@@ -303,10 +306,10 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
             scores.append(row @ mean / np.linalg.norm(mean))
         order = np.argsort(scores)[::-1]
         hits = {k: hits[k] + (label in order[:k]) for k in hits}
-    found = json.loads((here / "results/embeddings/given/clip/seed0/embeddings+all-classification.json").read_text())
-    assert found["task"] == "classification" and (found["images"], found["captions"]) == (60, 18)
+    result = json.loads((here / "results/embeddings/given/clip/seed0/embeddings+all-classification.json").read_text())
+    assert result["task"] == "classification" and (result["images"], result["captions"]) == (60, 18)
     for k in (1, 5):
-        assert found["image_to_class"]["recall"][str(k)] == pytest.approx(hits[k] / 60)
+        assert result["image_to_class"]["recall"][str(k)] == pytest.approx(hits[k] / 60)
     assert 0.3 < hits[1] / 60 < 1
     assert f"top-1  {100 * hits[1] / 60:.1f}" in capsys.readouterr().out
     arrays = np.load(here / "results/embeddings/given/clip/seed0/embeddings+all-classification.npz")
@@ -314,8 +317,8 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
 
     train.main([*RUN, "asymvlm-vmf", "--quiet", "--set", "train.epochs=2", "model.width=32"])
     evaluation.main([*RUN, "asymvlm-vmf", "--split", "all", "--quiet"])
-    about = "results/embeddings/given/asymvlm-vmf/seed0/embeddings+all-classification.json"
-    assert json.loads((here / about).read_text())["image_to_class"]["levels_by"] == "retrieved"
+    path = here / "results/embeddings/given/asymvlm-vmf/seed0/embeddings+all-classification.json"
+    assert json.loads(path.read_text())["image_to_class"]["levels_by"] == "retrieved"
     assert "--uncer_levels must lie between 2 and 60" in refusal(
         evaluation.main, *RUN, "clip", "--split", "all", "--uncer_levels", "61"
     )
@@ -333,13 +336,13 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
         ({"class_name": np.array(["a"])}, r"'class_name' must hold strings of the shape \(6,\)"),
     ],
 )
-def test_classes_that_cannot_be_are_named(here, refusal, changes, sentence):
+def test_invalid_classes_are_named(here, refusal, changes, sentence):
     np.savez("labeled.npz", **labeled(**changes))
     assert re.search(sentence, refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "labeled.npz"))
 
 
 def test_zero_shot_with_published_class_embeddings(shared, tmp_path, monkeypatch, capsys):
-    """ImageNet's names as ViT-B/32 sees them under one prompt, found by those under another."""
+    """Classify the embeddings of ImageNet's class names in one prompt (ViT-B/32) by those in another prompt."""
     monkeypatch.chdir(tmp_path)
     with np.load(shared / "data/imagenet1000_text_vitb32.npz") as file:
         one, other, names = file["text_a"], file["text_b"], file["names"]
@@ -353,15 +356,13 @@ def test_zero_shot_with_published_class_embeddings(shared, tmp_path, monkeypatch
     evaluation.main([*RUN, "clip", "--split", "all"])
     unit = [array / np.linalg.norm(array, axis=1, keepdims=True) for array in (one, other)]
     top = (unit[0].astype(np.float64) @ unit[1].T.astype(np.float64)).argmax(axis=1)
-    found = json.loads(
-        (tmp_path / "results/embeddings/given/clip/seed0/embeddings+all-classification.json").read_text()
-    )
-    right = (top == numbers).mean()
-    assert right > 0.9 and found["image_to_class"]["recall"]["1"] == pytest.approx(right, abs=0.0011)
+    path = tmp_path / "results/embeddings/given/clip/seed0/embeddings+all-classification.json"
+    accuracy, recall = (top == numbers).mean(), json.loads(path.read_text())["image_to_class"]["recall"]["1"]
+    assert accuracy > 0.9 and recall == pytest.approx(accuracy, abs=0.0011)
 
 
-def test_ids_tell_test_images_that_were_trained_on(here, refusal):
-    """COCO's ids are the same whatever file and split they come in: 2017 and Karpathy's overlap is found."""
+def test_ids_reveal_test_images_that_were_trained_on(here, refusal):
+    """COCO's ids are the same in all files and splits, so the overlap of 2017 and Karpathy's splits is found."""
     given = arrays(image_id=None)
     ids = 1000 + np.arange(N)
     np.savez("pairs.npz", coco_image_id=ids, **given)
@@ -372,23 +373,22 @@ def test_ids_tell_test_images_that_were_trained_on(here, refusal):
     np.savez("others.npz", coco_image_id=ids + 28, **given)  # another 28 images and 12 of the same
     cache_embeddings.main(["--dataset", "embeddings", "--root", "others.npz", "--splits", "test0", "--quiet"])
     shared_ids = set(np.load("embeddings/embeddings/given/test0/image_id.npy")) & set(ids)
-    said = refusal(evaluation.main, *run)
-    assert shared_ids and f"was trained on {len(shared_ids)} of the 8 images of embeddings 'test0'" in said
+    error = refusal(evaluation.main, *run)
+    assert shared_ids and f"was trained on {len(shared_ids)} of the 8 images of embeddings 'test0'" in error
     evaluation.main([*run, "--allow-leakage", "--uncer_levels", "2"])
-    found = json.loads((here / "results/embeddings/given/asymvlm-vmf/seed0/embeddings-retrieval.json").read_text())
-    assert found["seen_in_training"] == len(shared_ids)
-    # Ids that count something else are no evidence.
+    path = here / "results/embeddings/given/asymvlm-vmf/seed0/embeddings-retrieval.json"
+    assert json.loads(path.read_text())["seen_in_training"] == len(shared_ids)
+    # Equal ids of another id space are not the same images.
     np.savez("others.npz", image_id=ids, **arrays(image_id=None, image=given["image"] + 1))
     cache_embeddings.main(
         ["--dataset", "embeddings", "--root", "others.npz", "--splits", "test0", "--quiet", "--overwrite"]
     )
     evaluation.main([*run, "--uncer_levels", "2"])
-    found = json.loads((here / "results/embeddings/given/asymvlm-vmf/seed0/embeddings-retrieval.json").read_text())
-    assert found["seen_in_training"] == 0
+    assert json.loads(path.read_text())["seen_in_training"] == 0
 
 
 def test_recall_of_published_embeddings(shared, tmp_path, monkeypatch):
-    """CLIP ViT-B/16 on 500 images of COCO."""
+    """R@1 of CLIP ViT-B/16 on 500 images of COCO."""
     monkeypatch.chdir(tmp_path)
     root = str(shared / "data/coco500_vitb16.npz")
     cache_embeddings.main(["--dataset", "embeddings", "--root", root, "--splits", "all", "--quiet"])
@@ -401,9 +401,9 @@ def test_recall_of_published_embeddings(shared, tmp_path, monkeypatch):
     image_to_text = rank(lambda queries: image[queries] @ text.T, 500, pairs.image_of_text, rows)
     text_to_image = rank(lambda queries: text[queries] @ image.T, 500, rows, pairs.image_of_text)
     assert [recall_at(ranking, 1).mean() for ranking in (image_to_text, text_to_image)] == pytest.approx([0.552, 0.506])
-    # The same by the scripts, on all pairs: plain CLIP trains nothing, so that it has seen no image.
+    # The same by the scripts, on all pairs: plain CLIP trains nothing, so it has seen no image in training.
     train.main([*RUN, "clip", "--val-fraction", "0", "--set", "data.train_split=all", "--quiet"])
     evaluation.main([*RUN, "clip", "--split", "all", "--quiet"])
-    found = json.loads((tmp_path / "results/embeddings/given/clip/seed0/embeddings+all-retrieval.json").read_text())
-    recalls = [found[side]["recall"]["1"] for side in ("image_to_text", "text_to_image")]
-    assert recalls == pytest.approx([0.552, 0.506]) and found["seen_in_training"] == 0
+    result = json.loads((tmp_path / "results/embeddings/given/clip/seed0/embeddings+all-retrieval.json").read_text())
+    recalls = [result[side]["recall"]["1"] for side in ("image_to_text", "text_to_image")]
+    assert recalls == pytest.approx([0.552, 0.506]) and result["seen_in_training"] == 0

@@ -1,4 +1,4 @@
-"""AsymVLM: parity of its `reference` preset with the public suite, and its behavior at the edges."""
+"""AsymVLM: parity of its `reference` preset with the public suite, its literal loss, and edge cases."""
 
 import numpy as np
 import pytest
@@ -20,20 +20,20 @@ def test_reference_preset_equals_the_public_suite(family, sharp):
     adapted_image, adapted_text = adaptor.adapt_image(image), adaptor.adapt_text(text)
     loss = adaptor.loss(image, text)
     loss.backward()
-    found = {
+    outputs = {
         "loss": loss.item(),
         "text_uncertainty": adapted_text.uncertainty.tolist(),
         "text_mean_first8": adapted_text.mean[:, :8].tolist(),
         "score": adaptor.log_likelihood(adapted_image, adapted_text).detach().numpy(),
         "grad_norms": [p.grad.norm().item() for p in adaptor.parameters()],
     }
-    # The public code keeps its constant for power spherical as well; ours leaves log C_D(0) out of every score.
+    # The public code adds its constant for power spherical, too; ours leaves log C_D(0) out of every score.
     if family == "psd":
         m = (512 - 1) / 2
         zero = torch.tensor(m, dtype=torch.float64)
         constant = -(2 * m * np.log(2) + torch.lgamma(zero) - torch.lgamma(2 * zero) + m * np.log(np.pi))
-        found["score"] = found["score"] + constant.item()
-    for name, value in found.items():
+        outputs["score"] = outputs["score"] + constant.item()
+    for name, value in outputs.items():
         if golden[name] is not None:
             np.testing.assert_allclose(value, golden[name], rtol=1e-10, err_msg=name)
 
@@ -69,7 +69,7 @@ def test_eta_of_zero_and_opposite_pairs_are_finite(family):
 @pytest.mark.parametrize("family", ["von-mises-fisher", "power-spherical"])
 @pytest.mark.parametrize("dim", [3, 512])
 def test_loss_is_the_literal_one(family, dim):
-    """Two cross-entropies over temperature times log density, by loops over pairs, with gradients."""
+    """Two cross-entropies of temperature times log density, by loops over pairs, with gradients."""
     torch.manual_seed(0)
     adaptor = AsymVLM(dim=dim, family=family, mean="learned", width=16, hidden=2).double()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_kept_mean_starts_at_the_frozen_direction_and_a_useful_kappa(method, m
     torch.manual_seed(0)
     adaptor = make_adaptor(load_config("coco", method, settings=[f"model.mean={mean}", "model.width=32"]), 64).double()
     image, text = torch.randn(2, 6, 64, dtype=torch.float64)
-    text[0] = 0  # an empty embedding has no direction, and spoils no other
+    text[0] = 0  # an embedding of zeros has no direction, and does not affect the others
     adapted = adaptor.adapt_text(text)
     torch.testing.assert_close(adapted.mean, F.normalize(text, dim=-1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(adapted.spread[1:], torch.full((5,), 8.0, dtype=torch.float64))  # sqrt(D)

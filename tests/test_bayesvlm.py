@@ -1,4 +1,4 @@
-"""BayesVLM: what train.py and eval.py give is what its formulas say, and what cannot be is refused."""
+"""BayesVLM: train.py and eval.py compute its formulas, and invalid options and factors are refused."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ FOLDER = "shapes/shapes-tiny/{}/seed0"
 
 @pytest.fixture(scope="module")
 def pooled_world(tmp_path_factory):
-    """A folder in which a small `shapes`, and its val images in folders by shape, are cached with pooled features."""
+    """A folder where a small `shapes`, and its val images in folders by shape, are cached with pooled features."""
     folder = tmp_path_factory.mktemp("pooled")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -78,7 +78,7 @@ def adapted(adaptor, pairs):
 
 
 def literal_curvature(source, target, scale):
-    """sum_i H_i, item by item, as the definition has it."""
+    """sum_i H_i, item by item, by definition."""
     target = target / target.norm(dim=1, keepdim=True)
     total = 0.0
     for g in source:
@@ -90,8 +90,8 @@ def literal_curvature(source, target, scale):
     return total
 
 
-def test_train_and_eval_give_what_the_formulas_say(place, monkeypatch):
-    """Two batches of 150 images with a caption each; all in float64 by definition from the cached arrays."""
+def test_train_and_eval_compute_the_formulas(place, monkeypatch):
+    """Two batches of 150 images with a caption each, against float64 by definition from the cached arrays."""
     chosen = []
     with monkeypatch.context() as patch:
         patch.setattr("models.bayesvlm.draw_pairs", lambda *args: chosen.append(draw_pairs(*args)) or chosen[-1])
@@ -125,7 +125,7 @@ def test_train_and_eval_give_what_the_formulas_say(place, monkeypatch):
     both = torch.outer(*lengths)
     variance = scale**2 * ((g.square() + v_g) @ v_h.T + v_g @ h.square().T) / both
     score = scale * (g @ h.T) / both.sqrt() / (1 + torch.pi / 8 * variance).sqrt()
-    found = json.loads((place / "results" / FOLDER.format("bayesvlm") / "shapes-retrieval.json").read_text())
+    result = json.loads((place / "results" / FOLDER.format("bayesvlm") / "shapes-retrieval.json").read_text())
     arrays = np.load(place / "results" / FOLDER.format("bayesvlm") / "shapes-retrieval.npz")
     for side, (mean, v) in sides.items():
         expected = v.sum(dim=1) / mean.square().sum(dim=1)
@@ -135,15 +135,15 @@ def test_train_and_eval_give_what_the_formulas_say(place, monkeypatch):
     entropy = torch.distributions.Categorical(logits=score.T).entropy()
     np.testing.assert_allclose(arrays["text_to_image_entropy"], entropy, rtol=1e-3)
     hits = (score.argmax(dim=0).numpy() == val.image_of_text).mean()
-    assert found["text_to_image"]["recall"]["1"] == pytest.approx(hits, abs=2e-3)
-    assert found["posterior_scale"] == 1 and found["image_to_text"]["levels_by"] == "query"
-    assert found["seen_in_training"] == 0 and "query" in found["hierarchy"]["uncertainty"]
+    assert result["text_to_image"]["recall"]["1"] == pytest.approx(hits, abs=2e-3)
+    assert result["posterior_scale"] == 1 and result["image_to_text"]["levels_by"] == "query"
+    assert result["seen_in_training"] == 0 and "query" in result["hierarchy"]["uncertainty"]
 
 
 @pytest.mark.parametrize("prior", ["damped", "exact"])
 @pytest.mark.parametrize(("bias", "logit_bias"), [(True, -5.0), (False, None)])
 def test_both_losses_and_maps_with_and_without_a_bias(bias, logit_bias, prior):
-    """The posterior is that of models/laplace.py of all images in one batch; A's last entry tells how many."""
+    """The posterior equals that of models/laplace.py of all images in one batch; A's last entry is their number."""
     pairs = drawn(texts=40, bias=bias, logit_bias=logit_bias)
     adaptor = prepared(pairs, prior=prior)
     z = {side: torch.tensor(getattr(pairs, side)).double() for side in ("image", "text")}
@@ -187,7 +187,7 @@ def test_scores_are_prob_cosine_and_any_block_gives_the_same(variance, monkeypat
     calls, of_half = [], prob_cosine.half
     monkeypatch.setattr(bayesvlm, "half", lambda *args, **more: calls.append(0) or of_half(*args, **more))
     parts = [adaptor.log_likelihood(image.rows(slice(k, k + 8)), text) for k in range(0, 40, 8)]
-    assert len(calls) == 5  # the gallery's is kept
+    assert len(calls) == 5  # the gallery's is cached
     torch.testing.assert_close(torch.cat(parts), 20 * factor * mean, rtol=1e-12, atol=1e-12)
 
 
@@ -219,35 +219,35 @@ print(peak() - before)
 
 
 def test_classes_by_joint_and_independent_draws():
-    """Joint draws are the same for any block of images, and both come near what many draws give."""
+    """Joint draws are the same for any block of images, and near the probabilities of many draws."""
     pairs = drawn(texts=12)
-    sure = {}
+    confidence = {}
     for kind in ("mean", "probit", "mc-independent", "mc-joint"):
         adaptor = prepared(pairs, probabilities=kind, draws=400, n=0.5)
         image, text = adapted(adaptor, pairs)
-        found = adaptor.classify(image, text)
-        sure[kind] = found.softmax(dim=1).amax(dim=1).mean().item()
+        score = adaptor.classify(image, text)
+        confidence[kind] = score.softmax(dim=1).amax(dim=1).mean().item()
         again = prepared(pairs, n=0.5, probabilities="mean" if kind == "mean" else "probit")
         pair_score = again.log_likelihood(*adapted(again, pairs))
         torch.testing.assert_close(adaptor.log_likelihood(image, text), pair_score)
         if not kind.startswith("mc"):
-            torch.testing.assert_close(found, pair_score)
+            torch.testing.assert_close(score, pair_score)
             continue
-        torch.testing.assert_close(found.exp().sum(dim=1), torch.ones(40))
-        assert (adaptor.classify(image, text) == found).all()
+        torch.testing.assert_close(score.exp().sum(dim=1), torch.ones(40))
+        assert (adaptor.classify(image, text) == score).all()
         if kind == "mc-joint":
             part = adaptor.classify(image.rows(slice(5, 9)), text)
-            torch.testing.assert_close(part, found[5:9], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(part, score[5:9], rtol=1e-4, atol=1e-5)
             many = prepared(pairs, probabilities=kind, draws=3000, n=0.5)
-            torch.testing.assert_close(many.classify(image, text).exp(), found.exp(), rtol=0, atol=0.08)
-    assert sure["mean"] > sure["mc-joint"] > 1 / 12 and sure["mean"] > sure["probit"]
+            torch.testing.assert_close(many.classify(image, text).exp(), score.exp(), rtol=0, atol=0.08)
+    assert confidence["mean"] > confidence["mc-joint"] > 1 / 12 and confidence["mean"] > confidence["probit"]
 
 
-def test_joint_draws_of_the_towers_have_nothing_to_do_with_each_other():
-    """Against Monte Carlo of two dense Gaussians; with one noise for both towers, the first class is 0.4 off.
+def test_joint_draws_of_the_towers_are_independent():
+    """Against Monte Carlo of two dense Gaussians; with the same noise for both towers, the first class is 0.4 off.
 
-    The map of both is of one posterior. Classes 0 and 1 have the same embedding, and phi toward and away from the
-    image's, so that only what the towers' draws have in common could tell them apart.
+    Both maps have one posterior. Classes 0 and 1 have the same embedding, and phi toward and away from the image's, so
+    only dependence between the towers' draws could make their probabilities differ.
     """
     rng, count, scale, root = np.random.default_rng(0), 50_000, 6.0, 3.0**0.5
     a, b = (x @ x.T for x in (rng.normal(size=(3, 3)), rng.normal(size=(4, 4))))
@@ -259,7 +259,7 @@ def test_joint_draws_of_the_towers_have_nothing_to_do_with_each_other():
     drawn, embedded = {}, []
     for side, adapt in (("image", adaptor.adapt_image), ("text", adaptor.adapt_text)):
         posterior = Posterior(Factors(torch.from_numpy(a), torch.from_numpy(b), 30), 1.0, 1.0, precision=3.0)
-        getattr(adaptor, side).hold(posterior)
+        getattr(adaptor, side).store(posterior)
         embedded.append(adapt(torch.from_numpy(np.hstack(rows[side]))))
         moved = rng.multivariate_normal(np.zeros(12), np.linalg.inv(precision), count).reshape(count, 4, 3)
         z = rows[side][0] + rows[side][1] @ moved.transpose(0, 2, 1)
@@ -271,7 +271,7 @@ def test_joint_draws_of_the_towers_have_nothing_to_do_with_each_other():
 
 
 def test_published_factors(shared, tmp_path):
-    """ViT-B/32's with the |W|^2 of its weights: the precisions that are known (n = 4; reference: n = 10, faulty)."""
+    """ViT-B/32's factors and |W|^2 give its known precisions (n = 4; reference: n = 10, faulty evidence)."""
     path = shared / "data" / "bayesvlm_vitb32laion.npz"
     pairs = Drawn(normal(4, 512), normal(4, 512), widths=(768, 512), bias=False)
     for side, norm_sq in (("image", 63.6576), ("text", 42.1238)):
@@ -285,19 +285,20 @@ def test_published_factors(shared, tmp_path):
         assert precision == pytest.approx(expected, rel=1e-3)
         assert torch.isfinite(adaptor.log_likelihood(*adapted(adaptor, pairs))).all()
     other = Drawn(normal(4, 512), normal(4, 512), widths=(768, 512), bias=True)
-    with pytest.raises(UserError, match=r"image factors in .* are of sizes 768 and 512, .* 769 and 512"):
+    with pytest.raises(UserError, match=r"image factors in .* have sizes 768 and 512, .* 769 and 512"):
         adaptor.prepare(other)
     with pytest.raises(UserError, match=r"is not there: give the folder or the \.npz"):
         BayesVLM(512, factors=str(tmp_path / "none.npz")).prepare(pairs)
 
 
 def test_factors_of_another_run(place, refusal):
-    """The same posterior without gathering, another with another n; what images the factors are of stays known."""
+    """The same posterior without gathering, another with another n; the images behind the factors stay known."""
     train.main(TRAIN)
-    own = place / "checkpoints" / FOLDER.format("bayesvlm") / "adaptor.pt"
-    given = ["--dataset", "shapes", "--method", "bayesvlm", "--device", "cpu", "--quiet"]
-    for tag, more in (("same", []), ("ten", ["model.n=10"])):
-        train.main([*given, "--tag", tag, "--set", f"model.factors={own}", "data.train_split=val", *more])
+    first_path = place / "checkpoints" / FOLDER.format("bayesvlm") / "adaptor.pt"
+    flags = ["--dataset", "shapes", "--method", "bayesvlm", "--device", "cpu", "--quiet"]
+    for tag, settings in (("same", []), ("ten", ["model.n=10"])):
+        settings = [f"model.factors={first_path}", "data.train_split=val", *settings]
+        train.main([*flags, "--tag", tag, "--set", *settings])
     first = Run(load_config("shapes", "bayesvlm")).load("cpu")[0]
     for tag, n in (("same", 4), ("ten", 10)):
         run = Run(load_config("shapes", "bayesvlm", tag=tag))
@@ -308,12 +309,12 @@ def test_factors_of_another_run(place, refusal):
     clip = ["--dataset", "shapes", "--method", "clip", "--device", "cpu", "--quiet"]
     train.main(clip)
     path = place / "checkpoints" / FOLDER.format("clip") / "adaptor.pt"
-    error = refusal(train.main, *given, "--tag", "clips", "--set", f"model.factors={path}")
+    error = refusal(train.main, *flags, "--tag", "clips", "--set", f"model.factors={path}")
     assert "has no factors: it must be a run of the same method" in error
-    saved = torch.load(own, weights_only=True)
+    saved = torch.load(first_path, weights_only=True)
     saved["identity"]["encoder_fingerprint"] = "other"
     torch.save(saved, place / "other.pt")
-    error = refusal(train.main, *given, "--tag", "other", "--set", "model.factors=other.pt")
+    error = refusal(train.main, *flags, "--tag", "other", "--set", "model.factors=other.pt")
     assert "has the factors of another backbone" in error
 
 
@@ -321,13 +322,13 @@ def test_a_cache_without_pooled_features_is_refused(place, small_world, refusal)
     train.main(TRAIN)
     (place / "embeddings").unlink()
     (place / "embeddings").symlink_to(small_world / "embeddings")
-    way = "--features pooled --overwrite`, with --root if"
+    remedy = "--features pooled --overwrite`, with --root if"
     error = refusal(train.main, *TRAIN, "--tag", "other")
     assert "train has no pooled features, which this needs: run `python cache_embeddings.py --dataset shapes" in error
-    assert way in error and not list(place.glob("checkpoints/**/bayesvlm+other/seed0/adaptor.pt"))
-    assert way in refusal(evaluation.main, *RUN)
-    assert way in refusal(evaluation.main, *RUN, "--task", "hierarchy")
-    (place / "embeddings").unlink()  # of a cache that is not there, one that will do is asked for
+    assert remedy in error and not list(place.glob("checkpoints/**/bayesvlm+other/seed0/adaptor.pt"))
+    assert remedy in refusal(evaluation.main, *RUN)
+    assert remedy in refusal(evaluation.main, *RUN, "--task", "hierarchy")
+    (place / "embeddings").unlink()  # without a cache, the message gives the command for a usable one
     assert "--splits train --features pooled`, with --root if" in refusal(train.main, *TRAIN, "--tag", "other")
 
 
@@ -346,21 +347,21 @@ def test_a_killed_run_ends_with_the_same_weights(place, monkeypatch):
         train.main(TRAIN)
     folder = place / "checkpoints" / FOLDER.format("bayesvlm")
     assert not (folder / "adaptor.pt").exists()
-    torch.manual_seed(1234)  # whatever came before
+    torch.manual_seed(1234)  # the state before training does not matter
     train.main(TRAIN)
     whole = place / "checkpoints" / FOLDER.format("bayesvlm+whole")
     states = [torch.load(path / "adaptor.pt", weights_only=True)["state_dict"] for path in (folder, whole)]
     torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_the_factors_are_of_counts_as_seen(place, refusal):
+def test_images_behind_the_factors_count_as_seen(place, refusal):
     few = ["data.train_split=val", "model.candidates=20", "model.batches=2"]
     train.main([*RUN, "--quiet", "--set", *few])
-    said = refusal(evaluation.main, *RUN)
-    assert "was trained on 40 of the 100 images of shapes 'val'" in said
+    message = refusal(evaluation.main, *RUN)
+    assert "was trained on 40 of the 100 images of shapes 'val'" in message
     evaluation.main([*RUN, "--quiet", "--allow-leakage"])
-    found = json.loads((place / "results" / FOLDER.format("bayesvlm") / "shapes-retrieval.json").read_text())
-    assert found["seen_in_training"] == 40
+    result = json.loads((place / "results" / FOLDER.format("bayesvlm") / "shapes-retrieval.json").read_text())
+    assert result["seen_in_training"] == 40
     seen = []
     for seed in (0, 1):
         train.main([*RUN, "--quiet", "--tag", "some", "--seed", str(seed), "--set", *few, "train.val_fraction=0.3"])
@@ -383,7 +384,7 @@ def test_images_seen_in_two_places_are_joined():
         all_seen(one, other)
 
 
-def test_uncertainty_of_prompts_and_images_is_that_of_the_cache(place, capsys):
+def test_uncertainty_of_prompts_and_images_equals_that_of_the_cache(place, capsys):
     """The image tower's last map has a bias, the text tower's has none."""
     train.main(TRAIN)
     adaptor = Run(load_config("shapes", "bayesvlm")).load("cpu")[0]
@@ -392,12 +393,12 @@ def test_uncertainty_of_prompts_and_images_is_that_of_the_cache(place, capsys):
     items = [*val.items["text"][:3], *val.items["image"][:2]]
     capsys.readouterr()
     uncertainty.main([*RUN, *items, "--json"])
-    found = [row["uncertainty"] for row in json.loads(capsys.readouterr().out)]
+    printed = [row["uncertainty"] for row in json.loads(capsys.readouterr().out)]
     expected = [*text.uncertainty[:3].tolist(), *image.uncertainty[:2].tolist()]
-    assert found == pytest.approx(expected, rel=1e-2)  # other batches, rounded to float16
+    assert printed == pytest.approx(expected, rel=1e-2)  # other batches, rounded to float16
 
 
-def test_prompts_are_averaged_with_what_their_map_was_given(place):
+def test_prompts_are_averaged_with_the_inputs_of_their_map(place):
     pairs = Pairs("folder", "shapes-tiny", "all")
     alone, joined = class_embeddings(pairs), class_embeddings(pairs, pooled=True, block=4)
     weight = pairs.projection["text_weight"]
@@ -422,8 +423,8 @@ def test_classification_has_a_temperature_matched_to_its_own(place, capsys):
     train.main(["--dataset", "shapes", "--method", "clip", "--device", "cpu", "--quiet", "--val-fraction", "0"])
     evaluation.main([*CLASSES, "--train-dataset", "shapes", "--method", "clip"])
     capsys.readouterr()
-    found = {path.parts[-3]: json.loads(path.read_text()) for path in place.glob("results/**/*.json")}
-    side = found["bayesvlm"]["image_to_class"]
+    results_of = {path.parts[-3]: json.loads(path.read_text()) for path in place.glob("results/**/*.json")}
+    side = results_of["bayesvlm"]["image_to_class"]
     pairs = Pairs("folder", "shapes-tiny", "all")
     adaptor = Run(load_config("shapes", "bayesvlm")).load("cpu")[0]
     image = adapt_all(adaptor.adapt_image, pairs.fed("image", True), "cpu")
@@ -434,18 +435,18 @@ def test_classification_has_a_temperature_matched_to_its_own(place, capsys):
     nll = -probability[range(100), np.array(pairs.label)].log().mean().item()
     assert side["calibration"]["matched"]["nll"] == pytest.approx(nll, rel=1e-4)
     right = (probability.argmax(dim=1).numpy() == pairs.label).mean()
-    plain = found["clip"]["image_to_class"]
+    plain = results_of["clip"]["image_to_class"]
     assert side["calibration"]["matched"]["accuracy"] == pytest.approx(right) == plain["recall"]["1"]
     assert "matched" not in plain["calibration"]
     logit = adaptor.log_likelihood(image, prompt)
     assert side["recall"]["1"] == pytest.approx((logit.argmax(dim=1).numpy() == pairs.label).mean())
-    # A logarithm of probabilities is judged as it is.
+    # Logarithms of probabilities are evaluated without a temperature.
     for tag in ("joint", "independent"):
         run = Run(load_config("shapes", "bayesvlm", tag=tag)).load("cpu")[0]
         image = adapt_all(run.adapt_image, pairs.fed("image", True), "cpu")
         prompt = adapt_all(run.adapt_text, class_embeddings(pairs, True), "cpu")
         nll = -run.classify(image, prompt)[range(100), np.array(pairs.label)].mean().item()
-        part = found[f"bayesvlm+{tag}"]["image_to_class"]
+        part = results_of[f"bayesvlm+{tag}"]["image_to_class"]
         assert part["calibration"]["model"]["nll"] == pytest.approx(nll, rel=1e-4)
         assert part["uncertainty"]["query"]["family"] == "query-only"
     [block] = evaluations.read(place / "results")
@@ -461,7 +462,7 @@ def test_classification_has_a_temperature_matched_to_its_own(place, capsys):
 
 
 @pytest.mark.parametrize("kind", ["probit", "mc-joint"])
-def test_classes_that_are_too_many_to_hold_are_scored_by_blocks(place, monkeypatch, kind):
+def test_classes_beyond_memory_are_scored_by_blocks(place, monkeypatch, kind):
     train.main([*TRAIN, f"model.probabilities={kind}", "model.draws=10"])
     evaluate = [*CLASSES, "--train-dataset", "shapes", "--method", "bayesvlm", "--quiet"]
     evaluation.main(evaluate)
@@ -470,13 +471,13 @@ def test_classes_that_are_too_many_to_hold_are_scored_by_blocks(place, monkeypat
     monkeypatch.setattr("tasks.classification.HELD", 0)
     monkeypatch.setattr("metrics.retrieval.TILE", 100)
     evaluation.main(evaluate)
-    found, parts = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+    by_blocks, parts = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
     for name, values in arrays.items():
-        rounds = 2e-2 if "temperature" in name else 1e-3  # the search for one stops within a thousandth
-        np.testing.assert_allclose(parts[name], values, rtol=rounds, atol=1e-5)
+        rtol = 2e-2 if "temperature" in name else 1e-3  # the search for a temperature stops within a thousandth
+        np.testing.assert_allclose(parts[name], values, rtol=rtol, atol=1e-5)
     for name, figures in whole["image_to_class"]["calibration"].items():
-        again = found["image_to_class"]["calibration"][name]
-        assert again["nll"] == pytest.approx(figures["nll"], rel=1e-3)
+        nll = by_blocks["image_to_class"]["calibration"][name]["nll"]
+        assert nll == pytest.approx(figures["nll"], rel=1e-3)
 
 
 def test_a_grid_caches_what_its_methods_need(tmp_path, monkeypatch):
@@ -485,28 +486,28 @@ def test_a_grid_caches_what_its_methods_need(tmp_path, monkeypatch):
         cells = [Cell(load_config("shapes", method), ["shapes"]) for method in methods]
         [[(script, words)]] = reproduce.caching(cells, []).values()
         assert script == "cache_embeddings" and ("--features=pooled" in words) == wanted
-    given = load_config("embeddings", "bayesvlm")
-    assert not Cell(given, ["embeddings"]).pooled  # they have none; training says so
+    config = load_config("embeddings", "bayesvlm")
+    assert not Cell(config, ["embeddings"]).pooled  # they have none, and training refuses them
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["model.prior=flat"], "prior must be damped or exact, not 'flat'"),
         (["model.evidence=wrong"], "evidence must be correct or published"),
-        (["model.variance=full"], "variance must be diagonal or kronecker or tangent"),
-        (["model.probabilities=mc"], "probabilities must be mean or probit or mc-independent or mc-joint"),
-        (["model.evidence=published", "model.prior=exact"], "the published evidence is of the damped prior only"),
+        (["model.variance=full"], "variance must be diagonal, kronecker or tangent"),
+        (["model.probabilities=mc"], "probabilities must be mean, probit, mc-independent or mc-joint"),
+        (["model.evidence=published", "model.prior=exact"], "published evidence is defined for the damped prior only"),
         (["model.n=0"], "n must be a number above 0, not 0"),
         (["model.candidates=1"], "candidates must be a whole number, 2 or more, not 1"),
     ],
 )
-def test_options_that_cannot_be_are_refused(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_options_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
         make_adaptor(load_config("shapes", "bayesvlm", settings=settings), 8)
 
 
-def test_factors_that_say_nothing_are_refused():
+def test_factors_of_a_zero_map_are_refused():
     pairs = drawn()
     pairs.projection = {f"{side}_weight": np.zeros((16, width)) for side, width in (("image", 30), ("text", 20))}
     with pytest.raises(UserError, match=r"the image factors of drawn: n and .* must be above 0"):
@@ -514,35 +515,35 @@ def test_factors_that_say_nothing_are_refused():
 
 
 def test_trace_against_candidates_and_batches(place, capsys):
-    """The file that report.py draws, against the B factors that `prepare` gathers from the same pairs."""
+    """The file that report.py plots, against the B factors that `prepare` gathers from the same pairs."""
     factor_trace.main(
         ["--dataset", "shapes", "--device", "cpu", *["--candidates", "300", "50", "--batches", "3", "--trials", "2"]]
     )
     printed = capsys.readouterr().out
-    found = json.loads((place / "results/shapes/shapes-tiny/factor-trace.json").read_text())
+    result = json.loads((place / "results/shapes/shapes-tiny/factor-trace.json").read_text())
     pairs = Pairs("shapes", "shapes-tiny", "train")
-    assert found["items"] == 300 and found["fingerprint"] == pairs.meta["fingerprint"]
+    assert result["items"] == 300 and result["fingerprint"] == pairs.meta["fingerprint"]
     expected = {"image": [], "text": []}
     for trial in range(2):
         torch.manual_seed(trial)
         adaptor = BayesVLM(pairs.dim, candidates=300, batches=1)
-        batches = [adaptor._gathered(pairs, quiet=True)[0] for _ in range(3)]
+        batches = [adaptor._gather_factors(pairs, quiet=True)[0] for _ in range(3)]
         for side, values in expected.items():
             # tr B sqrt(N) is the sum over N items
             values.append([batch[side].b.trace().item() / batch[side].count ** 0.5 for batch in batches])
     for side, values in expected.items():
-        points = {(point["candidates"], point["batches"]): point["relative_trace"] for point in found["sides"][side]}
+        points = {(point["candidates"], point["batches"]): point["relative_trace"] for point in result["sides"][side]}
         assert sorted(points) == [(size, count) for size in (50, 300) for count in (1, 2, 3)]
         whole = np.mean(values)
         for count in (1, 2, 3):
             np.testing.assert_allclose(points[300, count], np.mean(np.array(values)[:, :count], axis=1) / whole, 1e-5)
         assert np.mean(points[300, 3]) == pytest.approx(1)
-        assert np.mean(points[50, 3]) < 0.9  # fewer candidates are easier to tell from
+        assert np.mean(points[50, 3]) < 0.9  # fewer candidates are easier to tell apart
     assert "text   K =    300  batches 3  1.000" in printed
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--candidates 1", "--candidates must be from 2 to 300, the images of"),
         ("--candidates 301", "--candidates must be from 2 to 300"),
@@ -550,8 +551,8 @@ def test_trace_against_candidates_and_batches(place, capsys):
         ("--trials 0", "--batches and --trials must be 1 or more, not 5 and 0"),
     ],
 )
-def test_traces_of_what_is_not_there_are_refused(place, capsys, flags, said):
+def test_traces_with_impossible_sizes_are_refused(place, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         factor_trace.main(["--dataset", "shapes", "--device", "cpu", *flags.split()])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (place / "results").exists()

@@ -1,4 +1,4 @@
-"""The cache of embeddings: whole or absent, resumable, and what it refuses."""
+"""The cache of embeddings: complete or absent, resumable, and its errors."""
 
 import json
 import shutil
@@ -32,8 +32,8 @@ def backbone():
 
 
 @pytest.fixture
-def own_world(world, small_world):
-    """The small world with a cache that the test may spoil."""
+def world_copy(world, small_world):
+    """The small world with a copy of its cache that the test may change."""
     (world / "embeddings").unlink()
     shutil.copytree(small_world / "embeddings", world / "embeddings")
     (world / "data").unlink()
@@ -67,7 +67,7 @@ def test_cutting_captions_to_their_length_is_exact(backbone):
 
 
 def test_force_custom_text_is_the_ordinary_model():
-    """The text tower as a separate module computes what open_clip's plain CLIP does, also when cut."""
+    """The text tower as a separate module computes what open_clip's plain CLIP does, also on shortened tokens."""
     import open_clip
 
     backbone = Backbone(load_backbone("ViT-B-32-random"))
@@ -86,7 +86,7 @@ SMALL_BATCHES = [*SHAPES, "encoder.batch_size=16", *VAL]
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """A hundred images and five hundred captions in several blocks."""
+    """Make blocks so small that 100 images and 500 captions need several."""
     monkeypatch.setattr(blocks, "BLOCK", 32)
     monkeypatch.setattr(blocks, "TEXTS", 100)
 
@@ -96,7 +96,7 @@ def interrupt(*args):
 
 
 def interrupted_after(monkeypatch, name, limit):
-    """Act as Ctrl-C would at the call of one of the backbone's methods after `limit`."""
+    """Raise KeyboardInterrupt, as Ctrl-C does, after `limit` calls of a method of the backbone."""
     calls, original = [], getattr(Backbone, name)
 
     def call(self, *args):
@@ -109,11 +109,11 @@ def interrupted_after(monkeypatch, name, limit):
 
 
 @pytest.mark.parametrize(("name", "stop_after"), [("encode_tokens", 1), ("encode_tokens", 9), ("encode_images", 2)])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(own_world, monkeypatch, capsys, small_blocks, name, stop_after):
-    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+def test_an_interrupted_run_goes_on_to_the_same_bytes(world_copy, monkeypatch, capsys, small_blocks, name, stop_after):
+    folder = world_copy / "embeddings/shapes/shapes-tiny/val"
     shutil.rmtree(folder)
     cache_embeddings.main(SMALL_BATCHES)
-    unbroken = content(folder)
+    expected = content(folder)
     shutil.rmtree(folder)
     done = 0
     for _ in range(2):
@@ -127,27 +127,27 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(own_world, monkeypatch, ca
         done, before = len(list((folder / "unfinished").glob("*.npz"))), done
         assert done > before or stop_after == 1  # less than a block
     cache_embeddings.main(SMALL_BATCHES)
-    assert content(folder) == unbroken
+    assert content(folder) == expected
 
 
-def test_finished_blocks_are_not_encoded_again(own_world, monkeypatch, small_blocks):
-    folder = own_world / "embeddings/shapes/shapes-tiny/val"
-    whole = content(folder)
+def test_finished_blocks_are_not_encoded_again(world_copy, monkeypatch, small_blocks):
+    folder = world_copy / "embeddings/shapes/shapes-tiny/val"
+    expected = content(folder)
     shutil.rmtree(folder)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(caching, "_join", interrupt)
         cache_embeddings.main(SMALL_BATCHES)
     one = folder / "unfinished" / "image-00000002.npz"
-    one.write_bytes(one.read_bytes()[:1000])  # a damaged block is made again, alone
+    one.write_bytes(one.read_bytes()[:1000])  # only the damaged block is encoded again
     with monkeypatch.context() as patch:
         interrupted_after(patch, "encode_tokens", 0)
         interrupted_after(patch, "encode_images", 2)
         cache_embeddings.main(SMALL_BATCHES)
-    assert content(folder).keys() == whole.keys()
-    assert content(folder)["items.jsonl"] == whole["items.jsonl"]
+    assert content(folder).keys() == expected.keys()
+    assert content(folder)["items.jsonl"] == expected["items.jsonl"]
 
 
-def test_a_second_run_leaves_it_alone(world, capsys):
+def test_a_second_run_changes_nothing(world, capsys):
     before = content(world / "embeddings/shapes/shapes-tiny/val")
     cache_embeddings.main([*SHAPES, *VAL])
     assert "100 images, 500 captions, D = 64 (already there)" in capsys.readouterr().out
@@ -155,68 +155,69 @@ def test_a_second_run_leaves_it_alone(world, capsys):
 
 
 def test_another_backbone_or_list_is_refused(world, refusal):
-    assert "made of another list of images and captions than asked for" in refusal(
+    assert "made from a different list of images and captions than requested" in refusal(
         cache_embeddings.main, "--dataset", "shapes", "--splits", "val", "--set", "data.options.val_images=90"
     )
     random = ["encoder.pretrained=null"]
-    assert "made with another backbone" in refusal(cache_embeddings.main, *SHAPES, *random, *VAL)
-    assert "made without the pooled features" in refusal(cache_embeddings.main, *SHAPES, *VAL, "--features", "pooled")
+    assert "made with a different backbone" in refusal(cache_embeddings.main, *SHAPES, *random, *VAL)
+    pooled = ["--features", "pooled"]
+    assert "made without the requested pooled features" in refusal(cache_embeddings.main, *SHAPES, *VAL, *pooled)
     half = ["encoder.precision=bfloat16"]
     assert "made in float32, not in bfloat16" in refusal(cache_embeddings.main, *SHAPES, *half, *VAL)
     assert "must be auto, float32" in refusal(cache_embeddings.main, *SHAPES, "encoder.precision=int8", *VAL)
 
 
-def test_what_shapes_draws_is_part_of_what_a_cache_is(world, refusal):
+def test_the_drawings_of_shapes_are_part_of_the_identity_of_a_cache(world, refusal):
     smaller = [*SHAPES, "data.options.image_size=32", *VAL]
-    assert "made of another list" in refusal(cache_embeddings.main, *smaller)
+    assert "made from a different list" in refusal(cache_embeddings.main, *smaller)
 
 
-def test_replacing_a_cache_is_asked_for_and_goes_on_too(own_world, monkeypatch, capsys):
+def test_replacing_a_cache_needs_a_flag_and_resumes_too(world_copy, monkeypatch, capsys):
     other = ["--dataset", "shapes", "--quiet", "--splits", "val", "--overwrite", "--set", "data.options.val_images=90"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted_after(patch, "encode_images", 0)
         cache_embeddings.main(other)
-    assert len(Pairs("shapes", "shapes-tiny", "val").image) == 100  # until the other is whole
+    assert len(Pairs("shapes", "shapes-tiny", "val").image) == 100  # until the other is complete
     with monkeypatch.context() as patch:
         interrupted_after(patch, "encode_tokens", 0)  # all captions are encoded already
         cache_embeddings.main(other)
     assert "90 images, 450 captions" in capsys.readouterr().out
 
 
-def test_two_processes_do_not_share_a_folder(own_world, refusal):
-    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+def test_two_processes_do_not_share_a_folder(world_copy, refusal):
+    folder = world_copy / "embeddings/shapes/shapes-tiny/val"
     shutil.rmtree(folder)
     with locked(folder):
         assert "another process is writing" in refusal(cache_embeddings.main, *SHAPES, *VAL)
 
 
-@pytest.mark.parametrize("then", ["stop", "skip"])
-def test_an_image_that_was_mended_is_read_again(own_world, monkeypatch, then):
-    image = sorted(own_world.glob("data/shapes/*96px/val/*.jpg"))[3]
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_an_image_that_was_fixed_is_read_again(world_copy, monkeypatch, on_error):
+    image = sorted(world_copy.glob("data/shapes/*96px/val/*.jpg"))[3]
     good = image.read_bytes()
-    folder = own_world / "embeddings/shapes/shapes-tiny/val"
-    whole = content(folder)
+    folder = world_copy / "embeddings/shapes/shapes-tiny/val"
+    expected = content(folder)
     shutil.rmtree(folder)
     image.write_bytes(b"")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(caching, "_join", interrupt)
         cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        interrupted_after(patch, "encode_images", 0)  # not asked for: what is broken still is
+        interrupted_after(patch, "encode_images", 0)  # no image is read again: the broken one is unchanged
         patch.setattr(caching, "_join", interrupt)
         cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
     image.write_bytes(good)
-    cache_embeddings.main([*SHAPES, *VAL, "--on-error", then])
-    assert content(folder) == whole
+    cache_embeddings.main([*SHAPES, *VAL, "--on-error", on_error])
+    assert content(folder) == expected
 
 
-def test_mending_an_image_keeps_the_blocks_of_the_others(own_world, monkeypatch, refusal, small_blocks):
-    image = sorted(own_world.glob("data/shapes/*96px/val/*.jpg"))[70]
+def test_fixing_an_image_keeps_the_blocks_of_the_others(world_copy, monkeypatch, refusal, small_blocks):
+    image = sorted(world_copy.glob("data/shapes/*96px/val/*.jpg"))[70]
     good = image.read_bytes()
-    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+    folder = world_copy / "embeddings/shapes/shapes-tiny/val"
     shutil.rmtree(folder)
     cache_embeddings.main(SMALL_BATCHES)
-    unbroken = content(folder)
+    expected = content(folder)
     shutil.rmtree(folder)
     image.write_bytes(b"")
     assert "000070.jpg cannot be read" in refusal(cache_embeddings.main, *SMALL_BATCHES)
@@ -225,22 +226,22 @@ def test_mending_an_image_keeps_the_blocks_of_the_others(own_world, monkeypatch,
         interrupted_after(patch, "encode_tokens", 0)  # all captions are there
         interrupted_after(patch, "encode_images", 3)  # and two of the four blocks of images
         cache_embeddings.main(SMALL_BATCHES)
-    assert content(folder) == unbroken
+    assert content(folder) == expected
 
 
-def test_weights_are_known_by_content(tmp_path, monkeypatch):
+def test_weights_are_identified_by_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder = load_backbone("shapes-tiny")
     encoder.pretrained = "mine.safetensors"
-    prints = set()
+    fingerprints = set()
     for text in ("one", "two"):
         (tmp_path / "mine.safetensors").write_text(text)
-        prints.add(embeddings.encoder_fingerprint(encoder))
-    assert len(prints) == 2
+        fingerprints.add(embeddings.encoder_fingerprint(encoder))
+    assert len(fingerprints) == 2
 
 
 def test_captions_keep_their_rows_whatever_they_hold(tmp_path, monkeypatch):
-    """Line ends that JSON leaves as they are must not be taken for those between items."""
+    """Line ends that JSON does not escape must not be taken for the ends of items."""
     monkeypatch.chdir(tmp_path)
     coco_folder(tmp_path / "coco", captions=("a dog", "cats", "a bird"))
     odd = "two\u2028cats\u0085on\u001ca mat \N{CAT FACE}"
@@ -251,8 +252,8 @@ def test_captions_keep_their_rows_whatever_they_hold(tmp_path, monkeypatch):
     assert Pairs("coco", "shapes-tiny", "val").items["text"] == [odd, odd]
 
 
-def test_damaged_cache_is_named(own_world):
-    folder = own_world / "embeddings/shapes/shapes-tiny/val"
+def test_damaged_cache_is_named(world_copy):
+    folder = world_copy / "embeddings/shapes/shapes-tiny/val"
     (folder / "image.npy").write_bytes((folder / "image.npy").read_bytes()[:200])
     with pytest.raises(UserError, match=r"image\.npy cannot be read"):
         Pairs("shapes", "shapes-tiny", "val")
@@ -260,11 +261,11 @@ def test_damaged_cache_is_named(own_world):
         Pairs("nowhere", "shapes-tiny", "val")
 
 
-def test_images_that_cannot_be_read_stop_or_are_left_out(own_world, refusal, capsys):
-    images = sorted(own_world.glob("data/shapes/*96px/val/*.jpg"))
+def test_images_that_cannot_be_read_stop_or_are_left_out(world_copy, refusal, capsys):
+    images = sorted(world_copy.glob("data/shapes/*96px/val/*.jpg"))
     images[3].write_bytes(b"not a picture")
     images[50].write_bytes(images[50].read_bytes()[:300])
-    shutil.rmtree(own_world / "embeddings/shapes/shapes-tiny/val")
+    shutil.rmtree(world_copy / "embeddings/shapes/shapes-tiny/val")
     error = refusal(cache_embeddings.main, *SHAPES, *VAL)
     assert str(images[3].name) in error and "--on-error skip" in error
     cache_embeddings.main([*SHAPES, *VAL, "--on-error", "skip"])
@@ -275,14 +276,14 @@ def test_images_that_cannot_be_read_stop_or_are_left_out(own_world, refusal, cap
     kept = [row for row in range(100) if row not in (3, 50)]
     assert np.load(pairs.folder / "image_id.npy").tolist() == kept
     assert pairs.matches.shape == (98, 490) and pairs.matches[pairs.image_of_text, np.arange(490)].all()
-    # No row has shifted: each caption still finds its own image's file and encoding.
+    # No row has shifted: each caption still belongs to its image, file and encoding.
     text_id = np.load(pairs.folder / "text_id.npy")
     assert (np.array(kept)[pairs.image_of_text] == text_id // 5).all()
     assert [path.rsplit("/", 1)[-1] for path in pairs.items["image"]] == [f"{row:06d}.jpg" for row in kept]
 
 
 def coco_folder(root, captions=("a dog \n", " two\ncats ", "a bird")):
-    """A COCO layout of two images, one of them absent, with ids that are not rows."""
+    """Write a COCO layout of two images, one of them absent, with ids that are not rows."""
     (root / "annotations").mkdir(parents=True)
     (root / "val2017").mkdir()
     PIL.Image.new("RGB", (60, 40), (200, 30, 30)).save(root / "val2017" / "000000000139.jpg")
@@ -302,7 +303,7 @@ def test_coco_layout(tmp_path):
     assert [(c.id, c.image_id, c.text) for c in source.captions("val")] == [
         (899, 139, "two cats"), (900, 139, "a dog"), (898, 285, "a bird"),
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"captions_train2017\.json is missing: name its folder with --root"):
+    with pytest.raises(UserError, match=r"captions_train2017\.json is missing: point --root to its folder"):
         source.images("train")
     (tmp_path / "annotations" / "captions_val2017.json").write_text("{")
     with pytest.raises(UserError, match="is not a file of COCO captions"):
@@ -362,13 +363,13 @@ def test_real_coco_annotations(shared, tmp_path):
     assert sum(image.path.is_file() for image in images) == 1000
     assert all(caption.text == " ".join(caption.text.split()) for caption in captions)
     raw = json.loads((shared / "data/coco/annotations/captions_val2017.json").read_text())["annotations"]
-    said = {annotation["id"]: (annotation["image_id"], annotation["caption"].split()) for annotation in raw}
-    assert {caption.id: (caption.image_id, caption.text.split()) for caption in captions} == said
+    expected = {annotation["id"]: (annotation["image_id"], annotation["caption"].split()) for annotation in raw}
+    assert {caption.id: (caption.image_id, caption.text.split()) for caption in captions} == expected
     order = {image.id: row for row, image in enumerate(images)}
     assert (np.diff([order[caption.image_id] for caption in captions]) >= 0).all()
 
 
-def test_backbones_that_cannot_be_had_are_named():
+def test_unknown_backbones_are_named():
     config = load_backbone("ViT-B-32-quickgelu")
     config.model, config.pretrained = "ViT-B-32", "openai"
     with pytest.raises(UserError, match="are not of ViT-B-32 but of ViT-B-32-quickgelu"):

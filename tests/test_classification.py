@@ -294,7 +294,7 @@ def test_imagenet_folders_by_number(tmp_path):
     few = Classification(tmp_path, "ImageFolder", {"all": {}}, "imagenet", "simple").classes("all").templates
     assert len(few) == 7 and "itap of a {}." in few and set(few) <= {*classes.templates}
     folders("cats")(tmp_path)
-    with pytest.raises(UserError, match=r"the folder 'cats' in .* is no class of ImageNet-1k: .* --dataset folder\.$"):
+    with pytest.raises(UserError, match=r"the folder 'cats' in .* is not an ImageNet-1k class: .* --dataset folder\.$"):
         source_of("imagenet-a", tmp_path).classes("all")
 
 
@@ -304,7 +304,7 @@ def test_human_answers(tmp_path):
     shares = np.random.default_rng(0).dirichlet(np.ones(10), 4)
     for array, error in (
         (shares, None),
-        (shares[:3], r"must hold floats of the shape \(4, 10\), not float64 of the shape \(3, 10\)"),
+        (shares[:3], r"must hold floats of shape \(4, 10\), not float64 of shape \(3, 10\)"),
         ((shares * 50).astype(int), "not int64"),
         (np.where(np.arange(4)[:, None] == 2, 50 * shares, shares), "row 2 of .* shares that sum to 1, not to 50"),
         (np.where(np.arange(4)[:, None] == 1, np.nan, shares), "row 1 of .*"),
@@ -314,7 +314,7 @@ def test_human_answers(tmp_path):
         if error is None:
             assert (source_of("cifar10h", tmp_path).classes("test").human == array).all()
             continue
-        with pytest.raises(UserError, match=error + r".*: put cifar10h-probs\.npy from .* with --root\.$"):
+        with pytest.raises(UserError, match=error + r".*: put cifar10h-probs\.npy from .* point --root to it\.$"):
             source_of("cifar10h", tmp_path).classes("test")
     file.unlink()
     with pytest.raises(UserError, match=r"the human answers .*cifar10h-probs\.npy cannot be read"):
@@ -358,7 +358,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     source = source_of("folder", tmp_path / "images")
     assert source.classes("all").names == ["cat", "dog", "owl"]
     assert [image.path.name for image in source.images("all") if image.path.parent.name == "dog"] == ["notes.txt"]
-    with pytest.raises(UserError, match=r"notes\.txt \(it is no folder\)"):
+    with pytest.raises(UserError, match=r"notes\.txt \(it is not a folder\)"):
         source_of("folder", tmp_path / "images" / "dog" / "notes.txt").images("all")
 
 
@@ -374,9 +374,9 @@ def test_names_must_be_as_many_as_classes(tmp_path):
     [
         ({"dataset": "Cifar"}, "torchvision.datasets has no class 'Cifar'"),
         ({"splits": ["test"]}, "splits must hold the keyword arguments of each split"),
-        ({"splits": {"test": {"trian": False}}}, "splits: test has no key 'trian'; of CIFAR10 it has train, folder"),
-        ({"splits": {"test": {"download": True}}}, "splits: test has no key 'download'"),
-        ({"classes": [707, "cat"]}, "classes must list their names in quotes, or be own, folders, imagenet"),
+        ({"splits": {"test": {"trian": False}}}, "splits: test has unknown key 'trian'; CIFAR10 takes train, folder"),
+        ({"splits": {"test": {"download": True}}}, "splits: test has unknown key 'download'"),
+        ({"classes": [707, "cat"]}, "classes must list their names in quotes, or be own, folders or imagenet"),
         ({"classes": "mine"}, "classes must list their names in quotes, or be own"),
         ({"templates": ["a photo."]}, "templates must be openai or simple, or list prompts with one {} each"),
         ({"templates": "a photo of a {}."}, "templates must be openai or simple, or list prompts"),

@@ -85,7 +85,7 @@ def test_mistakes_are_named(home, call, sentence):
 def test_options_of_a_class_are_checked():
     with pytest.raises(UserError, match="here has no key 'depth'; it has family, mean, width"):
         construct("models.asymvlm.AsymVLM", {"depth": 3}, "here", dim=4)
-    with pytest.raises(UserError, match="family must be one of"):
+    with pytest.raises(UserError, match="family must be von-mises-fisher or power-spherical"):
         construct("models.asymvlm.AsymVLM", {"family": "normal"}, "here", dim=4)
     with pytest.raises(UserError, match="cannot have 3 hidden layers of width -3"):
         construct("models.asymvlm.AsymVLM", {"width": -3}, "here", dim=4)

@@ -31,7 +31,7 @@ def test_reference_preset_equals_the_public_suite(method):
     loss = adaptor.loss(image, text)
     loss.backward()
     parameters = sorted(adaptor.parameters(), key=lambda p: p.numel() == 1)  # the public code has its scalars last
-    found = {
+    outputs = {
         "loss": loss.item(),
         "text_uncertainty": adapted_text.uncertainty.tolist(),
         "image_uncertainty": adapted_image.uncertainty.tolist(),
@@ -39,12 +39,12 @@ def test_reference_preset_equals_the_public_suite(method):
         "score": getattr(adaptor, load_config("coco", method, preset="reference").score)(adapted_image, adapted_text),
         "grad_norms": [p.grad.norm().item() for p in parameters],
     }
-    found["score"] = found["score"].tolist()
+    outputs["score"] = outputs["score"].tolist()
     if "kl_terms" in golden:
         golden["kl_terms"] = [golden["kl_terms"]["image"], golden["kl_terms"]["text"]]
-        found["kl_terms"] = [adaptor.kl(adapted_image).item(), adaptor.kl(adapted_text).item()]
-    assert found.keys() == golden.keys()
-    for name, value in found.items():
+        outputs["kl_terms"] = [adaptor.kl(adapted_image).item(), adaptor.kl(adapted_text).item()]
+    assert outputs.keys() == golden.keys()
+    for name, value in outputs.items():
         np.testing.assert_allclose(value, golden[name], rtol=1e-10, err_msg=name)
 
 
@@ -96,8 +96,8 @@ def test_pfe_is_the_literal_one(isotropic, options):
             for d in range(4):
                 total = s_i[d] + s_t[d]
                 score[i, j] = score[i, j] - (mu_i[d] - mu_t[d]) ** 2 / total - torch.log(total)
-    found = adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text))
-    torch.testing.assert_close(found, score, rtol=1e-10, atol=1e-12)
+    matrix = adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text))
+    torch.testing.assert_close(matrix, score, rtol=1e-10, atol=1e-12)
     literal = -sum(score[i, i] for i in range(5)) / 5
     if not raw:
         for i in range(5):
@@ -134,7 +134,7 @@ def literal_cross_entropy(logit, positive):
 @pytest.mark.parametrize("same_image", [False, True])
 @pytest.mark.parametrize("options", [{"mean": "residual"}, {"mean": "learned", "scale": "free", "vib": 0.3}])
 def test_pcmepp_is_the_literal_one(same_image, options):
-    """Cross-entropies over distances of samples in expectation, coordinate by coordinate."""
+    """Cross-entropies of expected distances of samples, coordinate by coordinate."""
     adaptor, image, text = small(PCMEPP, same_image=same_image, pseudo=0.1, **options)
     images, texts = literal_gaussians(adaptor, image, text, 1e-6)
     logit = torch.empty(5, 5, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_pcmepp_is_the_literal_one(same_image, options):
 @pytest.mark.parametrize("same_image", [False, True])
 @pytest.mark.parametrize("published", [False, True])
 def test_prolip_is_the_literal_one(same_image, published):
-    """Sigmoid loss, image-in-text inclusion by the paper's a, b and c, and KL; the published variants as well."""
+    """Sigmoid loss, image-in-text inclusion by the paper's a, b and c, and KL, also in the published variants."""
     kinds = {"kl": "halved", "inclusion_weights": "published", "scale": "fixed"} if published else {}
     adaptor, image, text = small(ProLIP, mean="residual", same_image=same_image, inclusion=0.5, vib=0.3, **kinds)
     images, texts = literal_gaussians(adaptor, image, text, 1e-6)
@@ -177,22 +177,22 @@ def test_prolip_is_the_literal_one(same_image, published):
     inside = 0
     for (mu_i, s_i), (mu_t, s_t) in zip(images, texts):
         for d in range(4):
-            forth = inclusion(mu_i[d], s_i[d], mu_t[d], s_t[d])
-            back = inclusion(mu_t[d], s_t[d], mu_i[d], s_i[d])
-            inside = inside + F.softplus(-1000 * (forth - back)) / 20
+            in_text = inclusion(mu_i[d], s_i[d], mu_t[d], s_t[d])
+            in_image = inclusion(mu_t[d], s_t[d], mu_i[d], s_i[d])
+            inside = inside + F.softplus(-1000 * (in_text - in_image)) / 20
     literal = literal_cross_entropy(logit, lambda i, j: i == j or (same_image and {i, j} == {1, 3})) / 5
     literal = literal + 0.5 * inside + 0.3 * (literal_kl(images, published) + literal_kl(texts, published))
     same_value_and_gradients(adaptor, adaptor.loss(image, text), literal)
 
 
-# The inclusion loss is steep pieces of a thousand times a difference, beyond finite differences.
+# The inclusion loss is too steep, a thousand times a difference, for finite differences.
 @pytest.mark.parametrize(
     ("cls", "options"), [(PFE, {"isotropic": False}), (PFE, {}), (PCMEPP, {}), (ProLIP, {"inclusion": 0.0})]
 )
 def test_gradients_are_the_numerical_ones(cls, options):
     adaptor, image, text = small(cls, dim=3, mean="residual", **options)
     parameters = {name: p.detach() for name, p in adaptor.named_parameters() if p.numel() < 30}
-    # PFE's own loss detaches a corrected mean, which finite differences do not know.
+    # PFE's own loss detaches a corrected mean, which finite differences do not.
     for objective in ("unified_loss",) if cls is PFE else ("loss", "unified_loss"):
 
         def value(*values, objective=objective):
@@ -212,7 +212,7 @@ def random_embedding(count, dim, dtype, seed):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_separable_scores_equal_the_pairwise_ones(dtype, tolerance):
-    """Against tensors of size B x B x D at B = 64, D = 512; and the mutual likelihood, tile by tile."""
+    """Against tensors of size B x B x D at B = 64, D = 512, also the tiled mutual likelihood."""
     image, text = (random_embedding(64, 512, dtype, seed) for seed in (0, 1))
     variance = image.spread.exp()[:, None] + text.spread.exp()
     squares = (image.mean[:, None] - text.mean).square()
@@ -254,11 +254,11 @@ def test_inclusion_equals_quadrature(first, second):
 
 
 def test_published_kl_and_inclusion_have_the_known_errors():
-    """At mu = 0.04, log sigma^2 = -8 the halved KL is 1.510 for 3.501; at equal means, log sigma^2 = 0 against 1, the
-    inclusion logit is 0.8447 for 0.3447 (methods as published; figures by independent computation)."""
+    """At mu = 0.04, log sigma^2 = -8 the halved KL is 1.510, not 3.501; at equal means, log sigma^2 = 0 against 1, the
+    inclusion logit is 0.8447, not 0.3447 (methods as published; figures by independent computation)."""
     item = Embedding(torch.full((1, 8), 0.04), None, torch.full((1, 8), -8.0))
-    found = [ProLIP(8, width=4, hidden=1, kl=kl).kl(item).item() for kl in ("exact", "halved")]
-    np.testing.assert_allclose(found, [3.501, 1.510], atol=1e-3)
+    values = [ProLIP(8, width=4, hidden=1, kl=kl).kl(item).item() for kl in ("exact", "halved")]
+    np.testing.assert_allclose(values, [3.501, 1.510], atol=1e-3)
     narrow, wide = (Embedding(torch.zeros(1, 1), None, torch.full((1, 1), s)) for s in (0.0, 1.0))
     for published, expected in ((False, 0.3447), (True, 0.8447)):
         logit = log_inclusion(narrow, wide, published) - log_inclusion(wide, narrow, published)
@@ -272,7 +272,7 @@ def test_published_kl_and_inclusion_have_the_known_errors():
     + [("prolip", "official")],
 )
 def test_unit_and_zero_embeddings_train(method, preset, objective):
-    """Embeddings of length 1, and one of length 0 that a cache may hold: everything stays finite."""
+    """With embeddings of length 1, and one of length 0 as a cache may contain, everything stays finite."""
     torch.manual_seed(0)
     adaptor = make_adaptor(load_config("shapes", method, preset=preset), 16)
     image, text = F.normalize(torch.randn(2, 12, 16), dim=-1)
@@ -291,7 +291,7 @@ def test_unit_and_zero_embeddings_train(method, preset, objective):
         assert all(torch.isfinite(field).all() for field in adapted)
 
 
-def test_variance_starts_where_means_can_be_told_apart():
+def test_variance_starts_small_enough_for_means_to_matter():
     for cls, start in ((PFE, 1.0), (PCMEPP, 0.1), (ProLIP, 0.1)):
         torch.manual_seed(0)
         total = 512 * cls(512, width=64).adapt_text(torch.randn(20, 512)).uncertainty
@@ -300,9 +300,9 @@ def test_variance_starts_where_means_can_be_told_apart():
 
 def test_same_image_captions_are_positives():
     image = torch.randn(3, 8)[[0, 1, 0, 2, 1]]
-    found = PCMEPP(8, width=4, hidden=1).positives(image)
+    positive = PCMEPP(8, width=4, hidden=1).positives(image)
     expected = [[i % 5 == j % 5 or {i, j} in ({0, 2}, {1, 4}) for j in range(5)] for i in range(5)]
-    assert found.tolist() == expected
+    assert positive.tolist() == expected
     assert (PCMEPP(8, width=4, hidden=1, same_image=False).positives(image) == torch.eye(5)).all()
 
 
@@ -342,6 +342,6 @@ print(peak() - before)
     ],
 )
 def test_no_tensor_is_pairs_by_dimensions(most, call):
-    """Extra MB of forward and backward at D = 512, in a process of its own: a peak is that of its whole life."""
+    """Extra MB of forward and backward at D = 512, in a fresh process, because peak memory never falls."""
     done = subprocess.run([sys.executable, "-c", MEMORY, *call], capture_output=True, text=True, cwd=HOME, check=True)
     assert float(done.stdout) < most

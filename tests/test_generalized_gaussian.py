@@ -66,11 +66,11 @@ def test_samples_have_the_distribution_and_its_gradients(beta):
     distribution = GeneralizedGaussian(loc, alpha, beta)
     sample = distribution.rsample((200_000,))
     assert scipy.stats.kstest(sample.detach()[:20_000], scipy.stats.gennorm(beta.item(), 1.0, 0.7).cdf).pvalue > 1e-3
-    # E|x - loc| = alpha Gamma(2/beta) / Gamma(1/beta), and d/d alpha, d/d beta of it.
-    found = torch.autograd.grad((sample - loc.detach()).abs().mean(), (loc, alpha, beta))
+    # E|x - loc| = alpha Gamma(2/beta) / Gamma(1/beta), and its derivatives by alpha and beta.
+    gradients = torch.autograd.grad((sample - loc.detach()).abs().mean(), (loc, alpha, beta))
     exact = alpha * (torch.lgamma(2 / beta) - torch.lgamma(1 / beta)).exp()
     expected = (0.0, *torch.autograd.grad(exact, (alpha, beta)))
-    for ours, theirs in zip(found, expected):
+    for ours, theirs in zip(gradients, expected):
         assert abs(ours - theirs) < 0.03 * max(1, abs(theirs))
 
 
@@ -93,16 +93,16 @@ def test_a_residual_of_zero_has_a_finite_gradient(beta):
         assert all(torch.isfinite(g).all() for g in gradients)
 
 
-def test_pairwise_is_the_loop_and_each_pair_is_its_own():
+def test_pairwise_equals_the_loop_and_pairs_are_independent():
     loc, alpha, beta = (x.detach() for x in parameters(5, 7))
     points = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = GeneralizedGaussian(loc, alpha, beta).pairwise_log_prob(points)
+    log_prob = GeneralizedGaussian(loc, alpha, beta).pairwise_log_prob(points)
     for i in range(4):
         for j in range(5):
             expected = scipy.stats.gennorm.logpdf(points[i], beta[j], loc[j], alpha[j]).sum()
-            np.testing.assert_allclose(found[i, j], expected, rtol=1e-12)
+            np.testing.assert_allclose(log_prob[i, j], expected, rtol=1e-12)
     part = GeneralizedGaussian(loc[1:3], alpha[1:3], beta[1:3]).pairwise_log_prob(points[2:])
-    torch.testing.assert_close(part, found[2:, 1:3], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(part, log_prob[2:, 1:3], rtol=1e-14, atol=1e-14)
 
 
 MEASURE = """
@@ -126,6 +126,6 @@ print(peak() - before)
 
 
 def test_pairwise_needs_no_memory_of_pairs_times_dimensions():
-    """In a process of its own, forward and backward: one tensor of 400 x 400 x 256 alone would be 164 MB."""
+    """Forward and backward in a fresh process: a single tensor of 400 x 400 x 256 would be 164 MB."""
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=HOME, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40e6

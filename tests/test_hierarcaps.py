@@ -1,4 +1,4 @@
-"""HierarCaps: chains of captions of COCO's images, what its file lists and what it refuses."""
+"""HierarCaps: chains of captions of COCO's images, as read from its file, and the errors."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def url(id):
 
 
 def write(root, rows=None, names=NAMES):
-    """Write the file; by default CHAINS, whose rows are numbered 0, 1, 2."""
+    """Write the file; by default CHAINS in rows with the ids 0, 1, 2."""
     if rows is None:
         rows = [(number, " => ".join(chain), url(id)) for number, (id, chain) in enumerate(CHAINS.items())]
     with open(root / "hierarcaps_test.csv", "w", encoding="utf-8", newline="") as file:
@@ -78,52 +78,52 @@ def test_rows_keep_their_order_and_white_space_is_folded(tmp_path):
 
 
 def test_images_are_found_in_the_folders_of_2014_and_2017(tmp_path):
-    def found(**options):
+    def paths(**options):
         return [image.path.relative_to(tmp_path).as_posix() for image in HierarCaps(tmp_path, **options).images("test")]
 
     write(tmp_path)
     of_2014 = [f"val2014/COCO_val2014_{id:012d}.jpg" for id in CHAINS]
     of_2017 = ["val2017/000000000030.jpg", "train2017/000000000010.jpg", "train2017/000000000020.jpg"]
-    assert found() == of_2014
+    assert paths() == of_2014
     for name in of_2017[:2]:
         draw(tmp_path / name)
         draw(tmp_path / "elsewhere" / name)
-    assert found() == of_2017
-    assert found(images=tmp_path / "elsewhere") == [f"elsewhere/{name}" for name in of_2017]
+    assert paths() == of_2017
+    assert paths(images=tmp_path / "elsewhere") == [f"elsewhere/{name}" for name in of_2017]
     (tmp_path / "val2014").mkdir()
-    assert found() == of_2014
+    assert paths() == of_2014
     write(tmp_path, [(0, "a => b", "https://images.cocodataset.org/val2017/000000000030.jpg")])
-    assert found() == of_2017[:1]
+    assert paths() == of_2017[:1]
 
 
 def test_other_chains_are_another_version(tmp_path):
     first = write(tmp_path)
     draw(tmp_path / "val2017" / "000000000030.jpg")
     listing = list_split(first, "test", "skip")
-    marks = {fingerprint(first, listing), fingerprint(HierarCaps(tmp_path), listing)}
+    fingerprints = {fingerprint(first, listing), fingerprint(HierarCaps(tmp_path), listing)}
     rows = [(number, "thing => " + chain[-1], url(id)) for number, (id, chain) in enumerate(CHAINS.items())]
     other = write(tmp_path, rows)
     assert list_split(other, "test", "skip").captions == listing.captions
-    assert len(marks) == 1 and fingerprint(other, listing) not in marks
+    assert len(fingerprints) == 1 and fingerprint(other, listing) not in fingerprints
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        (("7", "bird", url(7)), "'captions' of line 3 is no chain, 'bird': write at least two captions with ' => '"),
-        (("7", "", url(7)), "'captions' of line 3 is no chain, '': write"),
+        (("7", "bird", url(7)), "'captions' of line 3 is not a chain, 'bird': write at least two captions with ' => '"),
+        (("7", "", url(7)), "'captions' of line 3 is not a chain, '': write"),
         (("7", "a =>  => b", url(7)), "'captions' of line 3 has an empty caption, 'a =>  => b': write"),
         (("7", "a => b => ", url(7)), "'captions' of line 3 has an empty caption"),
         (("7", "a => b", "http://x.org/bird.jpg"), "'image_url' of line 3 is 'http://x.org/bird.jpg', not of the form"),
         (("7", "a => b", ""), "'image_url' of line 3 is '', not of the form"),
-        (("7", "a => b", url(1)), "lists COCO_val2014_0+1.jpg and COCO_val2014_0+1.jpg with one image id, 1: leave"),
-        (("x", "a => b", url(7)), "'id' of line 3 is 'x', which is no number or was there before: give each row"),
-        (("9" * 30, "a => b", url(7)), "'id' of line 3 is '9+', which is no number"),
-        (("0", "a => b", url(7)), "'id' of line 3 is '0', which is no number or was there before"),
-        (("7", "a => b"), "line 3 has 2 fields, but the header 3"),
+        (("7", "a => b", url(1)), r"lists (COCO_val2014_0+1.jpg) and \1 with the same image id, 1: leave"),
+        (("x", "a => b", url(7)), "'id' of line 3 is 'x', which is not a number or not unique: give each row"),
+        (("9" * 30, "a => b", url(7)), "'id' of line 3 is '9+', which is not a number"),
+        (("0", "a => b", url(7)), "'id' of line 3 is '0', which is not a number or not unique"),
+        (("7", "a => b"), "line 3 has 2 fields, but the header has 3"),
     ],
 )
-def test_rows_that_are_none_are_named(tmp_path, row, sentence):
+def test_invalid_rows_are_named(tmp_path, row, sentence):
     source = write(tmp_path, [("0", "one => two", url(1)), row])
     for listed in (source.images, source.captions, source.chains):
         with pytest.raises(UserError, match=sentence) as error:
@@ -136,7 +136,7 @@ def test_rows_that_are_none_are_named(tmp_path, row, sentence):
     [
         (b"", "it is empty"),
         (b"id,captions,image_url\n", "it holds no chains: download it again"),
-        (b"id,captions,url\n", "no column is called image_url; it has id, captions, url: download it again"),
+        (b"id,captions,url\n", "it has no column 'image_url'; it has id, captions, url: download it again"),
         (b"\x89PNG\r\n\x1a\n", r"line 1 is not UTF-8 \(byte 0x89\)"),
         (b"id,captions,image_url\n0,a => caf\xe9,x\n", r"line 2 is not UTF-8 \(byte 0xe9\)"),
         (b'id,captions,image_url\n0,"a => b,x\n', "line 2 cannot be read"),
@@ -149,11 +149,13 @@ def test_files_of_another_kind_are_named(tmp_path, content, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_missing_is_said_with_where_to_get_it(tmp_path):
+def test_the_error_for_a_missing_file_says_where_to_get_it(tmp_path):
     config = load_config("hierarcaps")
     config.data.root = str(tmp_path)
-    way = "hierarcaps_test.csv: it is missing: put data/hierarcaps_test.csv of https://github.com/TAU-VAILab/hierarcaps"
-    with pytest.raises(UserError, match=re.escape(way)):
+    error = (
+        "hierarcaps_test.csv: it is missing: put data/hierarcaps_test.csv of https://github.com/TAU-VAILab/hierarcaps"
+    )
+    with pytest.raises(UserError, match=re.escape(error)):
         make_source(config).images(config.data.eval_split)
 
 
@@ -165,20 +167,20 @@ def test_chains_are_cached_whole_by_one_command(tmp_path, monkeypatch, refusal, 
         draw(tmp_path / "coco" / "val2017" / f"{id:012d}.jpg")
     command = ["--dataset", "hierarcaps", "--root", "lists", "--backbone", "shapes-tiny", "--quiet"]
     command += ["--set", "data.options.images=coco"]
-    said = refusal(cache_embeddings.main, *command)
-    assert "1 of the 3 images of 'test' are absent" in said and "000000000010.jpg" in said
+    error = refusal(cache_embeddings.main, *command)
+    assert "1 of the 3 images of 'test' are absent" in error and "000000000010.jpg" in error
     cache_embeddings.main([*command, "--on-error", "skip"])
     assert "2 images, 2 captions" in capsys.readouterr().out
     folder = tmp_path / "embeddings" / "hierarcaps" / "shapes-tiny" / "test"
     assert np.load(folder / "image_id.npy").tolist() == [30, 20] and np.load(folder / "text_id.npy").tolist() == [0, 2]
-    # The chain of the image that is left out stays: prompts need no image.
+    # The chain of the skipped image stays: prompts need no image.
     chains = np.load(folder / "chains.npz")
     assert chains["text"].shape == (12, 64) and chains["text"].any(axis=1).all()
     assert chains["chain"].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and chains["depth"].tolist() == [0, 1, 2, 3] * 3
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
-    said = [" ".join(prompt.split()) for chain in CHAINS.values() for prompt in chain]
-    assert [item["value"] for item in items if item["kind"] == "prompt"] == said
-    # A chain's last prompt and the image's caption are one text.
+    prompts = [" ".join(prompt.split()) for chain in CHAINS.values() for prompt in chain]
+    assert [item["value"] for item in items if item["kind"] == "prompt"] == prompts
+    # The last prompt of a chain is the caption of the image.
     text = np.load(folder / "text.npy").astype(float)
     np.testing.assert_allclose(chains["text"][[3, 11]].astype(float), text, rtol=2e-3, atol=2e-3)
     assert json.loads((folder / "meta.json").read_text())["id_space"] == "coco"

@@ -1,7 +1,4 @@
-"""The Laplace posterior of a last linear map: its Gauss-Newton factors, prior precision, covariance and files.
-
-Numbers of rows are those of the list of identities that BayesVLM's mathematics was verified by.
-"""
+"""The Laplace posterior of a last linear map: its Gauss-Newton factors, prior precision, covariance and files."""
 
 import io
 import math
@@ -39,8 +36,9 @@ def eye(size):
     return torch.eye(size, dtype=torch.float64)
 
 
-def relative(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
+def relative(result, expected):
+    """Relative Frobenius distance."""
+    return ((result - expected).norm() / expected.norm()).item()
 
 
 def logits(g, target):
@@ -67,7 +65,7 @@ def embedding_ggn(source, target, loss, seed=0):
 
 
 def textbook(source, target, loss):
-    """The same item by item, in closed form and the type of its arguments."""
+    """The same item by item, in closed form and in the type of its arguments."""
     target, total = F.normalize(target, dim=-1), 0
     for g in source:
         x = g / g.norm()
@@ -81,29 +79,29 @@ def textbook(source, target, loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_curvature_is_the_autograd_ggn(loss):
-    """Row 1, in blocks that do not divide N; row 8: whatever the labels of sigmoids."""
+    """It equals sum_i J_i^T Lambda_i J_i, in blocks that do not divide N; the labels of sigmoids do not matter."""
     source, target = 2 * randn(7, 6), randn(11, 6, seed=1)
-    found = curvature(source, target, SCALE, BIAS, loss, block=3)
+    result = curvature(source, target, SCALE, BIAS, loss, block=3)
     expected = embedding_ggn(source, target, loss)
-    assert relative(found, expected) < 1e-10
+    assert relative(result, expected) < 1e-10
     assert relative(embedding_ggn(source, target, loss, seed=5), expected) < 1e-12
     assert relative(textbook(source, target, loss), expected) < 1e-10
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_curvature_in_float32(loss):
-    """Row 2, at temperatures of real models as well."""
+    """It is within 1e-4 of the closed form, also at the temperature of real models."""
     source, target = 5 * randn(40, 64, dtype=torch.float32), randn(500, 64, seed=1, dtype=torch.float32)
-    found = curvature(source, target, SCALE, BIAS, loss)
-    assert found.dtype == torch.float32
-    assert relative(found, textbook(source, target, loss)) < 1e-4
+    result = curvature(source, target, SCALE, BIAS, loss)
+    assert result.dtype == torch.float32
+    assert relative(result, textbook(source, target, loss)) < 1e-4
     sharp, exact = (curvature(source.to(t), target.to(t), 100.0, 0.0, loss) for t in (torch.float32, torch.float64))
     assert relative(sharp.double(), exact) < 1e-4
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_curvature_of_one_item(loss):
-    """Row 3: none along the embedding, and nowhere negative."""
+    """H g = 0, because a cosine ignores length, and H has no negative eigenvalue."""
     for seed in range(5):
         g = randn(1, 8, seed=seed)
         h = curvature(g, randn(20, 8, seed=9), SCALE, BIAS, loss)
@@ -135,7 +133,7 @@ def tiny(count, loss="infonce", size=(3, 4)):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_weight_ggn_is_a_sum_of_kronecker_products(loss):
-    """Rows 4, 5 and 7; of row 6, a measurement, that the factors are no worse than nothing."""
+    """The matrix of W is sum_i H_i (x) phi_i phi_i^T; B (x) A is exact for one item, and nearer than 0 for 30."""
     phi, ggn, each, factors = tiny(30, loss)
     assert relative(sum(torch.kron(h, torch.outer(x, x)) for h, x in zip(each, phi)), ggn) < 1e-10
     product = torch.kron(factors.b, factors.a)
@@ -146,18 +144,18 @@ def test_weight_ggn_is_a_sum_of_kronecker_products(loss):
 
 
 def test_activation_factor_of_a_cache():
-    """By blocks, from half precision; row 29: the bias's coordinate tells the number of items."""
+    """A in blocks, from half precision; with a bias, the last entry of A squared is the number of items."""
     phi = homogeneous(randn(1003, 5, dtype=torch.float16)).numpy()
-    found = activation_factor(phi, block=100)
-    assert found.dtype == torch.float32
+    a = activation_factor(phi, block=100)
+    assert a.dtype == torch.float32
     rows = torch.as_tensor(phi).double()
     assert (rows[:, -1] == 1).all()
-    np.testing.assert_allclose(found, rows.T @ rows / math.sqrt(1003), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found[-1, -1].square(), 1003, rtol=1e-6)
+    np.testing.assert_allclose(a, rows.T @ rows / math.sqrt(1003), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(a[-1, -1].square(), 1003, rtol=1e-6)
 
 
 def literal_precision(factors, n, precision, prior):
-    """Posterior precision of W (DP, DP), row by row, as it is written."""
+    """Posterior precision of W (DP, DP) by its definition."""
     eye_a, eye_b = (eye(len(x)) for x in factors[:2])
     if prior == "exact":
         return n * torch.kron(factors.b, factors.a) + precision * torch.kron(eye_b, eye_a)
@@ -166,14 +164,14 @@ def literal_precision(factors, n, precision, prior):
 
 
 def covariance(posterior):
-    """Covariance of W (DP, DP), from what a posterior keeps."""
+    """Covariance of W (DP, DP) from a posterior's eigenbases and variances."""
     basis = torch.kron(posterior.basis, posterior.spectrum.a_basis)
     return basis @ posterior.variance.flatten().diag() @ basis.T
 
 
 @pytest.mark.parametrize("prior", ["damped", "exact"])
 def test_posterior_is_the_literal_one(prior):
-    """Row 9: its determinant is that of the Kronecker product, each factor's to the other's size."""
+    """Its determinant is that of a Kronecker product: each factor's to the power of the other's size."""
     *_, factors = tiny(30)
     posterior = Posterior(factors, 2.0, 4.0, prior, precision=1.7)
     expected = literal_precision(factors, 4.0, 1.7, prior)
@@ -186,7 +184,7 @@ def test_posterior_is_the_literal_one(prior):
 
 
 def test_damped_is_more_than_the_exact_prior():
-    """Row 11: by sqrt(n lambda) (I x A + B x I)."""
+    """The damped precision exceeds the exact one by sqrt(n lambda) (I (x) A + B (x) I)."""
     *_, factors = tiny(30)
     damped, exact = (covariance(Posterior(factors, 2.0, 4.0, prior, 1.7)).inverse() for prior in ("damped", "exact"))
     eye_a, eye_b = (eye(len(x)) for x in factors[:2])
@@ -217,20 +215,20 @@ def test_best_precision_refuses_what_has_none():
     some, none = torch.tensor([0.0, 1.0, 2.0]), torch.zeros(3)
     assert best_precision(some, some, 1.0, 1.0) > 0
     assert best_precision(1e-12 * some, some, 1.0, 1.0) > 0
-    with pytest.raises(ValueError, match="all but zero, or"):
+    with pytest.raises(ValueError, match="nearly zero, or"):
         best_precision(none, none, 1.0, 1.0)
-    # Two items of five coordinates: the published objective has no maximum, whatever the size of what is learned.
-    few, all_ = torch.tensor([0.0, 0.0, 0.0, 100.0, 200.0]), torch.tensor([100.0, 150.0, 200.0])
-    assert best_precision(few, all_, 1.0, 1.0) > 0
-    with pytest.raises(ValueError, match="is the published one and A of too low a rank"):
-        best_precision(few, all_, 1.0, 1.0, objective="published")
+    # Two items of five coordinates: the published objective has no maximum for factors of any size.
+    few, full = torch.tensor([0.0, 0.0, 0.0, 100.0, 200.0]), torch.tensor([100.0, 150.0, 200.0])
+    assert best_precision(few, full, 1.0, 1.0) > 0
+    with pytest.raises(ValueError, match="is the published one and the rank of A is too low"):
+        best_precision(few, full, 1.0, 1.0, objective="published")
     with pytest.raises(ValueError, match=r"above 0, not 1\.0 and 0\.0"):
         best_precision(some, some, 0.0, 1.0)
     with pytest.raises(ValueError, match=r"above 0, not 0 and 1\.0"):
         best_precision(some, some, 1.0, 0)
     with pytest.raises(ValueError, match="prior must be damped or exact"):
         best_precision(some, some, 1.0, 1.0, "flat")
-    with pytest.raises(ValueError, match="of the damped prior only"):
+    with pytest.raises(ValueError, match="defined for the damped prior only"):
         best_precision(some, some, 1.0, 1.0, "exact", "published")
     with pytest.raises(ValueError, match="prior precision must be above 0"):
         Posterior(Factors(torch.eye(2), torch.eye(2), 1), 1.0, precision=0.0)
@@ -241,7 +239,7 @@ def test_best_precision_refuses_what_has_none():
 @pytest.mark.parametrize("prior", ["damped", "exact"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_embedding_covariance(prior, bias):
-    """Row 12: J Cov(W) J^T, for the damped prior c B~^-1, also with a bias, whose coordinate of phi is 1."""
+    """It is J Cov(W) J^T, for the damped prior c B~^-1, also with a bias, whose coordinate of phi is 1."""
     phi, seen = randn(5, 4, seed=4), randn(30, 4)
     if bias:
         phi, seen = homogeneous(phi), homogeneous(seen)
@@ -250,19 +248,19 @@ def test_embedding_covariance(prior, bias):
     inverse = literal_precision(factors, 4.0, posterior.precision, prior).inverse()
     for s, x in zip(posterior.spread(phi), phi):
         of_map = torch.kron(eye(3), x[None])
-        found, expected = posterior.basis @ s.diag() @ posterior.basis.T, of_map @ inverse @ of_map.T
-        assert relative(found, expected) < 1e-10
+        result, expected = posterior.basis @ s.diag() @ posterior.basis.T, of_map @ inverse @ of_map.T
+        assert relative(result, expected) < 1e-10
         if prior == "damped":
             root = posterior.precision**0.5
             c = x @ (2 * factors.a + root * eye(len(x))).inverse() @ x
-            assert relative(found, c * (2 * factors.b + root * eye(3)).inverse()) < 1e-10
+            assert relative(result, c * (2 * factors.b + root * eye(3)).inverse()) < 1e-10
     with pytest.raises(ValueError, match="phi has 9 coordinates"):
         posterior.spread(randn(2, 9))
 
 
 @pytest.mark.parametrize("prior", ["damped", "exact"])
 def test_samples_are_under_one_map(prior):
-    """Row 12 by Monte Carlo, with a bias: covariances within and between items are those of one random W."""
+    """By Monte Carlo, with a bias: covariances within and between items are J Cov(W) J^T of one random W."""
     phi, mean = homogeneous(randn(2, 3, seed=4)), randn(2, 2, seed=5)
     factors = Factors(activation_factor(homogeneous(randn(30, 3))), randn(2, 2) @ randn(2, 2).T, 30)
     posterior = Posterior(factors, 2.0, 4.0, prior)
@@ -281,7 +279,7 @@ def test_samples_are_under_one_map(prior):
     torch.testing.assert_close(torch.cat(apart, dim=1), draws[:3])
 
 
-def test_state_is_tensors_and_all_there_is():
+def test_state_is_tensors_and_restores_the_posterior():
     *_, factors = tiny(30)
     posterior = Posterior(factors, 2.0, 10.0, "exact")
     file = io.BytesIO()
@@ -293,9 +291,9 @@ def test_state_is_tensors_and_all_there_is():
     assert (again.n, again.prior, again.precision, again.norm_sq) == (10.0, "exact", posterior.precision, 2.0)
     restored = again.spectrum.factors
     assert restored.count == 30
-    for found, expected in zip(restored[:2], factors[:2]):
-        assert relative(found, expected) < 1e-12
-    # A spectrum spares the decomposition where only n or the prior changes.
+    for result, expected in zip(restored[:2], factors[:2]):
+        assert relative(result, expected) < 1e-12
+    # A spectrum saves the decomposition where only n or the prior changes.
     other = Posterior(posterior.spectrum, 2.0, 4.0)
     assert other.precision == Posterior(factors, 2.0, 4.0).precision
     half = posterior.spread(phi.half())
@@ -312,7 +310,7 @@ def test_eigenvalues_below_zero_are_rounding():
 
 @pytest.fixture
 def real(shared):
-    """The published ViT-B/32 factors, their spectra, and what was embedded: three images, 101 prompts."""
+    """The published ViT-B/32 factors, their spectra, and arrays of three images and 101 prompts."""
     return read_real(shared / "data" / "bayesvlm_vitb32laion.npz")
 
 
@@ -336,12 +334,12 @@ def read_real(path):
     ],
 )
 def test_prior_precisions_of_real_factors(real, prior, objective, n, image, text):
-    """Row 10: the published ones, and those of the corrected objective."""
+    """Precisions equal the published ones by the published objective, and those of the corrected one."""
     _, spectra, arrays = real
-    found = [best_precision(s.a, s.b, NORM_SQ[tower], n, prior, objective) for tower, s in spectra.items()]
-    np.testing.assert_allclose(found, [image, text], rtol=1e-3)
+    precisions = [best_precision(s.a, s.b, NORM_SQ[tower], n, prior, objective) for tower, s in spectra.items()]
+    np.testing.assert_allclose(precisions, [image, text], rtol=1e-3)
     if (objective, n) == ("published", 1):
-        np.testing.assert_allclose(found, [arrays["lambda_img"], arrays["lambda_txt"]], rtol=1e-3)
+        np.testing.assert_allclose(precisions, [arrays["lambda_img"], arrays["lambda_txt"]], rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +350,7 @@ def test_prior_precisions_of_real_factors(real, prior, objective, n, image, text
     ],
 )
 def test_published_optimizer_ends_at_the_published_precisions(real, objective, n, steps, start, expected):
-    """Row 10 by the published way, Adam on log lambda: what it found short of the root, too."""
+    """Adam on log lambda, as published, ends at the published precisions, even where it stops before the root."""
     _, spectra, _ = real
     for tower, spectrum in spectra.items():
         a, b = spectrum.a.double(), spectrum.b.double()
@@ -371,7 +369,7 @@ def test_published_optimizer_ends_at_the_published_precisions(real, objective, n
 
 
 def test_half_precision_activations_are_enough(real):
-    """Row 28, on real factors and activations."""
+    """On real factors, variances from float16 activations differ by less than 1e-3, from float32 by 1e-4."""
     published, spectra, arrays = real
     for tower, name in (("image", "img"), ("text", "text")):
         spectrum = Spectrum(*(part.double() for part in spectra[tower][:4]), spectra[tower].count)
@@ -402,51 +400,51 @@ def test_published_folder(folder):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
             torch.load(folder / "A_img_analytic.pt", weights_only=True)
-    found = load_published(folder, sizes={"image": (6, 3), "text": (4, 3)})
-    assert list(found) == ["image", "text"]
-    for factors in found.values():
+    towers = load_published(folder, sizes={"image": (6, 3), "text": (4, 3)})
+    assert list(towers) == ["image", "text"]
+    for factors in towers.values():
         assert factors.count == 327_680
         assert all(torch.equal(x, x.T) and x.device.type == "cpu" for x in factors[:2])
         Posterior(factors, 1.0, 4.0)
 
 
 class Pickled:
-    """What a file of tensors must not hold."""
+    """An object that a file of tensors must not contain."""
 
 
-def test_published_files_that_do_not_serve(folder, tmp_path):
-    def said(path, **options):
+def test_unusable_published_files_are_refused(folder, tmp_path):
+    def message(path, **options):
         with pytest.raises(UserError) as stop:
             load_published(path, **options)
         assert "\n" not in str(stop.value)
         return str(stop.value)
 
-    assert "is not there" in said(tmp_path / "absent.npz")
-    sizes = {"image": (6, 3), "text": (5, 3)}
-    assert "text factors" in said(folder, sizes=sizes) and "another model's" in said(folder, sizes=sizes)
-    file, kept = folder / "B_txt_analytic.pt", (folder / "B_txt_analytic.pt").read_bytes()
+    assert "is not there" in message(tmp_path / "absent.npz")
+    of_sizes = message(folder, sizes={"image": (6, 3), "text": (5, 3)})
+    assert "text factors" in of_sizes and "belong to another model" in of_sizes
+    file, content = folder / "B_txt_analytic.pt", (folder / "B_txt_analytic.pt").read_bytes()
     for value, expected in [
-        (torch.eye(4), "of sizes 3 and 4"),
+        (torch.eye(4), "have sizes 3 and 4"),
         (torch.ones(3, 4), "square matrix, not (3, 4)"),
         ({"B": torch.eye(3)}, "square matrix, not dict"),
-        (torch.full((3, 3), math.nan), "no finite number"),
-        (torch.eye(3, dtype=torch.long), "no finite number"),
+        (torch.full((3, 3), math.nan), "finite floating-point numbers only"),
+        (torch.eye(3, dtype=torch.long), "finite floating-point numbers only"),
         (Pickled(), "more than a tensor"),
     ]:
         torch.save(value, file)
-        assert expected in said(folder)
-    file.write_bytes(kept[:100])
-    assert "damaged" in said(folder)
+        assert expected in message(folder)
+    file.write_bytes(content[:100])
+    assert "damaged" in message(folder)
     file.unlink()
-    assert "has no B_txt_analytic.pt" in said(folder)
+    assert "has no B_txt_analytic.pt" in message(folder)
     archive = tmp_path / "some.npz"
     np.savez(archive, A_img=np.eye(2), B_img=np.eye(2), A_txt=np.eye(2))
-    assert "has no B_txt" in said(archive)
+    assert "has no B_txt" in message(archive)
     archive.write_bytes(archive.read_bytes()[:60])
-    assert "damaged" in said(archive)
+    assert "damaged" in message(archive)
     with open(archive, "wb") as plain:
         np.save(plain, np.eye(2))
-    assert "damaged or no .npz" in said(archive)
+    assert "damaged or not an .npz file" in message(archive)
 
 
 def laplace_torch(model, phi, kind, backend="CurvlinopsGGN"):
@@ -454,16 +452,18 @@ def laplace_torch(model, phi, kind, backend="CurvlinopsGGN"):
     laplace = pytest.importorskip("laplace")
     curvature_of = getattr(pytest.importorskip("laplace.curvature"), backend)
     pairs = torch.utils.data.TensorDataset(phi, torch.zeros(len(phi), dtype=torch.long))
-    found = getattr(laplace, kind)(model, "classification", prior_precision=1.7, temperature=0.25, backend=curvature_of)
-    found.fit(torch.utils.data.DataLoader(pairs, batch_size=len(phi)))
-    return found
+    fitted = getattr(laplace, kind)(
+        model, "classification", prior_precision=1.7, temperature=0.25, backend=curvature_of
+    )
+    fitted.fit(torch.utils.data.DataLoader(pairs, batch_size=len(phi)))
+    return fitted
 
 
-@pytest.mark.filterwarnings("ignore")  # of what it imports
+@pytest.mark.filterwarnings("ignore")  # of its imports
 def test_agrees_with_laplace_torch_on_a_softmax_of_linear_logits():
-    """Its Kronecker last layer: B is sum H and A the mean of phi phi^T there, so that B (x) A is ours.
+    """Its Kronecker last layer has B = sum H and A = mean of phi phi^T, so its B (x) A equals ours.
 
-    Its temperature is 1/n. Its 0.3 loses `damping` on the way to a posterior, so that is asked of its matrices.
+    Its temperature is 1/n. Its version 0.3 drops `damping` from a posterior, so its matrices are tested for that.
     """
     phi, linear = randn(12, 4), torch.nn.Linear(4, 3, bias=False, dtype=torch.float64)
     with torch.no_grad():
@@ -483,9 +483,9 @@ def test_agrees_with_laplace_torch_on_a_softmax_of_linear_logits():
     scaled = (matrix.Kron([[ours.b, ours.a]]) * 4.0).decompose()
     delta = torch.tensor([1.7], dtype=torch.float64)
     damped = matrix.KronDecomposed(scaled.eigenvectors, scaled.eigenvalues, delta, damping=True)
-    found = Posterior(ours, 1.0, 4.0, "damped", 1.7)
-    assert relative(covariance(found), damped.to_matrix(exponent=-1)) < 1e-10
-    np.testing.assert_allclose(-found.variance.log().sum(), damped.logdet(), rtol=1e-10)
+    posterior = Posterior(ours, 1.0, 4.0, "damped", 1.7)
+    assert relative(covariance(posterior), damped.to_matrix(exponent=-1)) < 1e-10
+    np.testing.assert_allclose(-posterior.variance.log().sum(), damped.logdet(), rtol=1e-10)
 
 
 def posterior_covariances(posterior, phi):
@@ -494,7 +494,7 @@ def posterior_covariances(posterior, phi):
 
 @pytest.mark.filterwarnings("ignore")
 def test_agrees_with_laplace_torch_through_the_cosine():
-    """Its Kronecker factors of a linear map that is followed by cosines to candidates and a temperature."""
+    """Kronecker factors and covariance of a linear map followed by cosines to candidates and a temperature."""
 
     class Cosines(torch.nn.Module):
         def forward(self, g):
@@ -507,5 +507,5 @@ def test_agrees_with_laplace_torch_through_the_cosine():
     ours = Factors(activation_factor(phi), b, 12)
     ((their_b, their_a),) = theirs.H_facs.kfacs
     assert relative(their_b / math.sqrt(12), ours.b) < 1e-10 and relative(their_a * math.sqrt(12), ours.a) < 1e-10
-    found = Posterior(ours, 1.0, 4.0, "exact", 1.7)
-    assert relative(covariance(found), theirs.posterior_precision.to_matrix(exponent=-1)) < 1e-10
+    posterior = Posterior(ours, 1.0, 4.0, "exact", 1.7)
+    assert relative(covariance(posterior), theirs.posterior_precision.to_matrix(exponent=-1)) < 1e-10

@@ -1,4 +1,4 @@
-"""Loss prediction: its target, and that predicting it leaves the scores alone."""
+"""Loss prediction: its target, its loss, and that prediction does not change the scores."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_loss_is_the_literal_one(mean):
 
 @pytest.mark.parametrize("mean", ["frozen", "residual", "learned"])
 def test_prediction_changes_no_score(mean):
-    """What makes the scores gets the gradient of InfoNCE alone: the heads that predict can say what they want."""
+    """Parameters of the scores get the gradient of InfoNCE alone, for any output of the predicting heads."""
     adaptor, image, text = build(mean)
     scoring = [p for name, p in adaptor.named_parameters() if "_loss" not in name]
     before = torch.autograd.grad(adaptor.loss(image, text), scoring)
@@ -65,7 +65,7 @@ def test_frozen_scores_are_clips():
 
 
 def test_it_learns_which_captions_are_hard():
-    """Captions at a random cosine to their image: the true cosine, which decides the loss, is one of the inputs."""
+    """Captions have a random cosine to their image; this cosine, which determines the loss, is one of the inputs."""
     torch.manual_seed(0)
     image, noise = (F.normalize(torch.randn(256, 16), dim=-1) for _ in range(2))
     share = torch.rand(256, 1)

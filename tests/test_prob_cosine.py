@@ -1,7 +1,4 @@
-"""ProbCosine against brute force and Monte Carlo, and the probabilities made of it; on real factors where they are.
-
-Numbers of rows are those of the list of identities that BayesVLM's mathematics was verified by.
-"""
+"""ProbCosine and its class probabilities against brute force and Monte Carlo, and on real factors if available."""
 
 import math
 import subprocess
@@ -55,7 +52,7 @@ def covariances(side):
 
 
 def test_no_covariance_is_the_cosine():
-    """Row 13."""
+    """Without covariance, the mean is the cosine of the means, and the variance 0."""
     g, h = random_side(4, 6, 0), random_side(5, 6, 1)
     g, h = (side._replace(spread=torch.zeros_like(side.spread)) for side in (g, h))
     torch.testing.assert_close(cosine_mean(g, h), cosines(g.mean, h.mean), rtol=0, atol=1e-12)
@@ -64,7 +61,7 @@ def test_no_covariance_is_the_cosine():
 
 
 def test_great_prior_precision_is_the_cosine():
-    """Row 14: the mean tends to the cosine, and the variance to what |phi|^2 and the precision say, not the data."""
+    """The mean tends to the cosine, and lambda times the variance to |phi_g|^2 / |g|^2 + |phi_h|^2 / |h|^2."""
     mean, phi, factors = [], [], []
     for seed, size in ((1, 7), (2, 6)):
         mean.append(3 * randn(5, 6, seed=seed))
@@ -85,7 +82,7 @@ def test_great_prior_precision_is_the_cosine():
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_symmetry_and_scale(variance):
-    """Row 15."""
+    """Mean and variance are symmetric, and the same for g -> 7 g, s -> 49 s."""
     g, h = random_side(4, 6, 0), random_side(5, 6, 1)
     longer = Gaussians(7 * g.mean, 49 * g.spread, g.basis)
     for value in (cosine_mean, lambda *sides: cosine_variance(*sides, variance)):
@@ -95,13 +92,13 @@ def test_symmetry_and_scale(variance):
 
 
 def test_mean_shrinks_by_a_factor_of_each_side():
-    """Row 16."""
+    """Mean over cosine is a matrix of rank 1 with entries of at most 1: |m| / sqrt(|m|^2 + tr Cov) of both sides."""
     g, h = random_side(8, 6, 0, noise=0.3), random_side(9, 6, 1, noise=0.3)
-    mean, map_ = cosine_mean(g, h), cosines(g.mean, h.mean)
-    ratio = mean / map_
+    mean, plain = cosine_mean(g, h), cosines(g.mean, h.mean)
+    ratio = mean / plain
     values = torch.linalg.svdvals(ratio)
     assert values[1] < 1e-10 * values[0]
-    assert (mean.abs() <= map_.abs()).all()
+    assert (mean.abs() <= plain.abs()).all()
     expected = g.mean.norm(dim=-1) / (g.mean.square().sum(dim=-1) + covariances(g).diagonal(0, 1, 2).sum(-1)).sqrt()
     np.testing.assert_allclose(ratio[:, 0] / ratio[0, 0], expected / expected[0], rtol=1e-10)
 
@@ -127,20 +124,20 @@ def literal_variance(g, h, variance):
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_variance_is_the_literal_one(variance):
-    """Row 22, of every variance: products of matrices equal brute force, pair by pair."""
+    """Products of matrices equal brute force, pair by pair."""
     g, h = random_side(4, 6, 0, noise=0.3), random_side(5, 6, 1, noise=0.1)
-    found = cosine_variance(g, h, variance)
-    torch.testing.assert_close(found, literal_variance(g, h, variance), rtol=1e-10, atol=0)
+    double = cosine_variance(g, h, variance)
+    torch.testing.assert_close(double, literal_variance(g, h, variance), rtol=1e-10, atol=0)
     single = cosine_variance(*(Gaussians(*(part.float() for part in side)) for side in (g, h)), variance)
-    torch.testing.assert_close(single.double(), found, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-7)
 
 
 def test_damped_spread_is_one_number_per_item():
-    """Row 22 in the form c_i h^T B^-1 h + c_j g^T B^-1 g + c_i c_j trace(B^-1 B^-1)."""
+    """The Kronecker variance has the form c_i h^T B^-1 h + c_j g^T B^-1 g + c_i c_j trace(B^-1 B^-1)."""
     g, h = randn(4, 5), randn(3, 5, seed=1)
     sides, inverses, scalars = [], [], []
     for mean, seed in ((g, 2), (h, 3)):
-        a, b = ((lambda root: root @ root.T)(randn(size, size, seed=seed)) for size in (6, 5))
+        a, b = (root @ root.T for root in (randn(6, 6, seed=seed), randn(5, 5, seed=seed)))
         phi = randn(len(mean), 6, seed=seed + 5)
         posterior = Posterior(Factors(a, b, 30), 10.0, 4)
         sides.append(Gaussians(mean, posterior.spread(phi), posterior.basis))
@@ -156,7 +153,7 @@ def test_damped_spread_is_one_number_per_item():
 
 
 def sampled(side, row, draws, seed, diagonal=False):
-    """Samples (draws, D) of one Gaussian; diagonal: with the variances of its coordinates only."""
+    """Samples (draws, D) of one Gaussian; diagonal: without the covariances of its coordinates."""
     noise = randn(draws, side.mean.shape[1], seed=seed)
     if diagonal:
         return side.mean[row] + noise * covariances(side._replace(spread=side.spread[row : row + 1]))[0].diag().sqrt()
@@ -165,12 +162,12 @@ def sampled(side, row, draws, seed, diagonal=False):
 
 @pytest.mark.parametrize(("variance", "diagonal"), [("diagonal", True), ("kronecker", False)])
 def test_product_has_this_variance(variance, diagonal):
-    """Row 17: exact for the product of independent Gaussians that are not normalized, by Monte Carlo."""
+    """By Monte Carlo, it is exact for the inner product of independent Gaussians that are not normalized."""
     g, h = random_side(1, 16, 0, noise=0.3), random_side(1, 16, 1, noise=0.3)
     squares = [side.mean.square().sum() + side.spread.sum() for side in (g, h)]
-    found = cosine_variance(g, h, variance) * squares[0] * squares[1]
+    expected = cosine_variance(g, h, variance) * squares[0] * squares[1]
     product = (sampled(g, 0, 100_000, 7, diagonal) * sampled(h, 0, 100_000, 8, diagonal)).sum(dim=-1)
-    np.testing.assert_allclose(found.item(), product.var().item(), rtol=3e-2)
+    np.testing.assert_allclose(expected.item(), product.var().item(), rtol=3e-2)
 
 
 def pair_at(cosine, dim, noise):
@@ -188,7 +185,7 @@ def pair_at(cosine, dim, noise):
 @pytest.mark.parametrize(("dim", "tolerance"), [(8, 5e-3), (32, 2e-3), (128, 5e-4), (512, 5e-4)])
 @pytest.mark.parametrize("cosine", [0.2, 0.6])
 def test_mean_by_monte_carlo(dim, tolerance, cosine):
-    """Row 18, at a noise of 3 %."""
+    """The mean of the cosine is within a small absolute error at a noise of 3 %."""
     g, h = pair_at(cosine, dim, 0.03)
     draws = 40_000 if dim < 512 else 10_000
     drawn = F.cosine_similarity(sampled(g, 0, draws, 7), sampled(h, 0, draws, 8))
@@ -198,7 +195,7 @@ def test_mean_by_monte_carlo(dim, tolerance, cosine):
 @pytest.mark.parametrize("cosine", [0.24, 0.47, 0.6, 0.74, 0.81])
 @pytest.mark.parametrize("noise", [0.03, 0.05])
 def test_tangent_variance_by_monte_carlo(cosine, noise):
-    """Row 21; and of row 20 that the diagonal variance, which counts radial noise, is too large at great cosines."""
+    """The tangent variance is right; the other two, which include radial noise, are too large at large cosines."""
     g, h = pair_at(cosine, 32, noise)
     drawn = F.cosine_similarity(sampled(g, 0, 20_000, 7), sampled(h, 0, 20_000, 8)).var().item()
     np.testing.assert_allclose(cosine_variance(g, h, "tangent").item(), drawn, rtol=0.1)
@@ -248,12 +245,12 @@ def test_points_of_no_length_are_finite():
 def test_independent_probabilities_are_those_of_quadrature():
     logit, variance = 3 * randn(3, 4), 2 * torch.rand(3, 4, generator=generator(1), dtype=torch.float64)
     np.testing.assert_allclose(probit_factor(variance)[0, 0], (1 + math.pi * variance[0, 0] / 8) ** -0.5)
-    found = independent_probabilities(logit, variance, 4000, generator())
+    probability = independent_probabilities(logit, variance, 4000, generator())
     nodes, weights = np.polynomial.hermite_e.hermegauss(24)
     grid = torch.tensor(np.stack(np.meshgrid(*[nodes] * 4, indexing="ij"), axis=-1).reshape(-1, 4))
     weight = torch.tensor(np.prod(np.meshgrid(*[weights] * 4, indexing="ij"), axis=0).ravel())
     quadrature = [(weight / weight.sum()) @ (z + v.sqrt() * grid).softmax(dim=-1) for z, v in zip(logit, variance)]
-    np.testing.assert_allclose(found, torch.stack(quadrature), atol=1e-2)
+    np.testing.assert_allclose(probability, torch.stack(quadrature), atol=1e-2)
 
 
 def test_joint_probabilities_are_means_over_draws():
@@ -272,11 +269,11 @@ def real(shared):
 
 @lru_cache
 def read_real(path):
-    arrays, published, found = np.load(path), load_published(path), {}
+    arrays, published, towers = np.load(path), load_published(path), {}
     for tower, name in (("image", "img"), ("text", "text")):
         mean, phi = (torch.as_tensor(arrays[f"food101_{name}_{part}"]) for part in ("embed", "activation"))
-        found[tower] = mean, phi, Posterior(published[tower], NORM_SQ[tower], 4)
-    return found
+        towers[tower] = mean, phi, Posterior(published[tower], NORM_SQ[tower], 4)
+    return towers
 
 
 def gaussians(real):
@@ -284,17 +281,17 @@ def gaussians(real):
 
 
 def test_probabilities_of_real_images(real):
-    """Largest probabilities of three images among 101 prompts; the last two kinds by few draws."""
+    """The largest probability of each of three images among 101 prompts; the last two kinds from few draws."""
     g, h = gaussians(real)
     logit, variance = 100 * cosine_mean(g, h), 1e4 * cosine_variance(g, h)
-    found = {
+    probabilities = {
         "map": (100 * cosines(g.mean, h.mean)).softmax(dim=-1),
         "mean": logit.softmax(dim=-1),
         "probit": (probit_factor(variance) * logit).softmax(dim=-1),
         "independent": independent_probabilities(logit, variance, 2000, generator()),
     }
     draws = [p.samples(phi, mean, generator(seed), 150) for seed, (mean, phi, p) in enumerate(real.values())]
-    found["joint"] = joint_probabilities(zip(*draws), 100.0)
+    probabilities["joint"] = joint_probabilities(zip(*draws), 100.0)
     for kind, expected, tolerance in [
         ("map", (0.897, 0.990, 0.992), 2e-3),
         ("mean", (0.899, 0.989, 0.988), 2e-3),
@@ -302,13 +299,13 @@ def test_probabilities_of_real_images(real):
         ("independent", (0.815, 0.973, 0.963), 1e-2),
         ("joint", (0.870, 0.986, 0.982), 2e-2),
     ]:
-        np.testing.assert_allclose(found[kind].max(dim=-1).values, expected, atol=tolerance, err_msg=kind)
+        np.testing.assert_allclose(probabilities[kind].max(dim=-1).values, expected, atol=tolerance, err_msg=kind)
     factor = probit_factor(variance)
     np.testing.assert_allclose([factor.mean(), variance.mean().sqrt()], [0.826, 1.09], atol=5e-3)
 
 
 def test_sizes_of_real_uncertainty(real):
-    """tr Cov / |g|^2 is 3.8 % and 3.3 %, c from 0.56 to 0.74 and 0.34 to 0.48."""
+    """tr Cov / |g|^2 is 3.8 % and 3.3 %; c is from 0.56 to 0.74 and from 0.34 to 0.48."""
     noise, ends = [], []
     for mean, phi, posterior in real.values():
         spread = posterior.spread(phi)
@@ -320,14 +317,14 @@ def test_sizes_of_real_uncertainty(real):
 
 
 def test_variances_of_real_pairs_by_monte_carlo(real):
-    """Row 19, in its own range, and row 21: images with their nearest prompts, whose cosines are about 0.24.
+    """Variances over those of draws, for images and their nearest prompts, at cosines of about 0.24.
 
     Under the posterior itself, whose coordinates are correlated, the diagonal variance is 1.25 to 1.65 times too large.
     """
     g, h = (Gaussians(*(part.double() for part in side)) for side in gaussians(real))
     near = cosines(g.mean, h.mean).topk(4).indices
     ratio = {"diagonal": [], "diagonal, correlated": [], "kronecker": [], "tangent": []}
-    found = {variance: cosine_variance(g, h, variance) for variance in VARIANCES}
+    variances = {variance: cosine_variance(g, h, variance) for variance in VARIANCES}
     for i in range(3):
         images = [sampled(g, i, 4000, 3 * i + d, diagonal=bool(d)) for d in (0, 1)]
         for j in near[i].tolist():
@@ -335,10 +332,10 @@ def test_variances_of_real_pairs_by_monte_carlo(real):
                 F.cosine_similarity(image, sampled(h, j, 4000, 1000 + 3 * j + d, diagonal=bool(d))).var()
                 for d, image in enumerate(images)
             ]
-            ratio["diagonal"].append(found["diagonal"][i, j] / drawn[1])
-            ratio["diagonal, correlated"].append(found["diagonal"][i, j] / drawn[0])
+            ratio["diagonal"].append(variances["diagonal"][i, j] / drawn[1])
+            ratio["diagonal, correlated"].append(variances["diagonal"][i, j] / drawn[0])
             for variance in ("kronecker", "tangent"):
-                ratio[variance].append(found[variance][i, j] / drawn[0])
+                ratio[variance].append(variances[variance][i, j] / drawn[0])
     ratio = {name: np.array(values) for name, values in ratio.items()}
     assert (ratio["diagonal"] > 0.95).all() and (ratio["diagonal"] < 1.2).all()
     assert 1.35 < ratio["diagonal, correlated"].mean() < 1.57

@@ -1,4 +1,4 @@
-"""ProbVLM: parity of its `reference` preset with the public suite, its two likelihoods, and its edges."""
+"""ProbVLM: parity of its `reference` preset with the public suite, its two likelihoods, and edge cases."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_reference_preset_equals_the_public_suite():
     adapted_image, adapted_text = adaptor.adapt_image(image), adaptor.adapt_text(text)
     loss = adaptor.loss(image, text)
     loss.backward()
-    found = {
+    outputs = {
         "loss": loss.item(),
         "text_uncertainty": adapted_text.uncertainty.tolist(),
         "image_uncertainty": adapted_image.uncertainty.tolist(),
@@ -28,23 +28,23 @@ def test_reference_preset_equals_the_public_suite():
         "score": adaptor.similarity(adapted_image, adapted_text).tolist(),
         "grad_norms": [p.grad.norm().item() for p in adaptor.parameters()],
     }
-    assert found.keys() == golden.keys()
-    for name, value in found.items():
+    assert outputs.keys() == golden.keys()
+    for name, value in outputs.items():
         np.testing.assert_allclose(value, golden[name], rtol=1e-10, err_msg=name)
 
 
 @pytest.mark.parametrize(("law", "beta"), [(scipy.stats.laplace, 1), (scipy.stats.norm, 2)])
 def test_the_exact_likelihood_recovers_the_shape_and_the_variance(law, beta):
     residual = residuals(law(scale=0.3))
-    inverse_alpha, found = fit_shape(exact_nll, residual).tolist()
-    assert abs(found - beta) < 0.01
-    variance = scipy.stats.gennorm(found, scale=1 / inverse_alpha).var()
+    inverse_alpha, fitted = fit_shape(exact_nll, residual).tolist()
+    assert abs(fitted - beta) < 0.01
+    variance = scipy.stats.gennorm(fitted, scale=1 / inverse_alpha).var()
     assert abs(variance / residual.square().mean() - 1) < 0.01
 
 
 @pytest.mark.parametrize("law", [scipy.stats.laplace, scipy.stats.norm, scipy.stats.uniform(-1, 2), scipy.stats.t(3)])
-def test_the_surrogate_prefers_one_shape_whatever_the_data(law):
-    # Its clamp and its offsets leave the optimum where it is to about 1e-4.
+def test_the_surrogate_prefers_one_shape_for_any_data(law):
+    # Its clamp and its offsets move the optimum by about 1e-4.
     assert abs(fit_shape(surrogate_nll, residuals(law))[1] - 0.68417) < 5e-4
 
 
@@ -71,7 +71,7 @@ def test_loss_is_the_literal_one(preset, mean):
         _, inverse_alpha, beta = heads[name](z[name])
         inverse_alpha, beta = inverse_alpha + 1e-4, beta + 1e-4
         terms = [(1, z[name], means[name]), (1e-4, z[other], means[name])]
-        if mean != "learned":  # a mean that holds the embedding: the cross-modal term alone, beyond the modality gap
+        if mean != "learned":  # a kept mean: the cross-modal term alone, beyond the modality gap
             terms = [(1, z[other], means[name].detach() + heads[name].gap)]
         for weight, target, mu in terms:
             for i in range(4):
@@ -101,7 +101,7 @@ def small(**options):
 
 def test_gradients():
     inputs = [x.requires_grad_() for x in torch.randn(2, 3, 4, dtype=torch.float64)]
-    # The loss of a kept mean detaches it on purpose; the literal loss above has its gradients.
+    # The loss of a kept mean detaches it; test_loss_is_the_literal_one checks its gradients.
     assert torch.autograd.gradcheck(small(mean="learned").loss, inputs)
     assert torch.autograd.gradcheck(small().unified_loss, inputs)
 
@@ -126,11 +126,11 @@ def test_a_pairs_score_is_minus_its_cross_modal_term():
 def test_a_kept_mean_starts_with_the_scores_of_clip(mean):
     adaptor = small(mean=mean)
     image, text = torch.randn(2, 5, 4, dtype=torch.float64)
-    found = adaptor.similarity(adaptor.adapt_image(image), adaptor.adapt_text(text))
-    torch.testing.assert_close(found, F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T)
+    score = adaptor.similarity(adaptor.adapt_image(image), adaptor.adapt_text(text))
+    torch.testing.assert_close(score, F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T)
 
 
-def test_one_dimension_of_astronomic_variance_does_not_hide_the_others():
+def test_one_dimension_of_huge_variance_does_not_hide_the_others():
     adaptor = small()
     text = torch.randn(5, 4, dtype=torch.float64)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The page of published faults, configs/methods/README.md, against the script that measures its figures."""
+"""configs/methods/README.md, the page on published code, against the script that measures its figures."""
 
 import re
 
@@ -14,7 +14,7 @@ def test_the_page_and_the_script_have_the_same_rows():
     assert re.findall(r"\| `(\w+_\w+)`: ", PAGE) == list(ROWS)
 
 
-# Of the rows that take no time, those whose figures no other test holds.
+# The fast rows whose figures no other test checks.
 @pytest.mark.parametrize("row", ["asymvlm_normalizer", "probvlm_variance", "probvlm_blow_up"])
 def test_the_page_gives_the_figures(row, capsys):
     main([row])

@@ -1,4 +1,4 @@
-"""The three scripts on real COCO files, where they are: 80 train images, 1,000 of the 5,000 val images."""
+"""The three scripts on real COCO files, if present: 80 train images, 1,000 of the 5,000 val images."""
 
 import json
 
@@ -15,15 +15,15 @@ def test_scripts_run_on_real_files(shared, tmp_path, monkeypatch, refusal, capsy
     error = refusal(cache_embeddings.main, *names, "--root", str(root), "--quiet")
     assert "4,000 of the 5,000 images of 'val' are absent from" in error and "--on-error skip" in error
     cache_embeddings.main([*names, "--root", str(root), "--quiet", "--on-error", "skip"])
-    said = capsys.readouterr().out
-    assert "80 images, 400 captions" in said and "1,000 images" in said and "4,000 left out" in said
+    output = capsys.readouterr().out
+    assert "80 images, 400 captions" in output and "1,000 images" in output and "4,000 left out" in output
     for method, settings in (("asymvlm-psd", ["train.epochs=3", "model.width=32"]), ("clip", ["train.epochs=3"])):
         run = [*names, "--method", method, "--quiet"]
         train.main([*run, "--set", "train.batch_size=100", *settings])
         evaluation.main(run)
-    found = json.loads((tmp_path / "results/coco/shapes-tiny/asymvlm-psd/seed0/coco-retrieval.json").read_text())
-    assert found["images"] == 1000 and 5000 <= found["captions"] <= 5020 and found["skipped"] == 4000
-    side = found["text_to_image"]
+    result = json.loads((tmp_path / "results/coco/shapes-tiny/asymvlm-psd/seed0/coco-retrieval.json").read_text())
+    assert result["images"] == 1000 and 5000 <= result["captions"] <= 5020 and result["skipped"] == 4000
+    side = result["text_to_image"]
     assert "bayes_recall" not in side and len(side["uncertainty"]["query"]["levels"]["count"]) == 10
     report.main(["--dataset", "coco"])
     assert "asymvlm-psd" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a cache must survive: kills at any moment, several processes, and whatever lies in a folder of images."""
+"""What a cache must survive: kills at any moment, several processes, and any files in a folder of images."""
 
 import dataclasses
 import io
@@ -38,7 +38,7 @@ def content(folder):
 
 @pytest.fixture
 def empty_world(small_world, tmp_path, monkeypatch):
-    """A working folder that sees the small world's drawings, and nothing cached of them."""
+    """A working folder with the small world's drawings but without its caches."""
     (tmp_path / "data").symlink_to(small_world / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -48,16 +48,16 @@ def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 8)
     monkeypatch.setattr(blocks, "TEXTS", 32)
     folder = empty_world / "embeddings/shapes/shapes-tiny/val"
-    half = ["encoder.precision=bfloat16"]  # where a batch computed in another way would show
+    half = ["encoder.precision=bfloat16"]  # in which a batch of another composition would give other bytes
     command = [*SMALL_BATCHES, *half, "--features", "pooled", "--workers", "1"]
     loaded = Backbone(dataclasses.replace(load_backbone("shapes-tiny"), precision="bfloat16", batch_size=8))
     monkeypatch.setattr(cache_embeddings, "make_backbone", lambda *args: loaded)
     started = time.monotonic()
     cache_embeddings.main(command)
-    seconds, unbroken = time.monotonic() - started, content(folder)
+    seconds, expected = time.monotonic() - started, content(folder)
     shutil.rmtree(folder)
     chance, moments = random.Random(0), []
-    fork = multiprocessing.get_context("fork")  # a process of its own, without seconds of imports
+    fork = multiprocessing.get_context("fork")  # a new process without seconds of imports
     while len(moments) < 10:
         process = fork.Process(target=cache_embeddings.main, args=(command,))
         started = time.monotonic()
@@ -65,7 +65,7 @@ def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
         process.join(chance.uniform(0, seconds))
         process.kill()
         process.join()
-        if process.exitcode == 0:  # it was done before the kill, sooner than the first run
+        if process.exitcode == 0:  # it finished before the kill, faster than the first run
             seconds = min(seconds, time.monotonic() - started)
             shutil.rmtree(folder)
             continue
@@ -73,11 +73,11 @@ def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
         moments.append(len(list(folder.glob("unfinished/*.npz"))))
     assert len(set(moments)) > 3, moments  # they were killed at different stages
     cache_embeddings.main(command)
-    assert content(folder) == unbroken
+    assert content(folder) == expected
 
 
 def torchrun(ranks, *command):
-    """Start the script as several processes, as a user does; its threads are one each, as torchrun sets them."""
+    """Start the script as several processes, as a user does, with one thread each, as torchrun sets."""
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*start, str(HOME / "cache_embeddings.py"), *command], text=True, capture_output=True,
@@ -91,24 +91,24 @@ def test_two_ranks_write_the_bytes_of_one(empty_world):
     cache_embeddings.main(command)
     alone = content(folder)
     shutil.rmtree(folder)
-    # An image that one rank alone comes upon ends both, with one sentence.
+    # An unreadable image, which only one rank reads, ends both with one sentence.
     picture = sorted(empty_world.glob("data/shapes/*96px/val/*.jpg"))[590]
     good = picture.read_bytes()
     picture.write_bytes(b"")
-    found = torchrun(2, *command)
+    process = torchrun(2, *command)
     picture.write_bytes(good)
-    assert found.returncode != 0 and "000590.jpg cannot be read" in found.stderr, found.stderr
-    assert "Traceback (most recent call last)" not in found.stderr.split("000590.jpg")[0]
+    assert process.returncode != 0 and "000590.jpg cannot be read" in process.stderr, process.stderr
+    assert "Traceback (most recent call last)" not in process.stderr.split("000590.jpg")[0]
     assert not (folder / "meta.json").exists() and list(folder.glob("unfinished/*.npz"))
-    found = torchrun(2, *command)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("600 images, 3,000 captions") == 1
+    process = torchrun(2, *command)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("600 images, 3,000 captions") == 1
     assert content(folder) == alone
     assert torchrun(2, *command).stdout.count("already there") == 1
 
 
-def test_processes_that_list_other_things_are_refused(empty_world, refusal, monkeypatch):
-    """Two machines may see two states of a folder: rows would belong to other images."""
+def test_processes_with_different_lists_are_refused(empty_world, refusal, monkeypatch):
+    """If two machines see different states of a folder, rows would belong to wrong images."""
     monkeypatch.setattr(
         Ranks, "told", lambda self, value: value | {"listing_fingerprint": "of another list"} if value else value
     )
@@ -117,7 +117,7 @@ def test_processes_that_list_other_things_are_refused(empty_world, refusal, monk
 
 
 def png(width, height, data=b"", *chunks):
-    """A PNG as its header says, whatever follows."""
+    """Make a PNG with a header of this size, whatever its data."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -133,7 +133,7 @@ def encoded(image, kind, **options):
 
 
 def hostile_images():
-    """Names of files with their content and, of those that must be read, the picture that is meant (or None)."""
+    """Return {file name: (content, the expected picture, or None if the file is unreadable)}."""
     rng = np.random.default_rng(0)
     photo = PIL.Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((80, 60), PIL.Image.BICUBIC)
     gray, rgba = photo.convert("L"), photo.copy()
@@ -217,13 +217,13 @@ BAD_CAPTIONS = {"nothing": "", "blanks": " \t\n\u00a0\u2003 ", "half a pair": "c
 
 
 def shown(name):
-    """What a report calls a file, which may be called what is no Unicode."""
+    """Name of a file in reports; the name itself may be invalid Unicode."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
-    """A folder of hostile files and captions, and pairs.jsonl that names them all; files and (file, caption) rows."""
+    """Write hostile files and captions with a pairs.jsonl that lists them; returns files and (file, caption) rows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     files = hostile_images()
@@ -244,44 +244,45 @@ def hostile(tmp_path, monkeypatch):
 HOSTILE = ["--dataset", "pairs", "--root", "images/pairs.jsonl", "--backbone", "shapes-tiny", "--splits", "all"]
 
 
-def test_of_hostile_files_nothing_is_lost_and_nothing_shifts(hostile, capsys):
+def test_hostile_files_lose_and_shift_no_other_row(hostile, capsys):
     files, rows = hostile
     assert len(files) + len(CAPTIONS) + len(BAD_CAPTIONS) >= 60
     cache_embeddings.main([*HOSTILE, "--on-error", "skip", "--quiet", "--workers", "2"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     pairs, backbone = Pairs("pairs", "shapes-tiny", "all"), Backbone(load_backbone("shapes-tiny"))
-    called = {shown(name): name for name in files}
-    names = [called[place.rsplit("/", 1)[-1]] for place in pairs.items["image"]]
-    assert sorted(names) == sorted(name for name, (_, meant) in files.items() if meant is not None)
+    name_of = {shown(name): name for name in files}
+    names = [name_of[place.rsplit("/", 1)[-1]] for place in pairs.items["image"]]
+    assert sorted(names) == sorted(name for name, (_, picture) in files.items() if picture is not None)
     for name, row in zip(names, pairs.image):
-        meant = backbone.encode_images(backbone.transform(files[name][1].convert("RGB"))[None])[0]
-        cosine = torch.cosine_similarity(meant, torch.tensor(row).float(), dim=0)
+        expected = backbone.encode_images(backbone.transform(files[name][1].convert("RGB"))[None])[0]
+        cosine = torch.cosine_similarity(expected, torch.tensor(row).float(), dim=0)
         assert cosine > 0.99, (name, cosine)
-    # Every row that can be kept is: a caption with its own image, and with its own embedding.
+    # Every valid row is kept, and each caption has its image and its embedding.
     kept = [(name, caption) for name, caption in rows if name in names and caption not in BAD_CAPTIONS.values()]
-    found = [(names[image], text) for image, text in zip(pairs.image_of_text, pairs.items["text"])]
-    fold = [(name, " ".join(caption.split())) for name, caption in kept]
-    assert sorted((name, " ".join(text.split())) for name, text in found) == sorted(fold)
+    cached = [(names[image], text) for image, text in zip(pairs.image_of_text, pairs.items["text"])]
+    folded = [(name, " ".join(caption.split())) for name, caption in kept]
+    assert sorted((name, " ".join(text.split())) for name, text in cached) == sorted(folded)
     for text, row in zip(pairs.items["text"], pairs.text):
         torch.testing.assert_close(backbone.encode_texts([text])[0], torch.tensor(row).float(), rtol=5e-3, atol=5e-3)
     lines = [json.loads(line) for line in (pairs.folder / "skipped.jsonl").read_text().splitlines()]
-    assert len(lines) == pairs.meta["skipped"] == 15 + 3 + len(BAD_CAPTIONS) and f"{len(lines)} left out" in said
+    assert len(lines) == pairs.meta["skipped"] == 15 + 3 + len(BAD_CAPTIONS) and f"{len(lines)} left out" in output
     skipped = {line["path"].rsplit("/", 1)[-1]: line["reason"] for line in lines if "image_id" in line}
-    assert skipped.keys() == {name for name, (_, meant) in files.items() if meant is None} | {
+    assert skipped.keys() == {name for name, (_, picture) in files.items() if picture is None} | {
         "a folder.jpg", "leads nowhere.jpg", "never there.jpg",
     }  # fmt: skip
     assert all(reason and "\n" not in reason for reason in skipped.values())
-    assert skipped["never there.jpg"] == "absent" and skipped["zero bytes.jpg"] == "it is no image that Pillow can read"
-    assert f"{pairs.meta['captions_cut']} cut to the length that the model reads" in said
+    assert skipped["never there.jpg"] == "absent"
+    assert skipped["zero bytes.jpg"] == "it is not an image that Pillow can read"
+    assert f"{pairs.meta['captions_cut']} cut to the length that the model reads" in output
     assert pairs.meta["captions_cut"] == sum(not backbone.reads_whole(text) for text in pairs.items["text"]) >= 4
 
 
 def test_hostile_files_stop_it_one_by_one(hostile, refusal, tmp_path):
-    """Each thing that stops it is named; mended as the sentence says, the next is, until the cache is whole."""
+    """The script names one bad row after the other, until all are removed and the cache is complete."""
     files, rows = hostile
-    file, named = tmp_path / "images" / "pairs.jsonl", []
-    said = refusal(cache_embeddings.main, *HOSTILE, "--quiet")
-    assert "3 of the" in said and "absent" in said
+    file, removed = tmp_path / "images" / "pairs.jsonl", []
+    error = refusal(cache_embeddings.main, *HOSTILE, "--quiet")
+    assert "3 of the" in error and "absent" in error
     rows = [(name, caption) for name, caption in rows if name in files]
     bad = dict(enumerate(caption for _, caption in rows if caption in BAD_CAPTIONS.values()))
     for _ in range(len(files) + len(bad)):
@@ -295,7 +296,7 @@ def test_hostile_files_stop_it_one_by_one(hostile, refusal, tmp_path):
         row = next((row for row, (name, caption) in enumerate(rows) if caption in BAD_CAPTIONS.values()), None)
         if row is None:
             row = next(row for row, (name, _) in enumerate(rows) if files[name][1] is None)
-        named.append(rows.pop(row))
-    assert len(named) == len(BAD_CAPTIONS) + sum(meant is None for _, meant in files.values())
+        removed.append(rows.pop(row))
+    assert len(removed) == len(BAD_CAPTIONS) + sum(picture is None for _, picture in files.values())
     pairs = Pairs("pairs", "shapes-tiny", "all")
     assert pairs.meta["skipped"] == 0 and len(pairs.text) == len(rows)

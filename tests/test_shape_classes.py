@@ -1,4 +1,4 @@
-"""The drawn world in classes: what images show, read from their pixels; what splits share; what a backbone answers."""
+"""The drawn world in classes: labels read back from pixels, disjoint splits, and the accuracy of the backbone."""
 
 from itertools import combinations
 
@@ -32,7 +32,7 @@ def root(tmp_path_factory):
 
 
 def named(pixel):
-    """Name the object color that is nearest to a pixel, (3,), under the brightness that suits it best."""
+    """Return the object color nearest to a pixel, (3,), at the best fitting brightness."""
     light = np.linspace(0.85, 1.1, 6)[:, None]
     return min(OBJECT_RGB, key=lambda name: np.linalg.norm(light * OBJECT_RGB[name] - pixel, axis=1).min())
 
@@ -40,7 +40,7 @@ def named(pixel):
 def read(pixels):
     """Read shape and color of a large object in the middle of an image, (S, S, 3), from its pixels alone.
 
-    The figure is what has the color of the middle and hangs together with it. A ring's middle is a small hole.
+    The object is the connected region of the color of the middle. A ring's middle is a small hole.
     """
     side = len(pixels)
     y, x = np.mgrid[:side, :side] / side - 0.5
@@ -60,35 +60,35 @@ def read(pixels):
 
 
 @pytest.mark.parametrize("split", RANGES)
-def test_labels_are_what_pixels_show(root, split):
+def test_labels_agree_with_pixels(root, split):
     wide = {name: small(root / "wide", name, images=dict.fromkeys(RANGES, 250)) for name in ("shape", "color")}
     classes = {name: source.classes(split) for name, source in wide.items()}
     images, scenes = wide["shape"].images(split), wide["shape"].scenes(split)
     rows = [row for row, scene in enumerate(scenes) if scene[2] == LARGE and scene[3] == MIDDLE]
     assert len(rows) >= 10
     for row in rows:
-        said = tuple(classes[name].names[classes[name].label[row]] for name in ("shape", "color"))
-        assert read(np.asarray(PIL.Image.open(images[row].path), dtype=float)) == said, images[row].path
+        labels = tuple(classes[name].names[classes[name].label[row]] for name in ("shape", "color"))
+        assert read(np.asarray(PIL.Image.open(images[row].path), dtype=float)) == labels, images[row].path
 
 
-def test_every_object_and_texture_can_be_seen():
+def test_every_object_and_texture_is_visible():
     rng = np.random.default_rng(0)
     for number, name in enumerate(BACKGROUNDS):
         for rgb in OBJECT_RGB.values():
             fill = np.array(rgb) + rng.uniform(-14, 14, 3)
             behind = paint_unseen(number, fill, 96, rng)
             assert behind.shape == (96, 96, 3) and behind.min() >= 0 and behind.max() <= 255
-            assert np.linalg.norm(behind - fill, axis=2).min() > GAP - 5, name  # the line is looked at in nine places
+            assert np.linalg.norm(behind - fill, axis=2).min() > GAP - 5, name  # the line is sampled at nine points
             assert np.linalg.norm(np.ptp(behind.reshape(-1, 3), axis=0)) > 0.6 * CONTRAST, name
             other = paint_unseen(number, fill, 96, rng)
             assert np.abs(behind - other).mean() > 1, name
 
 
 def test_shifted_splits_show_no_background_of_the_world(tmp_path, monkeypatch):
-    def known(name, size, rng):
+    def refuse(name, size, rng):
         raise AssertionError(f"painted {name}")
 
-    monkeypatch.setattr(shapes, "_background", known)
+    monkeypatch.setattr(shapes, "_background", refuse)
     source = small(tmp_path)
     for split in RANGES:
         if is_shifted(split):
@@ -100,37 +100,37 @@ def test_shifted_splits_show_no_background_of_the_world(tmp_path, monkeypatch):
     assert not set(BACKGROUNDS) & set(VALUES[4])
 
 
-@pytest.mark.parametrize("count", [50, 6000])  # more images than scenes: scenes repeat, on their own side
+@pytest.mark.parametrize("count", [50, 6000])  # with more images than scenes, scenes repeat within a split
 def test_no_scene_is_in_two_splits(count):
     source = small("unused", images=dict.fromkeys(RANGES, count))
     scenes = {split: {tuple(scene) for scene in source.scenes(split)} for split in RANGES}
-    for one, other in combinations(RANGES, 2):  # a shifted scene differs from any other: its last number means another
+    for one, other in combinations(RANGES, 2):  # shifted and other scenes always differ: their backgrounds do
         assert is_shifted(one) != is_shifted(other) or not scenes[one] & scenes[other]
-    known = Shapes("unused", train_images=6000)
-    trained, held = ({tuple(scene) for scene in known.scenes(split)} for split in ("train", "val"))
-    assert scenes["train"] <= trained and scenes["val"] | scenes["test"] <= held
-    sizes = {split: len(found) for split, found in scenes.items()}
-    whole = {"train": 4760, "val": 500, "test": 500, "shifted-train": 2760, "shifted-val": 1000, "shifted-test": 2000}
-    assert sizes == (whole if count == 6000 else dict.fromkeys(RANGES, 50))
+    pretraining = Shapes("unused", train_images=6000)
+    trained, held_out = ({tuple(scene) for scene in pretraining.scenes(split)} for split in ("train", "val"))
+    assert scenes["train"] <= trained and scenes["val"] | scenes["test"] <= held_out
+    sizes = {split: len(distinct) for split, distinct in scenes.items()}
+    full = {"train": 4760, "val": 500, "test": 500, "shifted-train": 2760, "shifted-val": 1000, "shifted-test": 2000}
+    assert sizes == (full if count == 6000 else dict.fromkeys(RANGES, 50))
 
 
-def test_same_seed_same_files_and_sizes_do_not_move_them(root, tmp_path):
+def test_a_seed_fixes_the_files_for_any_sizes(root, tmp_path):
     first, again = small(root), small(tmp_path, "color", images=dict.fromkeys(RANGES, 12))
-    other, known = small(tmp_path, seed=1), Shapes(tmp_path, train_images=12, val_images=12)
+    other, pretraining = small(tmp_path, seed=1), Shapes(tmp_path, train_images=12, val_images=12)
     for split in RANGES:
         drawn = [image.path.read_bytes() for image in first.images(split)[:12]]
         assert drawn == [image.path.read_bytes() for image in again.images(split)]
         assert len(set(drawn)) == 12
         assert not set(drawn) & {image.path.read_bytes() for image in other.images(split)}
-        for theirs in ("train", "val"):  # scenes are shared with `shapes`, drawings are not
-            assert not set(drawn) & {image.path.read_bytes() for image in known.images(theirs)}
+        for name in ("train", "val"):  # scenes are shared with `shapes`, drawings are not
+            assert not set(drawn) & {image.path.read_bytes() for image in pretraining.images(name)}
 
 
-def test_ids_count_the_same_files_whatever_is_asked_of_them(root):
-    shape, color, known = small(root), small(root, "color"), Shapes(root)
+def test_both_attributes_have_one_id_space(root):
+    shape, color, pretraining = small(root), small(root, "color"), Shapes(root)
     spaces = [shape.id_space(split) for split in RANGES]
     assert spaces == [color.id_space(split) for split in RANGES]
-    assert len(set(spaces) | {known.id_space("train"), known.id_space("val")}) == len(RANGES) + 2
+    assert len(set(spaces) | {pretraining.id_space("train"), pretraining.id_space("val")}) == len(RANGES) + 2
     assert small(root, seed=1).id_space("test") != shape.id_space("test")
 
 
@@ -142,35 +142,35 @@ def test_prompts_name_every_class_with_its_article(root):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_are_words_of_the_captions(name):
-    source, known = make_source(load_config(name)), Shapes("unused", train_images=2000)
-    words = {word for caption in known.captions("train") for word in caption.text.split()}
-    said = {word for prompt in source.captions("test") for word in prompt.text.split()}
-    assert said <= words and len(source.templates) >= 5
+    source, pretraining = make_source(load_config(name)), Shapes("unused", train_images=2000)
+    caption_words = {word for caption in pretraining.captions("train") for word in caption.text.split()}
+    prompt_words = {word for prompt in source.captions("test") for word in prompt.text.split()}
+    assert prompt_words <= caption_words and len(source.templates) >= 5
 
 
 def accuracy(folder):
     """Zero-shot accuracy by a loop: the class whose averaged prompt is nearest to the image."""
-    image, text, owner, label = (
+    image, text, class_of_text, label = (
         np.load(folder / f"{part}.npy").astype(float) for part in ("image", "text", "class_of_text", "label")
     )
     text /= np.linalg.norm(text, axis=1, keepdims=True)
-    mean = [text[owner == number].mean(axis=0) for number in range(int(owner.max()) + 1)]
+    mean = [text[class_of_text == number].mean(axis=0) for number in range(int(class_of_text.max()) + 1)]
     prompts = [prompt / np.linalg.norm(prompt) for prompt in mean]
-    return np.mean([np.argmax([row @ prompt for prompt in prompts]) == own for row, own in zip(image, label)])
+    return np.mean([np.argmax([row @ prompt for prompt in prompts]) == target for row, target in zip(image, label)])
 
 
-def test_cached_with_the_built_in_backbone_the_shift_hurts(root, monkeypatch):
+def test_the_shift_lowers_the_accuracy_of_the_built_in_backbone(root, monkeypatch):
     monkeypatch.chdir(root)
     sizes = [f"data.options.images.{split}={count}" for split, count in SMALL.items()]
-    found = {}
+    accuracies = {}
     for name in NAMES:
         flags = ["--features", "pooled", "--device", "cpu", "--quiet", "--workers", "0"]
         cache_embeddings.main(["--dataset", name, *flags, "--splits", "val", "shifted-val", "--set", *sizes])
         folders = [cache_folder(name, "shapes-tiny", split) for split in ("val", "shifted-val")]
         for folder in folders:
             assert np.load(folder / "image_pooled.npy").shape[0] == 150 and read_meta(folder)["features"] == "pooled"
-        found[name] = [accuracy(folder) for folder in folders]
-    shape, color = found.values()  # all of the splits: 0.83 and 0.56 (chance 0.17), 1.00 and 0.82 (chance 0.13)
+        accuracies[name] = [accuracy(folder) for folder in folders]
+    shape, color = accuracies.values()  # of whole splits: 0.83 and 0.56 (chance 0.17), 1.00 and 0.82 (chance 0.13)
     assert shape[0] > 0.72 and 0.4 < shape[1] < shape[0] - 0.12, shape
     assert color[0] > 0.97 and 0.65 < color[1] < 0.93, color
     assert len(list((root / "data").glob("shape-classes/*/val/*.jpg"))) == 150  # drawn once for both
@@ -186,21 +186,21 @@ def test_cached_with_the_built_in_backbone_the_shift_hurts(root, monkeypatch):
         ({"templates": [3]}, "templates must list prompts"),
         ({"images": {"all": 3}}, "images must hold sizes of train, val, test, shifted-train"),
         ({"images": 3}, "images must hold sizes"),
-        ({"images": {"val": 0}}, "sizes must be whole numbers"),
-        ({"images": {"val": 2.5}}, "sizes must be whole numbers"),
-        ({"image_size": 0}, "sizes must be whole numbers"),
-        ({"seed": -1}, "the seed from 0 on"),
-        ({"seed": "one"}, "the seed from 0 on"),
+        ({"images": {"val": 0}}, "sizes must be integers"),
+        ({"images": {"val": 2.5}}, "sizes must be integers"),
+        ({"image_size": 0}, "sizes must be integers"),
+        ({"seed": -1}, "the seed of at least 0"),
+        ({"seed": "one"}, "the seed of at least 0"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, error):
+def test_invalid_options_are_refused(options, error):
     with pytest.raises(ValueError, match=error):
         small("unused", **options)
 
 
 def test_mistakes_on_the_command_line_are_named(root, monkeypatch, refusal):
     monkeypatch.chdir(root)
-    said = refusal(cache_embeddings.main, "--dataset", "shapes-objects", "--splits", "shifted", "--device", "cpu")
-    assert "no split 'shifted'; it has train, val, test, shifted-train, shifted-val, shifted-test" in said
+    error = refusal(cache_embeddings.main, "--dataset", "shapes-objects", "--splits", "shifted", "--device", "cpu")
+    assert "no split 'shifted'; it has train, val, test, shifted-train, shifted-val, shifted-test" in error
     with pytest.raises(UserError, match=r"data\.options: attribute must be shape or color"):
         make_source(load_config("shapes-colors", settings=["data.options.attribute=taste"]))

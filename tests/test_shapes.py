@@ -1,4 +1,4 @@
-"""The drawn world: its splits, its words and its exact ambiguity, against what the words themselves say."""
+"""The drawn world: its splits, its captions and their exact ambiguity, checked against the words of the captions."""
 
 import numpy as np
 import pytest
@@ -15,47 +15,47 @@ def shapes(tmp_path_factory):
 
 
 def read(text):
-    """Read a caption back: what it says of each attribute, found by its words alone."""
-    said = {}
+    """Parse a caption: {attribute: the value that its words name, or None}."""
+    parsed = {}
     for name, values in ATTRIBUTES.items():
-        found = {
+        named = {
             value
             for value, wordings in values.items()
             for wording in wordings
             if f" {wording} " in f" {text} "
         }  # fmt: skip
-        assert len(found) <= 1, (text, found)
-        said[name] = found.pop() if found else None
-    return said
+        assert len(named) <= 1, (text, named)
+        parsed[name] = named.pop() if named else None
+    return parsed
 
 
-def test_captions_say_what_they_are_recorded_to_say(shapes):
+def test_captions_name_the_recorded_attributes(shapes):
     for written, mention in zip(shapes.captions("val"), shapes.mentions("val"), strict=True):
-        said = read(written.text)
+        parsed = read(written.text)
         for i, name in enumerate(NAMES):
-            assert said[name] == (None if mention[i] == UNNAMED else VALUES[i][mention[i]]), written.text
+            assert parsed[name] == (None if mention[i] == UNNAMED else VALUES[i][mention[i]]), written.text
 
 
 def test_matches_equal_a_loop_over_words(shapes):
     scenes, matches = shapes.scenes("val"), shapes.matches("val").toarray()
     for column, written in list(enumerate(shapes.captions("val")))[::17]:
-        said = read(written.text)
+        parsed = read(written.text)
         for row, scene in enumerate(scenes):
-            true = all(said[name] in (None, VALUES[i][scene[i]]) for i, name in enumerate(NAMES))
+            true = all(parsed[name] in (None, VALUES[i][scene[i]]) for i, name in enumerate(NAMES))
             assert matches[row, column] == true
-    own = [written.image_id for written in shapes.captions("val")]
-    assert matches[own, np.arange(len(own))].all()
+    target = [written.image_id for written in shapes.captions("val")]
+    assert matches[target, np.arange(len(target))].all()
 
 
 def test_no_scene_is_in_both_splits():
-    for sizes in ((400, 150), (9000, 3000)):  # more images than scenes: scenes repeat, on their own side
+    for sizes in ((400, 150), (9000, 3000)):  # with more images than scenes, scenes repeat within a split
         shapes = Shapes("unused", train_images=sizes[0], val_images=sizes[1])
         train, val = ({tuple(scene) for scene in shapes.scenes(split)} for split in ("train", "val"))
         assert not train & val
     assert SCENES == 5760 and len(train) + len(val) == SCENES
 
 
-def test_same_seed_same_world_and_sizes_do_not_move_it(shapes, tmp_path):
+def test_a_seed_fixes_the_world_for_any_sizes(shapes, tmp_path):
     again = Shapes(tmp_path, train_images=50, val_images=20)
     assert again.captions("val") == shapes.captions("val")[:100]
     for image, first in zip(again.images("val"), shapes.images("val"), strict=False):
@@ -63,7 +63,7 @@ def test_same_seed_same_world_and_sizes_do_not_move_it(shapes, tmp_path):
     assert Shapes(tmp_path, seed=1, val_images=20).captions("val") != again.captions("val")
 
 
-def test_every_scene_can_be_seen():
+def test_drawings_of_a_scene_are_fixed_by_the_seed_and_vary():
     rng = np.random.default_rng(0)
     for scene in np.stack(np.unravel_index(rng.permutation(SCENES)[:60], [len(v) for v in VALUES]), axis=1):
         same = [np.asarray(draw(scene, np.random.default_rng(3), 96), dtype=float) for _ in range(2)]
@@ -73,26 +73,26 @@ def test_every_scene_can_be_seen():
 
 def test_ambiguity_of_the_extremes(shapes):
     mentions, bits = shapes.mentions("val"), ambiguity(shapes.matches("val"))
-    silent, full = (mentions == UNNAMED).all(axis=1), (mentions != UNNAMED).all(axis=1)
-    assert silent.any() and full.any()
-    assert np.allclose(bits[silent], np.log(150)) and np.allclose(bits[full], 0)
+    empty, full = (mentions == UNNAMED).all(axis=1), (mentions != UNNAMED).all(axis=1)
+    assert empty.any() and full.any()
+    assert np.allclose(bits[empty], np.log(150)) and np.allclose(bits[full], 0)
 
 
-def test_bayes_optimal_recall_is_what_an_oracle_gets():
-    """An oracle that knows every scene and caption, and guesses among what fits, hits as often as the bound says."""
+def test_bayes_optimal_recall_is_that_of_an_oracle():
+    """An oracle that knows every scene and caption, and guesses among the matches, reaches the bound on average."""
     shapes = Shapes("unused", val_images=150)
     scenes, rng = shapes.scenes("val"), np.random.default_rng(0)
     hits, bounds = {"text": [], "image": []}, {"text": [], "image": []}
     for _ in range(60):
         mention = np.stack([caption(scene, rng)[1] for scene in scenes for _ in range(5)])
-        owner = np.repeat(np.arange(len(scenes)), 5)
+        target = np.repeat(np.arange(len(scenes)), 5)
         true = ((scenes[:, None] == mention[None]) | (mention[None] == UNNAMED)).all(axis=2)
         bounds["text"].append(bayes_optimal_text_to_image(sparse.csr_array(true)).mean())
         bounds["image"].append(bayes_optimal_image_to_text(sparse.csr_array(true), np.full(len(scenes), 5)).mean())
         guess = (true * rng.random(true.shape)).argmax(axis=0)
-        hits["text"].append((guess == owner).mean())
+        hits["text"].append((guess == target).mean())
         specific = true / true.sum(axis=0) + 1e-6 * rng.random(true.shape)
-        hits["image"].append((owner[(true * specific).argmax(axis=1)] == np.arange(len(scenes))).mean())
+        hits["image"].append((target[(true * specific).argmax(axis=1)] == np.arange(len(scenes))).mean())
     for side in hits:
         error = np.std(hits[side]) / np.sqrt(len(hits[side]))
         assert abs(np.mean(hits[side]) - np.mean(bounds[side])) < 4 * error, side
@@ -107,9 +107,9 @@ def test_chains_grow_one_attribute_at_a_time(shapes):
 
 
 @pytest.mark.parametrize("name", ["train_images", "val_images", "captions_per_image", "image_size"])
-def test_sizes_that_cannot_be_are_refused(name):
+def test_invalid_sizes_are_refused(name):
     for value in (0, -5, 3.5):
-        with pytest.raises(ValueError, match="sizes must be whole numbers"):
+        with pytest.raises(ValueError, match="sizes must be integers"):
             Shapes("unused", **{name: value})
 
 

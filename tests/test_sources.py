@@ -1,4 +1,4 @@
-"""Sources of pairs: what each layout lists, in which order and under which ids, and what it refuses."""
+"""Sources of pairs: the images and captions that each layout lists, their order and ids, and the errors."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from utils.errors import UserError
 
 
 def source_of(dataset, root, **options):
-    """The source as a script makes it, from its YAML."""
+    """Make a source from its YAML, as the scripts do."""
     config = load_config(dataset)
     config.data.root = str(root)
     config.data.options |= options
@@ -31,7 +31,7 @@ def source_of(dataset, root, **options):
 
 
 def path_id(folder, name):
-    """The id of an image that is known by its path."""
+    """Id of an image that is identified by its path."""
     return name_id((folder.resolve() / name).as_posix())
 
 
@@ -40,7 +40,7 @@ def ids(items):
 
 
 def texts(source, split):
-    """What is said, {image id: captions}; checks that captions are grouped by image in the order of images."""
+    """Return {image id: captions}; checks that captions are grouped by image in the order of images."""
     images, captions = source.images(split), source.captions(split)
     row = {image.id: number for number, image in enumerate(images)}
     assert len(row) == len(images) and len(set(ids(captions))) == len(captions)
@@ -49,22 +49,22 @@ def texts(source, split):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said"),
+    ("dataset", "sentence"),
     [
         ("coco", "captions_train2017.json is missing: unpack annotations_trainval2017.zip, train2017.zip and"),
         ("coco-karpathy", "dataset_coco.json is missing: unpack dataset_coco.json from https://cs.stanford.edu"),
-        ("flickr30k", "neither dataset_flickr30k.json nor results_20130124.token is in"),
-        ("flickr8k", "neither dataset_flickr8k.json nor Flickr8k.token.txt is in"),
+        ("flickr30k", "has neither dataset_flickr30k.json nor results_20130124.token: put flickr30k-images"),
+        ("flickr8k", "has neither dataset_flickr8k.json nor Flickr8k.token.txt: unpack Flickr8k_Dataset.zip"),
         ("cc3m", "cc3m-train-*.tar: download the shards cc3m-train-*.tar and cc3m-validation-*.tar"),
-        ("webdataset", "*.tar: name a folder of plain .tar shards, or a pattern of them, with --root"),
+        ("webdataset", "*.tar: point --root to a folder of plain .tar shards, or to a pattern of them"),
     ],
 )
-def test_what_is_missing_is_said_with_where_to_get_it(tmp_path, dataset, said):
-    if ".tar" in said:
+def test_errors_for_missing_data_say_where_to_get_them(tmp_path, dataset, sentence):
+    if ".tar" in sentence:
         pytest.importorskip("webdataset")
     with pytest.raises(UserError) as error:
         source_of(dataset, tmp_path).images(load_config(dataset).data.train_split)
-    assert said in str(error.value) and "--root" in str(error.value) and "\n" not in str(error.value)
+    assert sentence in str(error.value) and "--root" in str(error.value) and "\n" not in str(error.value)
 
 
 # Karpathy's JSON
@@ -146,7 +146,7 @@ def test_karpathy_files_that_hold_nothing_are_named(tmp_path):
         assert len(str(error.value)) < 300
     with pytest.raises(UserError, match="lists no images"):
         karpathy(tmp_path).images("train")
-    with pytest.raises(UserError, match=r"lists COCO_val2014_0+7\.jpg and COCO_val2014_0+7\.jpg with one image id, 7"):
+    with pytest.raises(UserError, match=r"lists (COCO_val2014_0+7\.jpg) and \1 with the same image id, 7"):
         karpathy(tmp_path, entry(7, "train"), entry(7, "test")).images("train")
 
 
@@ -154,10 +154,11 @@ def test_karpathy_over_real_coco_lists_what_coco_lists(shared, tmp_path):
     root = shared / "data" / "coco"
     coco = Coco(root)
     listing = json.loads((root / "annotations" / "captions_val2017.json").read_text())
-    said = {}
+    sentences = {}
     for annotation in sorted(listing["annotations"], key=lambda annotation: annotation["id"]):
-        said.setdefault(annotation["image_id"], []).append({"raw": annotation["caption"], "sentid": annotation["id"]})
-    entries = [entry(id, "test", sentences=said[id]) for id in sorted(said)]
+        sentence = {"raw": annotation["caption"], "sentid": annotation["id"]}
+        sentences.setdefault(annotation["image_id"], []).append(sentence)
+    entries = [entry(id, "test", sentences=sentences[id]) for id in sorted(sentences)]
     (tmp_path / "train2017").symlink_to(root / "train2017")
     (tmp_path / "val2017").symlink_to(root / "val2017")
     source = karpathy(tmp_path, *entries)
@@ -183,21 +184,21 @@ FILES = {
 
 
 def tokens(root, dataset):
-    """The publisher's files of three photos, one per split, with what is odd about them."""
+    """Write the publisher's files for three photos, one per split, with the oddities of the real files."""
     _, file, lists = FILES[dataset]
     lines = [f"{photo}.jpg#{i}\tA caf\u00e9 \u0085 of {photo} , {i} .\n" for photo in PHOTOS[dataset] for i in range(2)]
     lines.insert(2, "2258277193_586949ec62.jpg.1#0\tAn image that is none .\n")
     lines.append("99_unlisted.jpg#0\tAn image in no split .\n")
     (root / file).write_text("".join(lines), encoding="utf-8")
     for photo, name in zip(PHOTOS[dataset], lists):
-        (root / name).write_text(photo + ".jpg" * (dataset == "flickr8k") + "\n")
+        (root / name).write_text(f"{photo}.jpg\n" if dataset == "flickr8k" else f"{photo}\n")
 
 
 def flickr_json(root, dataset, photos=None):
     entries = []
     for number, (photo, split) in enumerate(zip(photos or PHOTOS[dataset], ("train", "val", "test"))):
-        said = [{"raw": f"A caf\u00e9 of {photo} , {i} .", "sentid": 5 * number + i} for i in range(2)]
-        entries.append({"filename": f"{photo}.jpg", "imgid": number, "split": split, "sentences": said})
+        sentences = [{"raw": f"A caf\u00e9 of {photo} , {i} .", "sentid": 5 * number + i} for i in range(2)]
+        entries.append({"filename": f"{photo}.jpg", "imgid": number, "split": split, "sentences": sentences})
     (root / FILES[dataset][0]).write_text(json.dumps({"images": entries}))
 
 
@@ -220,7 +221,7 @@ def test_flickr_sources_share_their_ids_and_find_their_folders(tmp_path):
     for dataset, folder in (("flickr30k", "images"), ("flickr8k", "Flicker8k_Dataset")):
         root = tmp_path / dataset
         (root / folder).mkdir(parents=True)
-        flickr_json(root, dataset, ["12345" + "_ab" * (dataset == "flickr8k")])
+        flickr_json(root, dataset, ["12345_ab" if dataset == "flickr8k" else "12345"])
         source = source_of(dataset, root)
         (image,) = source.images("train")
         assert (image.id, source.id_space("train"), image.path.parent) == (12345, "flickr", root / folder)
@@ -232,8 +233,8 @@ def test_flickr_sources_share_their_ids_and_find_their_folders(tmp_path):
         ("Flickr8k.token.txt", b"1_a.jpg#0 no tab\n", "line 1 is not 'name.jpg#0', a tab and a caption"),
         ("Flickr8k.token.txt", b"1_a.jpg\tno number\n", "line 1 is not 'name.jpg#0', a tab and a caption"),
         ("Flickr8k.token.txt", b"1_a.jpg#0\tcaf\xe9\n", "is not UTF-8"),
-        ("Flickr_8k.devImages.txt", b"2_a.jpg\n", "devImages.txt lists 2_a.jpg, of which .* has no caption"),
-        ("Flickr_8k.devImages.txt", b"99_unlisted.jpg\n" * 2, "lists 99_unlisted.jpg and 99_unlisted.jpg with one"),
+        ("Flickr_8k.devImages.txt", b"2_a.jpg\n", "devImages.txt lists 2_a.jpg, which has no caption in .*token.txt"),
+        ("Flickr_8k.devImages.txt", b"99_unlisted.jpg\n" * 2, r"lists (99_unlisted.jpg) and \1 with the same image id"),
         ("Flickr_8k.testImages.txt", None, "testImages.txt is missing: unpack Flickr8k_Dataset.zip"),
     ],
 )
@@ -249,15 +250,16 @@ def test_broken_flickr_files_are_named(tmp_path, file, content, sentence):
 
 def test_photos_that_would_share_an_id_are_refused(tmp_path):
     flickr_json(tmp_path, "flickr8k", ["17_a", "17_b"])
-    with pytest.raises(UserError, match=r"lists 17_a\.jpg and 17_b\.jpg with one image id, 17: leave one of them out"):
+    same_id = r"lists 17_a\.jpg and 17_b\.jpg with the same image id, 17: leave one of them out"
+    with pytest.raises(UserError, match=same_id):
         source_of("flickr8k", tmp_path).images("train")
     (tmp_path / "dataset_flickr8k.json").unlink()
     (tmp_path / "Flickr8k.token.txt").write_text("17_a.jpg#0\tone\n17_b.jpg#0\ttwo\n")
     for name, photo in zip(FILES["flickr8k"][2], ("17_a", "17_a", "17_b")):
         (tmp_path / name).write_text(f"{photo}.jpg\n")
-    with pytest.raises(UserError, match=r"lists 17_a\.jpg and 17_b\.jpg with one image id"):
+    with pytest.raises(UserError, match=same_id):
         source_of("flickr8k", tmp_path).images("train")
-    (tmp_path / FILES["flickr8k"][2][2]).write_text("17_a.jpg\n")  # one image in all splits: told of when it matters
+    (tmp_path / FILES["flickr8k"][2][2]).write_text("17_a.jpg\n")  # one image in all splits is not an error here
     assert source_of("flickr8k", tmp_path).images("train") == source_of("flickr8k", tmp_path).images("test")
     flickr_json(tmp_path, "flickr8k", ["cat"])
     with pytest.raises(UserError, match=r"'cat\.jpg' in .* does not begin with a Flickr photo id"):
@@ -268,7 +270,7 @@ def test_flickr_is_constructed_as_its_yaml_says(tmp_path):
     assert isinstance(source_of("flickr30k", tmp_path), Flickr)
 
 
-# Pairs of one's own
+# Tables of pairs
 
 
 ROWS = [
@@ -307,7 +309,7 @@ def test_a_table_is_read_alike_in_every_format(tmp_path, suffix):
     assert (b.id, c.id) == (path_id(tmp_path, "b.jpg"), path_id(tmp_path, "sub/c.jpg"))
     assert texts(source, "train") == {b.id: ["two cats on a mat", "caf\u00e9 \N{CAT FACE}"], c.id: [""]}
     assert ids(source.captions("train")) == [0, 2, 3]
-    # An image may be in two splits: whoever trains on one and tests on the other is told.
+    # An image may be in two splits: eval.py refuses to test on training images.
     assert ids(source.images("test")) == [path_id(tmp_path, "a.jpg"), b.id] and ids(source.captions("test")) == [1, 4]
     (d,) = source.images("val")
     assert d.path.as_posix() == "/elsewhere/d.jpg" and len(source.captions("val")[0].text.split()) == 10_001
@@ -329,7 +331,7 @@ def test_images_without_a_split_are_put_into_parts(tmp_path):
     with pytest.raises(UserError, match="has 20 images, too few for 21 parts"):
         PairsFile(path, folds=21).images("train")
     for options in ({"folds": 1}, {"seed": -1}, {"folds": "5"}):
-        with pytest.raises(UserError, match="folds must be a whole number from 2 on"):
+        with pytest.raises(UserError, match="folds must be an integer of at least 2"):
             source_of("pairs", path, **options)
 
 
@@ -344,7 +346,7 @@ def test_columns_and_folder_can_be_named(tmp_path, monkeypatch):
     assert source.id_space("dev") == source_of("pairs", path).id_space("train") == "files"
     assert source_of("pairs", path).captions("train")[0].text == "wrong"
     for kind in ("image", "caption", "split"):
-        with pytest.raises(UserError, match=f"no column is called nothing; it has image, photo, .*{kind}_column=NAME"):
+        with pytest.raises(UserError, match=f"it has no column 'nothing'; it has image, photo, .*{kind}_column=NAME"):
             source_of("pairs", path, **{f"{kind}_column": "nothing"}).images("train")
 
 
@@ -369,21 +371,25 @@ def test_lone_surrogates_are_left_as_they_are(tmp_path):
         ("m.csv", b"image,caption\na.jpg,one\nb.jpg,caf\xe9\n", r"line 3 is not UTF-8 \(byte 0xe9\)"),
         ("m.csv", "image,caption".encode("utf-16"), "line 1 is not UTF-8"),
         ("m.csv", b"img;caption\n", "it has img;caption: separate the columns by commas"),
-        ("m.csv", b"image,words\n", "no column is called caption or text or title; it has image, words"),
+        ("m.csv", b"image,words\n", "it has no column 'caption' or 'text' or 'title'; it has image, words"),
         ("m.csv", b"image,caption,caption\n", "it has two columns 'caption'"),
-        ("m.csv", b"image,caption\n\na.jpg,red, blue\n", "line 3 has 3 fields, but the header 2: .* a comma must"),
-        ("m.tsv", b"image\tcaption\na.jpg\n", "line 2 has 1 fields, but the header 2: .* a tab must"),
-        ("m.csv", b'image,caption\na.jpg,"one\nb.jpg,two\n', "line 3 cannot be read .*: put fields that hold quotes"),
+        ("m.csv", b"image,caption\n\na.jpg,red, blue\n", "line 3 has 3 fields, but the header has 2: put .* comma in"),
+        ("m.tsv", b"image\tcaption\na.jpg\n", "line 2 has 1 fields, but the header has 2: put .* a tab in"),
+        (
+            "m.csv",
+            b'image,caption\na.jpg,"one\nb.jpg,two\n',
+            "line 3 cannot be read .*: put fields that contain quotes in quotes",
+        ),
         ("m.csv", b"image,caption\n,one\n", "'image' of line 2 is empty"),
         ("m.csv", b"image,caption,split\na.jpg,one,\n", "'split' of line 2 is empty"),
-        ("m.csv", b"image,caption\nhttps://x.org/a.jpg,one\n", "line 2 is an address, https://x.org/a.jpg: download"),
+        ("m.csv", b"image,caption\nhttps://x.org/a.jpg,one\n", "line 2 is a URL, https://x.org/a.jpg: download"),
         ("m.jsonl", b'{"image": "a"}\n\n{"image": 1,}', "line 3 is not valid JSON"),
         ("m.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
-        ("m.jsonl", b'["a.jpg", "one"]', "line 1 is no object"),
+        ("m.jsonl", b'["a.jpg", "one"]', "line 1 is not an object"),
         ("m.jsonl", b'{"image": "a", "caption": null}', "'caption' of line 1 is null or missing"),
         ("m.jsonl", b'{"image": "a", "caption": "", "split": "x"}\n{"image": "b", "caption": ""}', "'split' of line 2"),
-        ("m.jsonl", b'{"image": "a", "caption": ["x"]}', r"'caption' of line 1 is no string but \['x'\]"),
-        ("m.parquet", b"PAR1", "it is no Parquet file that pyarrow reads"),
+        ("m.jsonl", b'{"image": "a", "caption": ["x"]}', r"'caption' of line 1 is not a string but \['x'\]"),
+        ("m.parquet", b"PAR1", "it is not a Parquet file that pyarrow can read"),
         ("m.xlsx", b"PK", r"its name must end in \.csv, \.tsv, \.jsonl, \.parquet"),
     ],
 )  # fmt: skip
@@ -401,7 +407,7 @@ def test_parquet_of_another_kind_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'caption' of row 1 is null or missing"):
         PairsFile(path).images("train")
     write(path, [({"bytes": b"jpg"}, "one")], ("image", "caption"))
-    with pytest.raises(UserError, match=r"'image' of row 0 is no string but \{'bytes'"):
+    with pytest.raises(UserError, match=r"'image' of row 0 is not a string but \{'bytes'"):
         PairsFile(path).images("train")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-extra\.txt"):
@@ -409,9 +415,9 @@ def test_parquet_of_another_kind_is_named(tmp_path, monkeypatch):
 
 
 def test_no_file_and_a_folder_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="it is a folder: name the file of pairs itself"):
+    with pytest.raises(UserError, match="it is a folder: point --root to the file of pairs itself"):
         source_of("pairs", tmp_path).images("train")
-    with pytest.raises(UserError, match=r"mine\.csv: it is missing: name a \.csv, \.tsv"):
+    with pytest.raises(UserError, match=r"mine\.csv: it is missing: point --root to a \.csv, \.tsv"):
         source_of("pairs", tmp_path / "mine.csv").images("train")
 
 
@@ -439,7 +445,7 @@ def sample(key, color, caption):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two shards in which the same keys stand for other samples, with what webdataset leaves out."""
+    """Two shards that use the same keys for different samples, with members that webdataset skips."""
     pytest.importorskip("webdataset")
     long = "deep/" * 30 + "0" * 90
     first = sample("000", 10, " two\n cats ") | sample("001", 20, "caf\u00e9") | sample(long, 30, "long name")
@@ -465,8 +471,9 @@ def test_shards_list_images_and_captions(shards):
     assert [image.place for image in images] == names
     assert ids(images) == [path_id(shards, name.rsplit(".", 1)[0]) for name in names]
     assert [image.path.name for image in images] == ["a-0.tar"] * 3 + ["a-1.tar"] * 3
-    said = ["two cats", "caf\u00e9", "long name", "png", "of json", ""]
-    assert [caption.text for caption in source.captions("all")] == said and ids(source.captions("all")) == ids(images)
+    captions = source.captions("all")
+    assert [caption.text for caption in captions] == ["two cats", "caf\u00e9", "long name", "png", "of json", ""]
+    assert ids(captions) == ids(images)
     assert [color(source.open(image)) for image in images] == [10, 20, 30, 40, 50, 60]
     other = Shards(shards, caption_key="alt")
     assert [caption.text for caption in other.captions("all")] == ["", "", "", "", "other", ""]
@@ -539,7 +546,7 @@ def test_workers_open_images(shards, start):
     assert color(pickle.loads(pickle.dumps(source)).open(images[4])) == 50
 
 
-def test_an_image_that_is_none_raises_what_pillow_raises(tmp_path):
+def test_a_file_that_is_not_an_image_raises_what_pillow_raises(tmp_path):
     pytest.importorskip("webdataset")
     shard(tmp_path / "a.tar", {"0.jpg": b"no image", "0.txt": b"x"})
     source = Shards(tmp_path)
@@ -550,14 +557,14 @@ def test_an_image_that_is_none_raises_what_pillow_raises(tmp_path):
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"0.txt": b"x", "0.cls": b"1"}, r"the sample '0' of .*a\.tar has no \.jpg, \.jpeg, .* but \.txt, \.cls: take"),
-        ({"0.jpg": b"", "1.jpg": b"", "0.txt": b""}, "the sample '0' of .* has no"),
-        ({"0.jpg": b"", "1.jpg": b"", "0.png": b""}, "has two samples of the key '0'"),
+        ({"0.txt": b"x", "0.cls": b"1"}, r"a\.tar: sample '0' has no \.jpg, \.jpeg, .* but \.txt, \.cls: remove"),
+        ({"0.jpg": b"", "1.jpg": b"", "0.txt": b""}, r"a\.tar: sample '0' has no"),
+        ({"0.jpg": b"", "1.jpg": b"", "0.png": b""}, "has two samples with the key '0'"),
         ({"0.jpg": b"", "0.JPG": b""}, r"a\.tar has the file 0\.JPG twice"),
         ({"0.jpg": b"", "0.txt": b"caf\xe9"}, r"a\.tar: 0\.txt is not UTF-8"),
-        ({"0.jpg": b"", "0.json": b"{"}, r"a\.tar: 0\.json is not an object of JSON"),
-        ({"0.jpg": b"", "0.json": b"[]"}, r"a\.tar: 0\.json is not an object of JSON"),
-        ({"0.jpg": b"", "0.json": b'{"caption": ["x"]}'}, r"a\.tar: 0\.json is not an object of JSON"),
+        ({"0.jpg": b"", "0.json": b"{"}, r"a\.tar: 0\.json is not a JSON object"),
+        ({"0.jpg": b"", "0.json": b"[]"}, r"a\.tar: 0\.json is not a JSON object"),
+        ({"0.jpg": b"", "0.json": b'{"caption": ["x"]}'}, r"a\.tar: 0\.json is not a JSON object"),
         ({}, r"\*\.tar holds no samples"),
     ],
 )
@@ -582,7 +589,7 @@ def test_damaged_shards_are_named(tmp_path):
     cut = [whole[: second.offset_data + 100], whole[: second.offset + 200], whole[: second.offset]]
     for content in (*cut, bytes(spoiled), b"", b"no tar " * 200):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.tar is no whole tar \(.*\): download or make it again"):
+        with pytest.raises(UserError, match=r"a\.tar is not a complete \.tar \(.*\): download or make it again"):
             Shards(tmp_path).images("all")
 
 
@@ -594,18 +601,19 @@ def test_shards_that_are_not_there_or_not_plain_are_named(tmp_path, monkeypatch)
         with pytest.raises(UserError, match="are not on this computer: download them"):
             Shards(tmp_path, splits={"train": url})
     shard(tmp_path / "a-0.tar", sample("000", 10, "one"))
-    with pytest.raises(UserError, match=r"there is no shard .*a-1\.tar: name a folder of plain \.tar shards"):
+    missing = r"there is no shard .*a-1\.tar: point --root to a folder of plain \.tar shards"
+    with pytest.raises(UserError, match=missing):
         source_of("webdataset", tmp_path / "a-{0..2}.tar").images("all")
     with pytest.raises(UserError, match=r"the pattern a-\{0 cannot be read .*: close its braces"):
         source_of("webdataset", tmp_path / "a-{0").images("all")
     with pytest.raises(UserError, match="splits must give a pattern of shards for each split"):
         source_of("webdataset", tmp_path, splits=["a-0.tar"])
     shard(tmp_path / "b.tar", sample("000", 10, "one"), "w:gz")
-    with pytest.raises(UserError, match=r"b\.tar is compressed, so that nothing can be read from its middle: gunzip"):
+    with pytest.raises(UserError, match=r"b\.tar is compressed, which rules out random access: gunzip"):
         Shards(tmp_path / "b.tar").images("all")
     for mode in ("w:xz", "w:bz2"):
         shard(tmp_path / "b.tar", sample("000", 10, "one"), mode)
-        with pytest.raises(UserError, match=r"b\.tar is no whole tar"):
+        with pytest.raises(UserError, match=r"b\.tar is not a complete \.tar"):
             Shards(tmp_path / "b.tar").images("all")
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
@@ -613,14 +621,14 @@ def test_shards_that_are_not_there_or_not_plain_are_named(tmp_path, monkeypatch)
         Shards(tmp_path).images("all")
 
 
-# All the way
+# By the script
 
 
-def test_pairs_of_ones_own_are_cached_by_one_command(tmp_path, monkeypatch, refusal, capsys):
+def test_a_table_of_pairs_is_cached_by_one_command(tmp_path, monkeypatch, refusal, capsys):
     monkeypatch.chdir(tmp_path)
     for number in range(6):
         PIL.Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(f"{number}.png")
-    rows = [(f"{row % 6}.png", f"caption {row}" * (row != 8)) for row in range(12)]
+    rows = [(f"{row % 6}.png", "" if row == 8 else f"caption {row}") for row in range(12)]
     write(tmp_path / "mine.csv", rows, ("image", "caption"))
     command = ["--dataset", "pairs", "--root", "mine.csv", "--backbone", "shapes-tiny", "--quiet", "--splits", "all"]
     assert "caption 8 of 'all', of " in refusal(cache_embeddings.main, *command)

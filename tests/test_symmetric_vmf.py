@@ -1,4 +1,4 @@
-"""Symmetric von Mises-Fisher: its kernel against integrals and mpmath, its loss against loops, and its edges."""
+"""Symmetric von Mises-Fisher: its kernel against integrals and mpmath, its loss against loops, and edge cases."""
 
 import mpmath
 import numpy as np
@@ -27,8 +27,8 @@ def test_kernel_is_the_integral_of_the_product_on_the_circle(kappa, other, angle
         return torch.stack([d.log_prob(point) for d in densities]).sum().exp().item()
 
     integral, _ = scipy.integrate.quad(product, -np.pi, np.pi, points=[0, angle], epsabs=1e-13, limit=200)
-    found = log_kernel(mu @ nu, k, o, 2).item() - log_surface_area(2)
-    np.testing.assert_allclose(found, np.log(integral), rtol=1e-9, atol=1e-9)
+    kernel = log_kernel(mu @ nu, k, o, 2).item() - log_surface_area(2)
+    np.testing.assert_allclose(kernel, np.log(integral), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dim", [3, 8])
@@ -39,8 +39,8 @@ def test_kernel_is_the_mean_of_one_density_under_the_other(dim):
     sample = VonMisesFisher(mu, k).sample((400_000,))
     density = VonMisesFisher(nu, o).log_prob(sample).exp()
     error = density.std() / len(sample) ** 0.5
-    found = (log_kernel(mu @ nu, k, o, dim) - log_surface_area(dim)).exp()
-    assert abs(found - density.mean()) < 4 * error < 0.02 * found
+    kernel = (log_kernel(mu @ nu, k, o, dim) - log_surface_area(dim)).exp()
+    assert abs(kernel - density.mean()) < 4 * error < 0.02 * kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -58,8 +58,8 @@ def test_kernel_is_exact_at_the_size_of_embeddings(dtype):
                     k, o, c = (mpmath.mpf(x) for x in (kappa, other, cos))
                     both = mpmath.sqrt(k**2 + o**2 + 2 * k * o * c)
                     parts = [log_normalizer(k), log_normalizer(o), log_normalizer(both)]
-                    found = log_kernel(*tensors(cos, kappa, other, dtype=dtype), dim).item()
-                    error = abs(found - (parts[0] + parts[1] - parts[2]))
+                    kernel = log_kernel(*tensors(cos, kappa, other, dtype=dtype), dim).item()
+                    error = abs(kernel - (parts[0] + parts[1] - parts[2]))
                     assert error <= relative * max(1, *(abs(p) for p in parts)), (kappa, other, cos)
 
 
@@ -71,7 +71,7 @@ def test_kernel_has_finite_gradients_where_the_distributions_cancel():
     value = log_kernel(cos, kappa, other, 512)
     gradients = torch.autograd.grad(value.sum(), (cos, kappa, other))
     assert torch.isfinite(value).all() and all(torch.isfinite(g).all() for g in gradients)
-    torch.testing.assert_close(value[2:4], torch.zeros(2))  # against a uniform distribution nothing is told apart
+    torch.testing.assert_close(value[2:4], torch.zeros(2))  # the kernel with a uniform distribution is constant
     # Towards |kappa mu + other mu'| = 0 the slope of -log C(|.|) in the square is 1 / (2 D).
     torch.testing.assert_close(gradients[0][0], torch.tensor(2 * 25 / (2 * 512.0)))
 

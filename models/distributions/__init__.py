@@ -1,4 +1,4 @@
-"""Distributions on the unit sphere, with normalizers exact at the dimensions of embeddings, and on the real line."""
+"""Distributions on the unit sphere, with exact normalizers in high dimensions, and on the real line."""
 
 from models.distributions.generalized_gaussian import GeneralizedGaussian
 from models.distributions.power_spherical import PowerSpherical

@@ -1,8 +1,8 @@
 """The von Mises-Fisher distribution on the unit sphere S^{D-1}: density C_D(kappa) exp(kappa mu . x).
 
-Its normalizer is a Bessel function that under- and overflows at the dimensions of embeddings. Here it comes from
-Olver's uniform expansion (DLMF 10.41.3) at order w = D/2 - 1 + n, written in 1/sqrt(w^2 + kappa^2) so that nothing is
-divided by kappa; n > 0 only where D is small, and is undone by the three-term recurrence, whose terms are all positive.
+Its normalizer is a Bessel function that under- and overflows in the dimensions of embeddings. It is computed by Olver's
+uniform expansion (DLMF 10.41.3) at order w = D/2 - 1 + n, in powers of 1/sqrt(w^2 + kappa^2) to avoid division by
+kappa. n > 0 only for small D; the three-term recurrence, whose terms are all positive, leads back to order D/2 - 1.
 """
 
 import math
@@ -40,12 +40,12 @@ def _log_debye(terms: int) -> tuple[list[list[float]], list[list[float]]]:
     return [list(map(float, row)) for row in values], [list(map(float, row)) for row in slopes]
 
 
-# The lowest order and the terms that leave the expansion a smaller error than the rounding of the type.
+# The lowest order, and the terms with which the error of the expansion is below the rounding of the type.
 _EXPANSION = {torch.float32: (16, *_log_debye(4)), torch.float64: (24, *_log_debye(11))}
 
 
 def _start(dim: int, dtype: torch.dtype):
-    """The coefficients, the order w of the expansion and the number n of recurrence steps down to dim / 2 - 1."""
+    """Coefficients, order w of the expansion and number n of recurrence steps down to dim / 2 - 1."""
     lowest, values, slopes = _EXPANSION[dtype]
     steps = max(0, math.ceil(lowest - (dim / 2 - 1)))
     return values, slopes, dim / 2 - 1 + steps, steps
@@ -60,7 +60,7 @@ def _bessel_ratios(kappa: Tensor, dim: int) -> list[tuple[float, Tensor]]:
     """Orders and ratios I_{w+1}(kappa) / I_w(kappa), from the order of the expansion down to dim / 2 - 1."""
     _, slopes, order, steps = _start(dim, kappa.dtype)
     t = (kappa * kappa + order * order).rsqrt()
-    # The expansion's logarithm differentiated by hand, term by term: nothing cancels.
+    # Analytic derivative of the expansion's logarithm, term by term, so that nothing cancels.
     correction = t * t * (_series(slopes, t, (order * t) ** 2) + 0.5)
     ratios = [(order, kappa * (t / (order * t + 1) - correction))]
     for _ in range(steps):
@@ -82,20 +82,31 @@ def _value(kappa: Tensor, dim: int) -> Tensor:
 
 
 def mean_resultant_length(kappa: Tensor, dim: int) -> Tensor:
-    """A_dim(kappa) = E[mu . x] = I_{dim/2}(kappa) / I_{dim/2-1}(kappa), elementwise; Mardia & Jupp (2000), 9.3.2."""
+    """A_dim(kappa) = E[mu . x] = I_{dim/2}(kappa) / I_{dim/2-1}(kappa), elementwise; Mardia & Jupp (2000), 9.3.2.
+
+    >>> mean_resultant_length(torch.tensor([0.0, 1.0, 10.0]), dim=3)  # coth kappa - 1 / kappa
+    tensor([0.0000, 0.3130, 0.9000])
+    """
     return _bessel_ratios(at_least_float32(kappa), dim)[-1][1].to(kappa.dtype)
 
 
 def log_normalizer_derivative(kappa: Tensor, dim: int) -> Tensor:
-    """d log C_dim / d kappa = -A_dim(kappa), elementwise."""
+    """d log C_dim / d kappa = -A_dim(kappa), elementwise.
+
+    >>> log_normalizer_derivative(torch.tensor([1.0]), dim=3)
+    tensor([-0.3130])
+    """
     return -mean_resultant_length(kappa, dim)
 
 
 def log_normalizer(kappa: Tensor, dim: int) -> Tensor:
     """log C_dim(kappa) - log C_dim(0) = -log 0F1(; dim/2; kappa^2/4), elementwise; Mardia & Jupp (2000), 9.3.2.
 
-    The constant is left out because no softmax over distributions sees it, and because next to it (868 at dim = 512)
-    float32 would round away what kappa says.
+    The constant is left out because no softmax over distributions depends on it, and because next to it (868 at
+    dim = 512) float32 would round away the dependence on kappa.
+
+    >>> log_normalizer(torch.tensor([1.0, 10.0]), dim=3)  # ln(kappa / sinh kappa)
+    tensor([-0.1614, -7.0043])
     """
     return ExactDerivative.apply(at_least_float32(kappa), dim, _value, log_normalizer_derivative).to(kappa.dtype)
 
@@ -103,15 +114,15 @@ def log_normalizer(kappa: Tensor, dim: int) -> Tensor:
 def _sample_angle(kappa: Tensor, dim: int) -> Tensor:
     """Angles (...) between sample and mu by rejection; Ulrich (1984), Wood (1994), algorithm VM*."""
     half = (dim - 1) / 2
-    # Wood's b without his difference of near equals: good for every kappa, so that no approximation is needed.
+    # Wood's b without a difference of nearly equal terms, so that no approximation is needed for any kappa.
     b = half / (kappa + (kappa * kappa + half * half).sqrt())
     proposal = torch.distributions.Beta(kappa.new_tensor(half), kappa.new_tensor(half), validate_args=False)
     angle, pending = torch.zeros_like(kappa), torch.ones_like(kappa, dtype=torch.bool)
     while pending.any():
         z = proposal.sample(kappa.shape)
-        # Wood's kappa w + (d-1) log(1 - x_0 w) - c becomes (d-1)(h + log(1-h)): two large terms less.
+        # Wood's kappa w + (d-1) log(1 - x_0 w) - c becomes (d-1)(h + log(1-h)), without two large terms.
         h = (1 - b) * (0.5 - z) / (1 - z + b * z)
-        # "Not less" rather than "greater or equal": a NaN in kappa comes out as NaN, and not as an endless loop.
+        # "Not less" rather than "greater or equal": a NaN in kappa gives NaN instead of an endless loop.
         accepted = pending & ~(2 * half * (h + torch.log1p(-h)) < torch.rand_like(z).log())
         # His w = (1 - (1+b) z) / (1 - (1-b) z) is the cosine of this angle, which keeps its digits near zero.
         angle = torch.where(accepted, 2 * torch.atan2((b * z).sqrt(), (1 - z).sqrt()), angle)
@@ -128,10 +139,10 @@ def _unit_legendre() -> tuple[list[float], list[float]]:
 def _angle_derivative(angle: Tensor, kappa: Tensor, dim: int) -> Tensor:
     """d angle / d kappa (...) at a constant distribution function; Figurnov et al. (2018), arXiv 1805.08498.
 
-    With the density g(a) ~ exp(kappa cos a) sin(a)^(dim-2) that is the integral of (cos a - A_dim) g(a) / g(angle)
-    from the angle to either end of [0, pi]. Where the end is the one on the angle's side of arccos A_dim, the integrand
-    keeps its sign; g falls that way (or has its mode next to it), and the quadrature stops where g has fallen below the
-    rounding of the type. Float32 rounds 1 - A_dim, hence a relative error of the order of 2e-7 kappa / sqrt(dim).
+    With the density g(a) ~ exp(kappa cos a) sin(a)^(dim-2) it is the integral of (cos a - A_dim) g(a) / g(angle) from
+    the angle to either end of [0, pi]. Towards the end on the angle's side of arccos A_dim, the integrand keeps its
+    sign and g falls (or has its mode nearby); the quadrature stops where g is below the rounding of the type. Float32
+    rounds 1 - A_dim, hence a relative error of the order of 2e-7 kappa / sqrt(dim).
     """
     nodes, weights = angle.new_tensor(_unit_legendre()).unbind()
     eps, tiny = torch.finfo(angle.dtype).eps, torch.finfo(angle.dtype).tiny
@@ -141,7 +152,7 @@ def _angle_derivative(angle: Tensor, kappa: Tensor, dim: int) -> Tensor:
     # -d log g / d log height, then the relative changes of height that make log g fall by `negligible`, or more:
     # log(1 + y) <= y - y^2 / (2 + 2y) gives a quadratic equation outwards, log(1 - y) <= -y - y^2 / 2 one inwards.
     slope = height * (kappa + power / (2 * (angle / 2).cos() ** 2)) - power
-    steep = slope.clamp_min(0)  # outwards of arccos A_dim that is only rounding
+    steep = slope.clamp_min(0)  # a negative slope outwards of arccos A_dim is rounding
     rest = negligible - steep
     outwards = (rest + (rest**2 + 2 * (2 * steep + power) * negligible).sqrt()) / (2 * steep + power)
     inwards = 2 * negligible / ((slope**2 + 2 * power * negligible).sqrt() - slope).clamp_min(tiny)
@@ -156,7 +167,7 @@ def _angle_derivative(angle: Tensor, kappa: Tensor, dim: int) -> Tensor:
 
 
 class _ImplicitAngle(torch.autograd.Function):
-    """A sampled angle as a function of kappa: the value as it is, the gradient by `_angle_derivative`."""
+    """Identity of a sampled angle whose gradient in kappa is `_angle_derivative`."""
 
     @staticmethod
     def forward(ctx, kappa, angle, dim):
@@ -174,7 +185,11 @@ class _ImplicitAngle(torch.autograd.Function):
 class VonMisesFisher(SphericalDistribution):
     """Von Mises-Fisher distribution with loc (..., D) and concentration (...); Mardia & Jupp (2000), 9.3.2.
 
-    Samples carry implicit gradients, which count the accept step in. Raises what `SphericalDistribution` raises.
+    Samples have implicit gradients, which include the accept step. Raises what `SphericalDistribution` raises.
+
+    >>> north = torch.tensor([0.0, 0.0, 1.0])
+    >>> VonMisesFisher(north, torch.tensor(0.0)).log_prob(north)  # uniform: -ln(4 pi)
+    tensor(-2.5310)
     """
 
     log_normalizer = staticmethod(log_normalizer)

@@ -19,8 +19,8 @@ DIRECTION = "text_to_image"
     ["retrieval"],
     "Uncertainty, truth and recall",
     "Text→image, first seeds. Left: rank of a caption's uncertainty among all captions over its true ambiguity (a"
-    " faithful uncertainty rises), or where that is unknown the share of wrong answers among the least uncertain queries."
-    " Right: R@1 by uncertainty level (a useful uncertainty makes it fall).",
+    " faithful uncertainty rises), or where that is unknown the share of wrong answers among the least uncertain"
+    " queries. Right: R@1 by uncertainty level (a useful uncertainty makes it fall).",
     line_per_method=True,
 )
 def overview(block, looks, width=style.WIDE):

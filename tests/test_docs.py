@@ -1,0 +1,269 @@
+"""README and docs: size, links, the generated map, and every command that they print, run on small built-in data."""
+
+import csv
+import importlib
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from conftest import SMALL_WORLD, write_classes
+
+import cache_embeddings
+import train
+from datasets.shapes import Shapes
+from reporting.figures import style
+from utils.config import HOME, load_config, presets_of
+
+README, DOCS = HOME / "README.md", sorted((HOME / "docs").glob("*.md"))
+PAGES = [README, *DOCS, HOME / "benchmarks" / "RESULTS.md", HOME / "configs" / "methods" / "README.md"]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+CLASSES = "data.options.images={train: 40, val: 40, test: 40, shifted-train: 40, shifted-val: 40, shifted-test: 40}"
+# What makes a printed command small: flags, and settings for its --set, by script and then by data set.
+SMALLER = {
+    "cache_embeddings": ["--device", "cpu", "--workers", "0", "--quiet"],
+    "train": ["--device", "cpu", "--quiet"],
+    "eval": ["--device", "cpu", "--quiet"],
+    "uncertainty": ["--device", "cpu"],
+    "report": ["--quiet"],
+    "reproduce": ["--dry-run"],  # tests/test_reproduce.py runs a grid
+    "active_learning": [
+        *("--budgets", "4", "--seeds", "0", "--epochs", "2", "--draws", "5", "--epig-pool", "20"),
+        *("--epig-targets", "10", "--device", "cpu", "--quiet"),
+    ],
+    "benchmarks.factor_trace": ["--trials", "1", "--batches", "1", "--device", "cpu"],
+}
+SETTINGS = {
+    ("cache_embeddings", "shapes"): SMALL_WORLD,
+    ("cache_embeddings", "shapes-objects"): [CLASSES],
+    ("cache_embeddings", "shapes-colors"): [CLASSES],
+}
+DOWNLOADED = ("pairs", "notes")  # data sets whose own backbone would be downloaded
+
+
+class Block(NamedTuple):
+    """A fenced block: where it begins, what its fence says, and its text."""
+
+    place: str
+    info: str
+    text: str
+
+    @property
+    def commands(self):
+        """The commands that the block prints, each as a list of words."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        if self.info == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+    @property
+    def needs(self):
+        """Whether the block says that it needs data or machines from elsewhere."""
+        return self.text.startswith("# needs ")
+
+    @property
+    def file(self):
+        """The path that the first line of a block of code names, or None."""
+        path = re.match(r"# ((?:\w+/)+[\w-]+\.(?:py|yaml))\n", self.text)
+        return path and path[1]
+
+
+def blocks(path):
+    """List the fenced blocks of a page."""
+    text = path.read_text(encoding="utf-8")
+    return [
+        Block(f"{path.name}:{text.count(chr(10), 0, match.start()) + 1}", match[1], match[2])
+        for match in FENCE.finditer(text)
+    ]
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_readme_is_short():
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    assert len(text.split()) <= 1300
+
+
+def test_pictures_are_small():
+    for path in (HOME / "docs").glob("*.png"):
+        assert path.stat().st_size < 200_000, path
+
+
+def test_the_map_is_fresh():
+    written = (HOME / "docs" / "map.md").read_text(encoding="utf-8")
+    fresh = runpy.run_path(str(HOME / "docs" / "make_map.py"))["text"]()
+    assert written == fresh, "docs/map.md is stale: run `python docs/make_map.py`"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(HOME).as_posix())
+def test_links_point_at_something(path):
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    broken = []
+    for link in LINK.findall(text):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_flags_are_those_of_the_scripts(capsys):
+    """docs/flags.md lists every flag of every script's --help under its heading, and no other."""
+    sections = re.split(r"^## ", (HOME / "docs" / "flags.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    sections = dict(section.split("\n", 1) for section in sections[1:])
+    scripts = {heading.removesuffix(".py"): text for heading, text in sections.items() if heading.endswith(".py")}
+    assert len(scripts) == 7
+    for script, text in scripts.items():
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).main(["--help"])
+        usage = capsys.readouterr().out.split("options:")[1]
+        flags = {flag for line in usage.splitlines() for flag in re.findall(r"^  (?:-\w, )?(--.*?)(?:  |$)", line)}
+        flags = {word for line in flags for word in re.findall(r"--[\w-]+", line)}
+        listed = {
+            flag for row in re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE) for flag in re.findall(r"--[\w-]+", row)
+        }
+        assert listed == flags - {"--help"}, script
+
+
+def test_every_block_says_what_it_is():
+    """Commands stand in blocks that the next test reads, and README has the one example that tests of methods read."""
+    for path in [README, *DOCS]:
+        for block in blocks(path):
+            assert block.info in ("bash", "console", "python", "yaml", "csv", ""), block.place
+            assert block.info or not re.search(r"^(\$ )?(python|make|torchrun) ", block.text, re.MULTILINE), block.place
+    for info, first in (("python", "# models/mine.py\n"), ("yaml", "# configs/methods/mine.yaml\n")):
+        assert len([block for block in blocks(README) if block.info == info and block.text.startswith(first)]) == 1
+
+
+@pytest.fixture(scope="module")
+def desk(small_world, tmp_path_factory):
+    """A working folder with everything that the pages take for granted, and a copy of configs that examples go to."""
+    folder, home = tmp_path_factory.mktemp("desk"), tmp_path_factory.mktemp("home")
+    shutil.copytree(HOME / "configs", home / "configs", copy_function=os.symlink)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("utils.config.HOME", home)
+        patch.setattr(style, "REGISTERED", {task: [*drawings] for task, drawings in style.REGISTERED.items()})
+        (folder / "data").mkdir()
+        (folder / "data" / "shapes").symlink_to(small_world / "data" / "shapes")
+        write_pairs(folder)
+        write_classes(folder / "images")
+        cached = small_world / "embeddings" / "shapes" / "shapes-tiny" / "val"
+        arrays = {name: np.load(cached / f"{name}.npy") for name in ("image", "text", "image_of_text")}
+        np.savez("pairs.npz", **arrays)
+        examples = [block for path in [README, *DOCS] for block in blocks(path) if block.file]
+        modules = [write_example(block, home, patch) for block in examples]
+        run(cache_embeddings, ["--dataset", "shapes", "--features", "pooled"])
+        run(train, ["--dataset", "shapes", "--method", "asymvlm-psd"])  # as `make demo` does
+        yield folder
+        for name in filter(None, modules):
+            del sys.modules[name]
+
+
+def write_pairs(folder):
+    """Write the images of the small `shapes` as pairs in mine.csv, and as the notes of docs/extending.md."""
+    source = Shapes("data/shapes", train_images=300, val_images=100)
+    captions = {}
+    for caption in source.captions("val"):
+        captions.setdefault(caption.image_id, []).append(caption.text)
+    with open("mine.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption"])
+        for number, image in enumerate(source.images("val")):
+            rows.writerows([image.path, text] for text in captions[image.id])
+            split = folder / "notes" / ("test" if number % 5 == 0 else "train")
+            split.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image.path, split / f"{number:04}.png")
+            (split / f"{number:04}.txt").write_text("\n".join(captions[image.id]))
+
+
+def write_example(block, home, patch):
+    """Write an example into the copy of the repository and import it; returns the module's name, None of a YAML."""
+    path = home / block.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block.text)
+    if path.suffix == ".yaml":
+        assert isinstance(yaml.safe_load(block.text), dict), block.place
+        return None
+    package = importlib.import_module(".".join(Path(block.file).parent.parts))
+    if str(path.parent) not in package.__path__:
+        patch.setattr(package, "__path__", [*package.__path__, str(path.parent)])
+    name = ".".join(Path(block.file).with_suffix("").parts)
+    importlib.import_module(name)
+    return name
+
+
+def run(script, words):
+    """Run a script's main on words that are made small; raises AssertionError if it ends on a mistake."""
+    data = words[words.index("--dataset") + 1] if "--dataset" in words else ""
+    words = [*words, *SMALLER.get(script.__name__, [])]
+    settings = [*SETTINGS.get((script.__name__, data), [])]
+    if script.__name__ == "train":
+        settings.append("train.epochs=1")
+    if data in DOWNLOADED and "--backbone" not in words:
+        words += ["--backbone", "shapes-tiny"]
+    if settings and "--set" in words:
+        words[words.index("--set") + 1 : words.index("--set") + 1] = settings
+    elif settings:
+        words += ["--set", *settings]
+    code = script.main(words)
+    assert not code, words
+
+
+def check_names(script, words):
+    """Parse the flags of a command that cannot be run here, and resolve the names in them."""
+    args = script.parse(words)
+    if script.__name__ == "reproduce":
+        script.grid(args)
+        return
+    names = {name: getattr(args, name, None) for name in ("method", "backbone")}
+    for data in {args.dataset, getattr(args, "train_dataset", None) or args.dataset}:
+        load_config(data, **names, settings=getattr(args, "set", ()))
+    assert getattr(args, "preset", "default") in (presets_of(args.method) if names["method"] else ["default"])
+
+
+def follow(words, needs):
+    """Do what a printed command says, or check its flags and names if it needs data from elsewhere."""
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (HOME / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[1] in targets
+        return
+    if words[0] == "source":
+        assert words[1:] == [".venv/bin/activate"]
+        return
+    if words[0] == "torchrun":
+        assert needs
+        words = ["python", *words[words.index("cache_embeddings.py") :]]
+    assert words[0] == "python"
+    name, words = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    script = importlib.import_module(name)
+    (check_names if needs else run)(script, words)
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_every_command_runs(path, desk):
+    """In order, on small built-in data; only flags and names of the blocks that say `# needs ...`."""
+    for block in blocks(path):
+        if block.info in ("bash", "console"):
+            for words in block.commands:
+                try:
+                    follow(words, block.needs)
+                except SystemExit as stop:  # it has said why
+                    if stop.code:
+                        pytest.fail(f"{block.place}: {shlex.join(words)} ends with exit code {stop.code}")
