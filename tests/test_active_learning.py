@@ -363,6 +363,17 @@ def test_epig_picks_the_best_score_and_updates_the_posterior(caches, monkeypatch
     assert np.linalg.norm(b) > 1.5 * np.linalg.norm(start) and len(precisions) == 8
 
 
+def test_preset_published_is_another_name_of_reference(caches, capsys):
+    run("--strategies", "random", "--seeds", "0", "--preset", "published")
+    assert capsys.readouterr().err == "--preset published is called reference now, as in train.py.\n"
+    values, _ = result("random", folder=FOLDER.with_name("shifted-test+reference"))
+    assert values["settings"]["preset"] == "reference" and not FOLDER.with_name("shifted-test+published").exists()
+    made = {path: Path(path).stat().st_mtime_ns for path in contents()}
+    run("--strategies", "random", "--seeds", "0", "--preset", "reference")
+    assert {path: Path(path).stat().st_mtime_ns for path in contents()} == made
+    assert capsys.readouterr().err == ""
+
+
 def share_near_target(reference, seed=0):
     """Share of EPIG's picks in the target's region: half of the pool shares the target's 10 inputs of 20, half none."""
     generator = torch.Generator().manual_seed(seed)

@@ -143,10 +143,17 @@ def blocks_of(folder):
     return evaluations.read(folder / "shapes")
 
 
+def tables_of(*blocks):
+    """The tables of blocks by name, in order; each name occurs once."""
+    tables = [table for block in blocks for table in block.tables]
+    by_name = {table.name: table for table in tables}
+    assert len(by_name) == len(tables)
+    return by_name
+
+
 def table_of(folder, name):
     """The table with this name in a folder of results."""
-    (table,) = [table for block in blocks_of(folder) for table in block.tables if table.name == name]
-    return table
+    return tables_of(*blocks_of(folder))[name]
 
 
 def rows_of(table):
@@ -179,8 +186,7 @@ def fails(folder, capsys, *more, dataset="shapes"):
 
 
 def test_mean_and_deviation_are_those_over_seeds(block):
-    recall = block.tables[0]
-    rows = rows_of(recall)
+    rows = rows_of(tables_of(block)["recall"])
     assert list(rows) == ["clip", "a_b+50%", "pfe", "Bayes-optimal"]  # without an uncertainty first, then by name
     cell = rows["pfe"].cells["text_to_image_r1"]
     assert cell.mean == pytest.approx(25) and cell.sd == pytest.approx(15)  # of 10, 40, 25
@@ -190,7 +196,7 @@ def test_mean_and_deviation_are_those_over_seeds(block):
 
 
 def test_best_is_the_highest_value_or_the_lowest_s_and_includes_ties(block):
-    recall, uncertainty = block.tables[:2]
+    recall, uncertainty = (tables_of(block)[name] for name in ("recall", "uncertainty"))
 
     def best(table, key):
         return {row.name for row in rows_of(table).values() if key in row.cells and row.cells[key].best}
@@ -229,7 +235,9 @@ def markdown_tables(folder):
 
 
 def test_markdown(folder):
-    recall, uncertainty = markdown_tables(folder)[:2]
+    names = list(tables_of(*blocks_of(folder)))
+    assert names[:3] == ["gains", "recall", "uncertainty"]
+    recall, uncertainty = markdown_tables(folder)[1:3]
     clip, escaped, _, limit = recall[2:]
     assert clip.startswith("| [clip](<tiny/clip>) | 3 | 25.0 ± 5.0 |")
     assert limit.startswith(f"| *Bayes-optimal* |  | 50.0 {f'| {NONE} ' * 3}|") and "**" not in limit
@@ -439,7 +447,7 @@ def karpathy(tmp_path, monkeypatch):
 
 def test_published_figures_stand_beside_measured_ones(karpathy):
     (block,) = blocks_of(karpathy)
-    recall, uncertainty, *_ = block.tables
+    recall, uncertainty = (tables_of(block)[name] for name in ("recall", "uncertainty"))
     heads = [name for name, _ in tables.spans([column.group for column in recall.columns if column.published])]
     assert heads == [
         f"published ({source}), {side}, %" for source in ("open_clip", "GroVE") for side in ("text→image", "image→text")
@@ -488,7 +496,7 @@ def test_coco_1k_alone(tmp_path):
 
 def test_nothing_published_no_column(folder, block):
     assert not any(column.published for table in block.tables for column in table.columns)
-    assert "published" not in text_of(folder, "table.md") and "eccv" not in {table.name for table in block.tables}
+    assert "published" not in text_of(folder, "table.md") and "eccv" not in tables_of(block)
 
 
 def entries(table):
@@ -615,7 +623,7 @@ def test_rows_of_the_unified_objective_form_a_group_below(tmp_path):
     for i, variant in enumerate((*native, *unified)):
         write(tmp_path, variant, 0, 0.3 + i / 100, -0.5, truth=True)
     (block,) = blocks_of(tmp_path)
-    recall = block.tables[0]
+    recall = tables_of(block)["recall"]
     assert [(title, [row.name for row in rows]) for title, rows in recall.groups] == [
         ("", native),
         (columns.UNIFIED, unified),
