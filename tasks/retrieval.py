@@ -87,7 +87,8 @@ def evaluate(adaptor, pairs, choices, device):
     uncertainties = {"image": uncertainty_of(image), "text": uncertainty_of(text)}
     choose_levels_by(choices.levels_by, uncertainties["image"], uncertainties["text"])  # raises UserError early
     scales, truth, result = posterior_scales(adaptor, pairs), truths(pairs), {}
-    arrays = {f"{name}_uncertainty": values for name, values in uncertainties.items() if values is not None}
+    arrays = {"image_of_text": pairs.image_of_text}  # intervals draw the captions of an image together
+    arrays |= {f"{name}_uncertainty": values for name, values in uncertainties.items() if values is not None}
     arrays |= {f"{name}_limit": side.limit for name, side in truth.items() if side.limit is not None}
     ambiguity = truth["text_to_image"].ambiguity
     count = len(pairs.image) * len(pairs.text)
