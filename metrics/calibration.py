@@ -1,7 +1,7 @@
-"""How far probabilities can be believed: calibration errors, proper scores, and the temperature that suits best.
+"""Calibration of probabilities: calibration errors, proper scores and temperature scaling.
 
 Q queries, G classes or gallery items, P positives: pairs of a query and an item that answers it. Probabilities are the
-softmax over the G items of scale * score; scores come from a function, in tiles, as in `metrics/retrieval.py`.
+softmax over the G items of scale * score. `score` is a function from slices of queries, as in `metrics/retrieval.py`.
 """
 
 import math
@@ -16,24 +16,28 @@ from metrics.uncertainty import bin_of, tie_means
 
 
 class Forecast(NamedTuple):
-    """What is forecast for each query, and how well, (Q,) each."""
+    """Predicted probabilities of each query and their errors, (Q,) each."""
 
-    confidence: np.ndarray  # that the item of the largest probability answers: the probability of its group
-    hit: np.ndarray  # whether a positive has it; where several items do, the chance
-    nll: np.ndarray  # negative log of the probability that one of the positives has, in nats
-    brier: np.ndarray  # squared errors of the probabilities, all positives taken as one class; from 0 to 2
-    entropy: np.ndarray  # of the items' probabilities, in nats
+    confidence: np.ndarray  # probability of the most probable item's group
+    hit: np.ndarray  # whether the most probable item is a positive; the probability of that if several items tie
+    nll: np.ndarray  # negative log of the positives' total probability, in nats; 0 is ideal
+    brier: np.ndarray  # sum of squared errors, all positives taken as one class; from 0, which is ideal, to 2
+    entropy: np.ndarray  # of the probabilities, in nats
 
 
 @torch.inference_mode()
 def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, group_of_item=None):
-    """Judge the probabilities of each query's items, blockwise.
+    """Compute confidence, hit, NLL, Brier score and entropy of each query, in tiles.
 
-    score: function from a slice of queries to their scores (q, G): logits up to `scale`, or logarithms of
-    probabilities. query_of_positive, item_of_positive: (P,) rows, with every query 0 .. Q-1 present; of a
-    classification they are the row numbers and the labels. group_of_item (G,): items that answer the same queries, such
-    as the captions of one image, among which a posterior is shared; by default each stands alone. Brier (1950), summed
-    over classes. Raises FloatingPointError where a score is not finite.
+    score: function from a slice of queries to their scores (q, G): logits up to `scale`, or log probabilities.
+    query_of_positive, item_of_positive: (P,) rows, with every query 0 .. Q-1 present; for classification, the row
+    numbers and the labels. group_of_item (G,): items that answer the same queries, such as the captions of one image;
+    the confidence is the probability of a whole group. By default every item is a group. Brier (1950), summed over
+    classes. Raises FloatingPointError if a score is not finite.
+
+    >>> logits = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log()
+    >>> forecast(lambda rows: logits[rows], 2, [0, 1], [0, 1]).confidence.round(3).tolist()
+    [0.9, 0.8]
     """
     members = None if group_of_item is None else _members(group_of_item)
     positives = Positives(query_of_positive, item_of_positive)
@@ -42,33 +46,33 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, gro
         logit = scale * scores
         log_probability = logit.log_softmax(dim=1)
         row, column = positives.among(rows, scores.device)
-        own = log_probability[row, column]
+        positive = log_probability[row, column]
         best, top = log_probability.max(dim=1)
-        sure = best.exp() if members is None else _of_group(log_probability, members, top)
-        # The probability of all positives, by the largest of them, which may underflow.
-        largest = torch.full_like(best, -torch.inf).scatter_reduce(0, row, own, "amax")
-        share = torch.zeros_like(best).scatter_add(0, row, (own - largest[row]).exp())
+        confidence = best.exp() if members is None else _group_probability(log_probability, members, top)
+        # Log-sum-exp over the positives: the probability even of the largest may underflow.
+        largest = torch.full_like(best, -torch.inf).scatter_reduce(0, row, positive, "amax")
+        share = torch.zeros_like(best).scatter_add(0, row, (positive - largest[row]).exp())
         nll = -(largest + share.log())
         first = logit.amax(dim=1)
-        right = (logit[row, column] == first[row]).to(best.dtype)
-        hit = torch.zeros_like(best).scatter_add(0, row, right) / (logit == first[:, None]).sum(dim=1)
+        is_first = (logit[row, column] == first[row]).to(best.dtype)
+        hit = torch.zeros_like(best).scatter_add(0, row, is_first) / (logit == first[:, None]).sum(dim=1)
         probability = log_probability.exp()
         squares = probability.square().sum(dim=1)
-        mine = torch.zeros_like(best).scatter_add(0, row, own.exp())
-        own_squares = torch.zeros_like(best).scatter_add(0, row, own.exp().square())
-        brier = (1 - mine).square() + (squares - own_squares).clamp_min(0)
-        # Where a probability underflows to 0, its logarithm stays finite for the product's sake.
+        of_positives = torch.zeros_like(best).scatter_add(0, row, positive.exp())
+        positive_squares = torch.zeros_like(best).scatter_add(0, row, positive.exp().square())
+        brier = (1 - of_positives).square() + (squares - positive_squares).clamp_min(0)
+        # Where a probability underflows to 0, its logarithm must stay finite: 0 * -inf is NaN.
         log_probability.clamp_min_(torch.finfo(log_probability.dtype).min)
         entropy = -probability.mul_(log_probability).sum(dim=1)
         if not torch.isfinite(nll + brier).all():
             raise FloatingPointError("a score is not finite")
-        found = sure, hit, nll.clamp_min(0), brier, entropy.clamp_min(0)
-        columns.put(rows, *(x.cpu().double() for x in found))
+        fields = confidence, hit, nll.clamp_min(0), brier, entropy.clamp_min(0)
+        columns.put(rows, *(field.cpu().double() for field in fields))
     return Forecast(*columns)
 
 
 def _members(group):
-    """The items (G, S) of each item's group, filled up with G."""
+    """Items (G, S) of each item's group of at most S, padded with G."""
     _, of_group, size = np.unique(group, return_inverse=True, return_counts=True)
     order, starts = np.argsort(of_group, kind="stable"), np.cumsum(size) - size
     place = np.arange(size.max())
@@ -76,43 +80,50 @@ def _members(group):
     return torch.from_numpy(np.where(place < size[:, None], order[rows], len(order))[of_group])
 
 
-def _of_group(log_probability, members, top):
-    """The probability (q,) of the groups that the items `top` (q,) are of."""
+def _group_probability(log_probability, members, top):
+    """Probability (q,) of the groups of the items `top` (q,)."""
     items = members.to(top.device)[top]
     inside = items < log_probability.shape[1]
     return (log_probability.gather(1, items.where(inside, 0)).exp() * inside).sum(dim=1)
 
 
 def fit_scale(score, gallery, query_of_positive, item_of_positive):
-    """Fit the scale, one over the temperature, that gives held-out queries the least mean NLL, or None.
+    """Temperature scaling: the scale, 1 / temperature, with the lowest mean NLL of held-out queries, or None.
 
-    Takes and raises what `forecast` does. Guo et al. (ICML 2017), arXiv 1706.04599. Each of some twenty tries goes over
-    all scores, but for one number a few hundred queries suffice. Where every answer is right a larger scale is always
-    better, so that none is: a mean NLL below one in the number of queries is less than so many can show.
+    The arguments and errors are those of `forecast`. Guo et al. (ICML 2017), arXiv 1706.04599. Each of some twenty
+    steps reads all scores, but a few hundred queries suffice to fit one number. If every answer is right, a larger
+    scale is always better: None is returned if the mean NLL falls below 1 / Q, which Q queries cannot resolve.
+
+    >>> logits = torch.tensor([[2.0, 0.0]]).expand(4, 2)  # right in 3 of 4: the best probability is 0.75
+    >>> round(fit_scale(lambda rows: logits[rows], 2, range(4), [0, 0, 0, 1]), 2)  # log(3) / 2
+    0.55
     """
     queries = Positives(query_of_positive, item_of_positive).queries
     with torch.inference_mode():
         _, scores = next(tiles(score, queries, gallery))
-        scatter = scores.cpu().double().std(dim=1).mean().item()
-    if not math.isfinite(scatter):
+        spread = scores.cpu().double().std(dim=1).mean().item()
+    if not math.isfinite(spread):
         raise FloatingPointError("a score is not finite")
-    if scatter == 0:
+    if spread == 0:
         return 1.0
 
     def nll(log_scale):
-        scale = math.exp(log_scale) / scatter
+        scale = math.exp(log_scale) / spread
         return forecast(score, gallery, query_of_positive, item_of_positive, scale).nll.mean()
 
-    # Of one positive each, NLL is convex in the scale, so that it has one minimum.
+    # With one positive per query, NLL is convex in the scale and has one minimum.
     best = scipy.optimize.minimize_scalar(nll, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3})
-    return None if best.fun < 1 / queries else math.exp(best.x) / scatter
+    return None if best.fun < 1 / queries else math.exp(best.x) / spread
 
 
 def halves(group, seed=0):
-    """Draw which queries (Q,) a scale is fitted on, the others being judged: True for all of about half of the groups.
+    """Split queries into two random halves of whole groups: (Q,), True for those of half of the groups.
 
-    group: (Q,), such as the image that a caption describes; what belongs together stays together. Raises ValueError for
-    fewer than two groups.
+    group: (Q,), such as the image that each caption describes. A scale is fitted on one half and evaluated on the
+    other. Raises ValueError for fewer than two groups.
+
+    >>> halves([0, 0, 1, 1]).tolist()
+    [True, True, False, False]
     """
     _, of_group = np.unique(group, return_inverse=True)
     groups = of_group.max() + 1
@@ -122,43 +133,55 @@ def halves(group, seed=0):
 
 
 class Reliability(NamedTuple):
-    """The bins of a reliability diagram that hold queries, (B,) each."""
+    """Non-empty bins of a reliability diagram, (B,) each."""
 
-    count: np.ndarray
-    confidence: np.ndarray  # mean of the bin
-    accuracy: np.ndarray  # share of hits in the bin
+    count: np.ndarray  # queries
+    confidence: np.ndarray  # mean confidence
+    accuracy: np.ndarray  # mean hit
 
 
 def reliability(confidence, hit, bins=15):
-    """Bin queries, (Q,) each, by confidence in [0, 1] in `bins` bins of equal width, which hold their lower ends.
+    """Reliability diagram with bins of equal width.
 
-    Guo et al. (2017), Figure 1. Raises ValueError for a confidence outside [0, 1].
+    confidence, hit: (Q,), in [0, 1]. A bin contains its lower edge. Guo et al. (2017), Figure 1. Raises ValueError for
+    a confidence outside of [0, 1].
+
+    >>> reliability([0.25, 0.75, 0.75], [0, 1, 0], bins=2).accuracy.tolist()
+    [0.0, 0.5]
     """
     return _binned(bin_of(confidence, bins), np.asarray(confidence, dtype=np.float64), hit)
 
 
 def adaptive_reliability(confidence, hit, bins=15):
-    """Bin queries, (Q,) each, by confidence in `bins` bins of equal count; those of equal confidence share their hits.
+    """Reliability diagram with bins of equal count, in expectation over random orders of equal confidences.
 
-    Nguyen & O'Connor (EMNLP 2015), arXiv 1508.05154. Raises ValueError unless 1 <= bins <= Q.
+    confidence, hit: (Q,), in [0, 1]. Nguyen & O'Connor (EMNLP 2015), arXiv 1508.05154. Raises ValueError unless
+    1 <= bins <= Q.
+
+    >>> adaptive_reliability([0.25, 0.75, 0.75, 0.75], [0, 1, 0, 0.5], bins=2).accuracy.tolist()
+    [0.25, 0.5]
     """
     if not 1 <= bins <= len(hit):
         raise ValueError(f"{len(hit)} queries cannot be split into {bins} bins")
     confidence = np.asarray(confidence, dtype=np.float64)
-    of_rank = np.repeat(np.arange(bins), [len(part) for part in np.array_split(confidence, bins)])
-    return _binned(of_rank, np.sort(confidence), tie_means(confidence, hit))
+    bin_of_rank = np.repeat(np.arange(bins), [len(part) for part in np.array_split(confidence, bins)])
+    return _binned(bin_of_rank, np.sort(confidence), tie_means(confidence, hit))
 
 
-def _binned(of_query, confidence, hit):
-    count = np.bincount(of_query)
-    held = count > 0
-    means = [np.bincount(of_query, weights=x)[held] / count[held] for x in (confidence, hit)]
-    return Reliability(count[held], *means)
+def _binned(bin_of_query, confidence, hit):
+    count = np.bincount(bin_of_query)
+    used = count > 0
+    means = [np.bincount(bin_of_query, weights=values)[used] / count[used] for values in (confidence, hit)]
+    return Reliability(count[used], *means)
 
 
 def calibration_error(bins):
-    """Expected calibration error, in [0, 1], of a `Reliability`: mean distance of confidence and accuracy.
+    """Expected calibration error (ECE) of a `Reliability`: the mean distance of confidence and accuracy over queries.
 
-    Naeini et al. (AAAI 2015) for bins of equal width; of bins of equal count it is the adaptive one.
+    In [0, 1], 0 is ideal. Naeini et al. (AAAI 2015) for bins of equal width; with bins of equal count it is the
+    adaptive ECE.
+
+    >>> calibration_error(reliability([0.25, 0.75], [0, 1]))
+    0.25
     """
     return float(bins.count @ np.abs(bins.accuracy - bins.confidence) / bins.count.sum())

@@ -1,6 +1,6 @@
-"""Which differences are real: of forecasts of the same queries, which are drawn anew, and of runs paired by seed.
+"""Differences between methods: paired bootstrap over the queries, paired t-test over the seeds, Holm's adjustment.
 
-Q queries, R forecasts of each, B draws, S seeds.
+Q queries, R forecasts of each, B bootstrap draws, S seeds.
 """
 
 import itertools
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse, stats
 
-from metrics.uncertainty import DRAWN, bin_of, times_drawn
+from metrics.uncertainty import DRAWN, auroc_of_draws, bin_of, times_drawn
 
 
 class Gap(NamedTuple):
-    """A difference of two figures of the same queries, and its 95 % interval."""
+    """Difference of one statistic of two methods on the same queries, and its 95 % interval."""
 
     mean: float
     low: float
@@ -21,25 +21,29 @@ class Gap(NamedTuple):
 
     @property
     def real(self):
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def resampled(nll, confidence, hit, bins=15, draws=1000, seed=0):
-    """Mean NLL and ECE of R forecasts of the same queries, (R, Q) each: {"nll": (1 + B, R), "ece": (1 + B, R)}.
+    """Mean NLL and ECE of R forecasts on bootstrap draws of their queries: {"nll": (1 + B, R), "ece": (1 + B, R)}.
 
-    The first row is of the queries as they are, the others of draws with replacement (Efron, 1979), which are the same
-    for every call with as many queries, draws and the same seed. ECE is of `bins` bins of equal width, into which
-    confidences fall as in `calibration.reliability`; raises ValueError for a confidence outside [0, 1].
+    nll, confidence, hit: (R, Q). The first row is of the queries themselves, the others of draws with replacement
+    (Efron, 1979), which depend on Q, `draws` and `seed` only, so that calls can be compared. ECE has `bins` bins of
+    equal width, as in `calibration.reliability`. Raises ValueError for a confidence outside of [0, 1].
+
+    >>> result = resampled(nll=[[0.0, 1.0]], confidence=[[0.75, 0.75]], hit=[[1, 0]], draws=10)
+    >>> result["nll"][0].tolist(), result["ece"][0].tolist()
+    ([0.5], [0.25])
     """
     nll, confidence, hit = (np.asarray(values, dtype=np.float64) for values in (nll, confidence, hit))
     runs, queries = nll.shape
     run, query = np.divmod(np.arange(runs * queries), queries)
-    # ECE is the sum over bins of the distance of hits and confidences summed there, so that two sparse rows of sums
-    # per query and forecast are all that a draw must weigh.
+    # ECE sums over bins the distance of the summed hits and confidences. So every query contributes two numbers per
+    # forecast, one to the mean NLL and one to its bin, and a draw is a weighted sum over a sparse matrix.
     row = np.concatenate([run * (1 + bins), run * (1 + bins) + 1 + bin_of(confidence, bins).ravel()])
-    summed = np.concatenate([nll.ravel(), (hit - confidence).ravel()]) / queries
-    terms = sparse.csr_array((summed, (row, np.tile(query, 2))), shape=(runs * (1 + bins), queries))
+    terms = np.concatenate([nll.ravel(), (hit - confidence).ravel()]) / queries
+    terms = sparse.csr_array((terms, (row, np.tile(query, 2))), shape=(runs * (1 + bins), queries))
     step = max(1, DRAWN // queries)
     weights = itertools.chain([np.ones((1, queries))], times_drawn(queries, draws, seed, step))
     sums = np.concatenate([(terms @ part.T).T for part in weights]).reshape(-1, runs, 1 + bins)
@@ -47,19 +51,102 @@ def resampled(nll, confidence, hit, bins=15, draws=1000, seed=0):
 
 
 def gap(ours, theirs):
-    """Compare one figure of two methods, (1 + B,) each as `resampled` orders them: percentiles over the draws.
+    """Difference of one statistic of two methods, (1 + B,) each as in `resampled`, with its percentile interval.
 
-    Drawing adds noise, which raises a small ECE more than a large one: its interval may lie nearer to 0 than the
-    difference itself, and errs on the side of no difference.
+    Resampling adds noise, which raises a small ECE more than a large one: the interval of a difference in ECE may lie
+    nearer to 0 than the difference, and errs on the side of no difference.
+
+    >>> gap([2.0, 2.5, 2.5], [1.0, 1.0, 1.0])
+    Gap(mean=1.0, low=1.5, high=1.5)
     """
-    found = np.subtract(ours, theirs)
-    return Gap(float(found[0]), *np.quantile(found[1:], [0.025, 0.975]).tolist())
+    difference = np.subtract(ours, theirs)
+    return Gap(float(difference[0]), *np.quantile(difference[1:], [0.025, 0.975]).tolist())
+
+
+class PairedBootstrap:
+    """Bootstrap draws of Q queries (Efron, 1979), shared by all methods that are compared on these queries.
+
+    group: (Q,). Queries of one group, such as the captions of one image, are drawn together; np.arange(Q) draws every
+    query on its own. Statistics are arrays (1 + B,): of the queries themselves, then of each draw. With a leading axis
+    of seeds, (S, Q), a statistic is averaged over the seeds draw by draw.
+
+    >>> bootstrap = PairedBootstrap(group=[0, 0, 1, 1], draws=10)
+    >>> bootstrap.mean([1, 1, 1, 0]).shape
+    (11,)
+    """
+
+    def __init__(self, group, draws=1000, seed=0):
+        _, self._group = np.unique(group, return_inverse=True)
+        groups = self._group.max() + 1
+        parts = times_drawn(groups, draws, seed, max(1, DRAWN // groups))
+        self._times = np.concatenate([np.ones((1, groups), np.int32), *(part.astype(np.int32) for part in parts)])
+        self._queries = self._times @ np.bincount(self._group)
+
+    def mean(self, value):
+        """Mean (1 + B,) of a value per query, (Q,) or (S, Q), such as the hit of R@1.
+
+        >>> PairedBootstrap(group=np.arange(4), draws=1).mean([1, 1, 1, 0]).tolist()
+        [0.75, 0.75]
+        """
+        by_group = np.bincount(self._group, weights=np.atleast_2d(value).mean(axis=0))
+        return self._times @ by_group / self._queries
+
+    def auroc(self, uncertainty, hit):
+        """AUROC (1 + B,) of detecting wrong answers by uncertainty; NaN for a draw that lacks hits or misses.
+
+        uncertainty, hit: (Q,) or (S, Q), as in `uncertainty.auroc`.
+
+        >>> PairedBootstrap(group=np.arange(4), draws=1).auroc([0.1, 0.2, 0.3, 0.4], [1, 1, 0, 0]).tolist()
+        [1.0, 1.0]
+        """
+        seeds = list(zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True))
+        step = max(1, DRAWN // len(self._group))
+        aurocs = []
+        for start in range(0, len(self._times), step):
+            times = np.take(self._times[start : start + step], self._group, axis=1)
+            aurocs.append(np.mean([auroc_of_draws(*seed, times) for seed in seeds], axis=0))
+        return np.concatenate(aurocs)
+
+
+class PairedDifference(NamedTuple):
+    """Difference of a statistic of two methods on the same queries, its interval, and the p-value of no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def real(self):
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(ours, theirs, confidence=0.95):
+    """Difference of one statistic of two methods, (1 + B,) each of the same `PairedBootstrap`; None if undefined.
+
+    The interval is that of percentiles. The two-sided p-value is twice the share of draws on the rarer side of 0, one
+    added to both counts (Davison & Hinkley, 1997): it is at least 2 / (B + 1), which limits how many of them `holm` can
+    adjust. Draws in which a statistic is NaN are left out.
+
+    >>> bootstrap = PairedBootstrap(group=np.arange(100), draws=999)
+    >>> paired_difference(bootstrap.mean(np.ones(100)), bootstrap.mean(np.zeros(100)))
+    PairedDifference(mean=1.0, low=1.0, high=1.0, p=0.002)
+    """
+    difference = np.round(np.subtract(ours, theirs), 12)  # so that a rounding error has no sign
+    mean, drawn = float(difference[0]), difference[1:]
+    drawn = drawn[~np.isnan(drawn)]
+    if np.isnan(mean) or not len(drawn):
+        return None
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    rarer = int(min((drawn <= 0).sum(), (drawn >= 0).sum()))
+    return PairedDifference(mean, low, high, min(1.0, 2 * (rarer + 1) / (len(drawn) + 1)))
 
 
 class Difference(NamedTuple):
     """Mean of paired differences over seeds, its 95 % interval by Student's t, and the p-value of no difference.
 
-    Where every seed has the same difference there is no test: p is 1.
+    If all seeds have the same difference there is no test: p is 1.
     """
 
     mean: float
@@ -69,19 +156,27 @@ class Difference(NamedTuple):
 
 
 def paired(values, against):
-    """Compare two figures (S,) of the same seeds; None with fewer than two seeds."""
-    gap = np.subtract(values, against)
-    if len(gap) < 2:
+    """Compare two statistics (S,) of the same seeds by a paired t-test: a `Difference`, None for fewer than two seeds.
+
+    >>> float(round(paired([0.9, 0.8, 0.85], against=[0.5, 0.5, 0.5]).p, 3))
+    0.007
+    """
+    difference = np.subtract(values, against)
+    if len(difference) < 2:
         return None
-    mean, error = gap.mean(), gap.std(ddof=1) / np.sqrt(len(gap))
-    if error <= 1e-9 * np.abs([values, against]).max():  # alike up to rounding, as counts may be: t knows nothing
+    mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))
+    if error <= 1e-9 * np.abs([values, against]).max():  # equal up to rounding, as counts may be: t is undefined
         return Difference(mean, mean, mean, 1.0)
-    low, high = stats.t.interval(0.95, len(gap) - 1, mean, error)
-    return Difference(mean, low, high, stats.ttest_1samp(gap, 0).pvalue)
+    low, high = stats.t.interval(0.95, len(difference) - 1, mean, error)
+    return Difference(mean, low, high, stats.ttest_1samp(difference, 0).pvalue)
 
 
 def holm(p):
-    """Adjust p-values for their number, in their order; Holm (1979)."""
+    """Adjust p-values (N,) for their number, in their order; Holm (1979).
+
+    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
     p, order = np.asarray(p, dtype=float), np.argsort(p)
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))

@@ -1,7 +1,7 @@
-"""Cross-modal retrieval: ranks by counting, recall, lists of the best, and the limit that a known ambiguity sets.
+"""Cross-modal retrieval: ranks, recall@k, top-k lists, mAP@R, and the Bayes-optimal recall under known ambiguity.
 
-Q queries, G gallery items, P positives (pairs of a query and an item that answers it). Scores come from a function of
-a slice of queries, (q, G), and are never held but in tiles.
+Q queries, G gallery items, P positives: pairs of a query and an item that answers it. `score` is a function from a
+slice of queries to their scores (q, G), so that only tiles of the score matrix are in memory.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-TILE = 2**22  # scores held at once: 16 MB in float32, of which some stay in a processor's cache
+TILE = 2**22  # scores in memory at once: 16 MB in float32, part of which stays in the processor's cache
 
 
 class Positives:
-    """P positives, (P,) rows of queries and of items, ordered so that those of neighboring queries lie together."""
+    """P positives, (P,) rows of queries and of items, sorted by query.
+
+    >>> Positives([1, 0, 1], [4, 5, 6]).among(slice(1, 2), "cpu")
+    (tensor([0, 0]), tensor([4, 6]))
+    """
 
     def __init__(self, query, item):
         query, item = torch.as_tensor(np.array(query)), torch.as_tensor(np.array(item))
@@ -23,15 +27,21 @@ class Positives:
         self.queries = int(self.query[-1]) + 1
 
     def among(self, rows, device):
-        """Give the positives of the queries in the slice `rows`: (p,) rows within it, and (p,) items."""
+        """Select the positives of the queries in the slice `rows`: their rows within the slice (p,) and items (p,)."""
         first, last = torch.searchsorted(self.query, torch.tensor([rows.start, rows.stop])).tolist()
         return (self.query[first:last] - rows.start).to(device), self.item[first:last].to(device)
 
 
 def tiles(score, queries, gallery, share=1):
-    """Yield slices of Q queries with their scores (q, G), TILE / share of them at most, of TILE computed at once."""
+    """Yield slices of the Q queries with their scores (q, G), at most TILE / share scores each.
+
+    Scores are computed TILE at a time whatever the share, because matrix products of fewer rows are slower.
+
+    >>> [(rows, len(scores)) for rows, scores in tiles(lambda rows: torch.zeros(3, 2)[rows], 3, 2)]
+    [(slice(0, 3, None), 3)]
+    """
     step = max(1, TILE // gallery)
-    part = max(1, step // share)  # products of fewer rows would take longer, and more memory
+    part = max(1, step // share)
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         scores = score(slice(start, stop))
@@ -41,16 +51,26 @@ def tiles(score, queries, gallery, share=1):
 
 
 @torch.inference_mode()
-def whole(score, queries, gallery):
-    """Compute all scores (Q, G), to be held, in tiles, beside which a method needs little."""
+def all_scores(score, queries, gallery):
+    """Compute the whole score matrix (Q, G) in tiles, which bounds the memory that `score` itself needs.
+
+    >>> all_scores(lambda rows: torch.eye(2)[rows], 2, 2).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
     return torch.cat([scores for _, scores in tiles(score, queries, gallery)])
 
 
 class Columns(list):
-    """Arrays (Q, ...) that are filled run by run of queries.
+    """Arrays (Q, ...) that are filled slice by slice of the queries.
 
-    They are made whole before: arrays of single runs, made between tiles and kept, would stand where the next tile
-    could have been, and memory would grow to many times what is held.
+    They are allocated at full size at the first slice: small arrays that are allocated between tiles and kept would
+    fragment the memory, which then grows to many times its content.
+
+    >>> columns = Columns(2)
+    >>> for row in (0, 1):
+    ...     columns.put(slice(row, row + 1), torch.tensor([row + 3.0]))
+    >>> columns[0].tolist()
+    [3.0, 4.0]
     """
 
     def __init__(self, queries):
@@ -65,106 +85,129 @@ class Columns(list):
 
 
 class Ranking(NamedTuple):
-    """Where each query's best-scored positive stands among the other items, (Q,) each."""
+    """Rank of each query's best-scored positive, and its best-scored item, (Q,) each."""
 
-    better: np.ndarray  # items that are no positives and score above it
-    tied: np.ndarray  # items that are no positives and score the same
-    own: np.ndarray  # positives that score the same, itself included
-    top: np.ndarray  # the row of the best-scored item of all
-    score: np.ndarray  # its score
-    margin: np.ndarray  # by which it stands above the second best
-    entropy: np.ndarray  # in nats, of the posterior over the gallery
-    probability: np.ndarray  # of the best-scored item under that posterior
+    better: np.ndarray  # negatives that score above the best positive
+    tied: np.ndarray  # negatives that score the same as it
+    tied_positives: np.ndarray  # positives that score the same as it, itself included
+    top: np.ndarray  # row of the best-scored item
+    score: np.ndarray  # score of the best-scored item
+    margin: np.ndarray  # score of the best-scored item minus that of the second best
+    entropy: np.ndarray  # of the posterior over the gallery, in nats
+    probability: np.ndarray  # of the best-scored item under this posterior
 
 
 @torch.inference_mode()
 def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
-    """Rank each query's positives in a gallery of G items, blockwise: in tiles of at most TILE scores.
+    """Rank each query's positives in a gallery of G items, in tiles of at most TILE scores.
 
     score: function from a slice of queries to their scores (q, G). query_of_positive, item_of_positive: (P,) rows,
-    with every query 0 .. Q-1 present. scale: the posterior over the gallery is the softmax of scale * score. Counting
-    needs no sorting, and serves every recall@k at once. Raises FloatingPointError where a score is not finite, and
+    with every query 0 .. Q-1 present. scale: the posterior over the gallery is the softmax of scale * score. Ranks are
+    counted, which needs no sorting and serves every recall@k. Raises FloatingPointError if a score is not finite, and
     ValueError for a gallery of fewer than two items.
+
+    >>> scores = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.3, 0.5]])
+    >>> rank(lambda rows: scores[rows], 3, query_of_positive=[0, 1], item_of_positive=[0, 1]).better.tolist()
+    [0, 2]
     """
     if gallery < 2:
         raise ValueError(f"a gallery of {gallery} cannot be ranked")
     positives = Positives(query_of_positive, item_of_positive)
     columns, work = Columns(positives.queries), None
     for rows, scores in tiles(score, positives.queries, gallery):
-        if work is None or work.shape != scores.shape:  # new memory for every tile would cost more than the counting
-            # Sums of ones are exact in float32 up to 2^24, and much faster than sums of truth values.
+        if work is None or work.shape != scores.shape:  # allocating per tile would cost more than counting
+            # Sums of ones are exact in float32 up to 2^24, and much faster than sums of Booleans.
             exact = torch.promote_types(scores.dtype, torch.float32 if gallery <= 2**24 else torch.float64)
             work, weight = torch.empty_like(scores, dtype=exact), torch.empty_like(scores)
         (top_score, second), top = (x.T for x in scores.topk(2, dim=1))
         row, column = positives.among(rows, scores.device)
-        # The positives' scores are the tile's own: computed apart, rounding could set one above or below itself.
+        # Scores of positives are read off the tile: computed again, they could differ by a rounding error.
         positive = scores[row, column]
         best = torch.full_like(top_score, -torch.inf).scatter_reduce(0, row, positive, "amax")
-        own = torch.zeros_like(best).scatter_add(0, row, (positive == best[row]).to(best.dtype)).long()
+        tied_positives = torch.zeros_like(best).scatter_add(0, row, (positive == best[row]).to(best.dtype)).long()
         better = torch.gt(scores, best[:, None], out=work).sum(dim=1).long()
-        tied = torch.eq(scores, best[:, None], out=work).sum(dim=1).long() - own
+        tied = torch.eq(scores, best[:, None], out=work).sum(dim=1).long() - tied_positives
         logit = torch.mul(scores, scale, out=weight)
-        # Where the posterior underflows to 0, its logarithm stays finite for the product's sake.
+        # Where the posterior underflows to 0, its logarithm must stay finite: 0 * -inf is NaN.
         logit.sub_(logit.amax(dim=1)[:, None]).clamp_min_(torch.finfo(scores.dtype).min)
-        likely = torch.exp(logit, out=work)
-        total = likely.sum(dim=1)
-        entropy = total.log() - likely.mul_(logit).sum(dim=1) / total
+        likelihood = torch.exp(logit, out=work)
+        total = likelihood.sum(dim=1)
+        entropy = total.log() - likelihood.mul_(logit).sum(dim=1) / total
         if not torch.isfinite(top_score + entropy).all():
             raise FloatingPointError("a score is not finite")
-        columns.put(rows, better, tied, own, top[0], top_score, top_score - second, entropy, 1 / total)
+        margin = top_score - second
+        columns.put(rows, better, tied, tied_positives, top[0], top_score, margin, entropy, 1 / total)
     return Ranking(*columns)
 
 
 def recall_at(ranking, k):
-    """Give each query's recall@k, (Q,): 1 for a hit, 0 for a miss, and where scores tie the chance of a hit.
+    """Recall@k of each query, (Q,): 1 for a hit, 0 for a miss, and the probability of a hit if scores tie.
 
-    Tied items stand in random order, so a constant score has the recall of a guess, not of an oracle.
+    Tied items are in random order, so that a constant score has the recall of a guess, not of an oracle.
+
+    >>> ranking = rank(lambda rows: torch.zeros(1, 4)[rows], 4, [0], [2])
+    >>> recall_at(ranking, 1).tolist()
+    [0.25]
     """
-    slots = np.maximum(k - ranking.better, 0)  # places of the top k that the tied items fill
+    slots = np.maximum(k - ranking.better, 0)  # places of the top k that tied items fill
     miss = np.ones(len(slots))
-    for filled in range(k):  # draw without replacement: no positive in any slot
-        left = ranking.tied + ranking.own - filled
+    for filled in range(k):  # draw tied items without replacement: the probability that no slot gets a positive
+        left = ranking.tied + ranking.tied_positives - filled
         drawn = np.where(left > 0, (ranking.tied - filled) / np.maximum(left, 1), 0)
         miss = np.where(filled < slots, miss * np.maximum(drawn, 0), miss)
-    return np.where(ranking.own > 0, 1 - miss, 0.0)
+    return np.where(ranking.tied_positives > 0, 1 - miss, 0.0)
 
 
 def first_rank(ranking):
-    """Give the rank of each query's first positive, (Q,), from 1 on: the expected one, tied items in random order."""
-    return ranking.better + 1 + ranking.tied / (ranking.own + 1)
+    """Rank of each query's first positive, (Q,), from 1 on, in expectation over random orders of tied items.
+
+    >>> first_rank(rank(lambda rows: torch.tensor([[0.9, 0.1, 0.5]])[rows], 3, [0], [2])).tolist()
+    [2.0]
+    """
+    return ranking.better + 1 + ranking.tied / (ranking.tied_positives + 1)
 
 
 def rsum(*rankings, ks=(1, 5, 10)):
-    """Sum recall@k over rankings and `ks`, in percent: of both ways and 1, 5, 10 it is at most 600."""
+    """Sum of recall@k over rankings and `ks`, in percent: at most 600 for both directions and k = 1, 5, 10.
+
+    >>> rsum(rank(lambda rows: torch.eye(2)[rows], 2, [0, 1], [0, 1]))
+    300.0
+    """
     return 100 * float(sum(recall_at(ranking, k).mean() for ranking in rankings for k in ks))
 
 
 def fold_recalls(score, image_of_text, ks=(1, 5, 10), count=5):
-    """Recall@k of captions and of images, {k: mean} each, averaged over `count` galleries that are tried one by one.
+    """Recall@k of text-to-image and of image-to-text retrieval, {k: mean} each, averaged over `count` folds.
 
-    A fold is a run of images with their captions, image_of_text (M,); every image has one. score: function from rows
-    of images (n,) and rows of captions (m,) to their scores (n, m). Over Karpathy's 5,000 test images in the order of
-    their file it is COCO 1K (Karpathy & Fei-Fei, CVPR 2015). Raises ValueError where a fold would have one image.
+    A fold is a run of consecutive images with their captions. image_of_text: (M,), in which every image occurs. score:
+    function from rows of images (n,) and rows of captions (m,) to their scores (n, m). On Karpathy's 5,000 test images
+    in the order of their file this is COCO 1K (Karpathy & Fei-Fei, CVPR 2015). Raises ValueError if a fold would have
+    fewer than two images.
+
+    >>> fold_recalls(lambda images, texts: torch.eye(4)[images][:, texts], np.arange(4), ks=[1], count=2)
+    ({1: 1.0}, {1: 1.0})
     """
     owner = np.asarray(image_of_text)
     if owner.max() + 1 < 2 * count:
         raise ValueError(f"{owner.max() + 1} images are too few for {count} folds")
-    found = []
+    recalls = []
     for images in np.array_split(np.arange(owner.max() + 1), count):
         texts = np.flatnonzero((owner >= images[0]) & (owner <= images[-1]))
-        own, row = owner[texts] - images[0], np.arange(len(texts))
-        t2i = rank(lambda rows, i=images, t=texts: score(i, t[rows]).T, len(images), row, own)
-        i2t = rank(lambda rows, i=images, t=texts: score(i[rows], t), len(texts), own, row)
-        found.append([[recall_at(ranking, k).mean() for k in ks] for ranking in (t2i, i2t)])
-    return tuple(dict(zip(ks, side, strict=True)) for side in np.mean(found, axis=0).tolist())
+        image, caption = owner[texts] - images[0], np.arange(len(texts))
+        t2i = rank(lambda rows, i=images, t=texts: score(i, t[rows]).T, len(images), caption, image)
+        i2t = rank(lambda rows, i=images, t=texts: score(i[rows], t), len(texts), image, caption)
+        recalls.append([[recall_at(ranking, k).mean() for k in ks] for ranking in (t2i, i2t)])
+    return tuple(dict(zip(ks, side, strict=True)) for side in np.mean(recalls, axis=0).tolist())
 
 
 @torch.inference_mode()
 def top(score, queries, gallery, k):
-    """List the k best-scored of G items for each of Q queries, (Q, k) rows, best first; ties keep the rows' order.
+    """Rows of the k best-scored of G items for each of Q queries, (Q, k), best first; ties keep the order of the rows.
 
-    score: as in `rank`. Raises FloatingPointError where a listed score is not finite, and ValueError unless
-    1 <= k <= G.
+    score: as in `rank`. Raises FloatingPointError if a listed score is not finite, and ValueError unless 1 <= k <= G.
+
+    >>> top(lambda rows: torch.tensor([[0.1, 0.9, 0.5]])[rows], 1, 3, k=2).tolist()
+    [[1, 2]]
     """
     if not 1 <= k <= gallery:
         raise ValueError(f"{k} items cannot be listed of a gallery of {gallery}")
@@ -173,7 +216,7 @@ def top(score, queries, gallery, k):
         value, item = scores.topk(k, dim=1)
         if not torch.isfinite(value).all():
             raise FloatingPointError("a score is not finite")
-        # Of tied items topk takes any: rows in which not all of the last ones found a place are sorted as a whole.
+        # topk picks any of the tied items: rows in which ties go on beyond the k-th place are sorted as a whole.
         crowded = (scores >= value[:, -1:]).sum(dim=1) > k
         item, order = item.sort(dim=1)
         order = value.gather(1, order).argsort(dim=1, descending=True, stable=True)
@@ -184,24 +227,29 @@ def top(score, queries, gallery, k):
 
 
 class AtR(NamedTuple):
-    """Quality of each query's R best-scored items, where R is the number of its positives, (Q,) each."""
+    """Precision of each query's R best-scored items, where R is the number of its positives: (Q,) each, 1 is ideal."""
 
-    mean_average_precision: np.ndarray  # mAP@R: sums the precision at the rank of every positive found, over R
-    r_precision: np.ndarray  # share of positives
+    mean_average_precision: np.ndarray  # mAP@R: sum of the precisions at the ranks of retrieved positives, over R
+    r_precision: np.ndarray  # share of positives among the R items
 
 
 @torch.inference_mode()
 def at_r(score, matches):
-    """mAP@R and R-precision of Q queries by the truth, sparse (Q, G), in expectation over random order of tied items.
+    """mAP@R and R-precision of Q queries, in expectation over random orders of tied items.
 
-    score: as in `rank`. Musgrave, Belongie & Lim (ECCV 2020), arXiv 2003.08505, section 3.2. Raises ValueError for a
-    query without a positive, and FloatingPointError where a score that counts is not finite.
+    score: as in `rank`. matches: sparse (Q, G), not 0 where an item answers a query. Musgrave, Belongie & Lim (ECCV
+    2020), arXiv 2003.08505, section 3.2. Raises ValueError for a query without a positive, and FloatingPointError if
+    one of the R best scores is not finite.
+
+    >>> from scipy import sparse
+    >>> at_r(lambda rows: torch.tensor([[0.9, 0.5, 0.1]])[rows], sparse.csr_array([[1, 0, 1]])).r_precision.tolist()
+    [0.5]
     """
     matches = matches.tocsr()
     if not np.diff(matches.indptr).all():
         raise ValueError("a query has no positive")
     columns = Columns(matches.shape[0])
-    for rows, scores in tiles(score, *matches.shape, share=8):  # for every score some ten numbers are held
+    for rows, scores in tiles(score, *matches.shape, share=8):  # some ten numbers per score are in memory
         true = torch.from_numpy(matches[rows].toarray() != 0).to(scores.device)
         positives = true.sum(dim=1, keepdim=True).cpu()
         depth = int(positives.max())
@@ -210,63 +258,80 @@ def at_r(score, matches):
             raise FloatingPointError("a score is not finite")
         tied = scores == value[:, -1:]
         tied, tied_positives = (x.sum(dim=1, keepdim=True).cpu() for x in (tied, tied & true))
-        # Few numbers are left, and not every device has float64.
+        # The rest is small, and not every device has float64.
         value, hit = value.cpu(), true.gather(1, item).cpu()
         place = torch.arange(depth).expand_as(hit)
         hits = F.pad(hit.cumsum(dim=1), (1, 0))  # among the first 0 .. depth places
-        # Where the group of ties that a place is in starts, and the next one does.
+        # Where the group of ties around each place starts and stops.
         changes = value[:, 1:] != value[:, :-1]
         start = torch.where(F.pad(changes, (1, 0), value=True), place, 0).cummax(dim=1).values
         stop = torch.where(F.pad(changes, (0, 1), value=True), place + 1, depth)
         stop = stop.flip(1).cummin(dim=1).values.flip(1)
         before = hits.gather(1, start)
-        size, own = stop - start, hits.gather(1, stop) - before
+        size, tied_hits = stop - start, hits.gather(1, stop) - before
         # The last group may go on beyond the list.
         last = stop == depth
-        size, own = torch.where(last, tied, size).double(), torch.where(last, tied_positives, own).double()
-        # A place in the group holds a positive with odds of own : size, and then as many of the others stand above it
-        # as fall there by chance.
-        above = (place - start) * (own - 1) / (size - 1).clamp_min(1)
-        chance = own / size * (place < positives)
+        size, tied_hits = torch.where(last, tied, size).double(), torch.where(last, tied_positives, tied_hits).double()
+        # A place in the group has a positive with probability tied_hits / size. The group's other positives are spread
+        # evenly over its other places, so that this many of them are expected above.
+        above = (place - start) * (tied_hits - 1) / (size - 1).clamp_min(1)
+        chance = tied_hits / size * (place < positives)
         precision = (before + 1 + above) / (place + 1)
         columns.put(rows, *((x.sum(dim=1) / positives[:, 0]) for x in (chance * precision, chance)))
     return AtR(*columns)
 
 
 def ambiguity(matches):
-    """Log of the number of gallery images that each caption is true of, (M,), from the truth, sparse (N, M)."""
+    """True ambiguity of each caption, (M,): the log of the number of gallery images that it fits.
+
+    matches: sparse (N, M), 1 where a caption is true of an image.
+
+    >>> from scipy import sparse
+    >>> ambiguity(sparse.csr_array([[1, 1], [0, 1]])).round(3).tolist()
+    [0.0, 0.693]
+    """
     return np.log(_count(matches, axis=0))
 
 
 def bayes_optimal_text_to_image(matches):
-    """Best possible R@1 of each caption, (M,), from the truth, sparse (N, M): one in the number of images it fits.
+    """Best possible R@1 of each caption, (M,): 1 over the number of images that it fits.
 
-    A hit is the image that the caption was written for, and nothing tells it from the others that fit.
+    matches: sparse (N, M), 1 where a caption is true of an image. A hit is the image that the caption was written for,
+    which nothing distinguishes from the other images that fit.
+
+    >>> from scipy import sparse
+    >>> bayes_optimal_text_to_image(sparse.csr_array([[1, 1], [0, 1]])).tolist()
+    [1.0, 0.5]
     """
     return 1 / _count(matches, axis=0)
 
 
-def bayes_optimal_image_to_text(matches, own):
-    """Best possible R@1 of each image, (N,), from the truth, sparse (N, M), and its number of own captions, (N,).
+def bayes_optimal_image_to_text(matches, captions):
+    """Best possible R@1 of each image, (N,).
 
-    The best answer is the caption true of the image that fits the fewest others, m - 1 of them. It belongs to the
-    image with odds of 1 : m - 1 if judged alone; but exactly `own` of the captions true of the image belong to it,
-    which makes membership a conditional Bernoulli design: with weights w = 1 / (m - 1) and elementary symmetric
-    polynomials e, the probability is w e[own - 1] / (w e[own - 1] + e[own]), e over the other true captions.
+    matches: sparse (N, M), 1 where a caption is true of an image. captions: (N,), the number k of captions that were
+    written for each image. The best answer is the caption true of the image that fits the fewest other images, m - 1
+    of them. Alone, it would be one of the image's own with odds of 1 : m - 1. But exactly k of the captions true of the
+    image are its own, a conditional Bernoulli design: with weights w = 1 / (m - 1) and elementary symmetric polynomials
+    e of the other true captions' weights, the probability is w e[k - 1] / (w e[k - 1] + e[k]).
+
+    >>> from scipy import sparse
+    >>> bayes_optimal_image_to_text(sparse.csr_array([[1, 1], [1, 1]]), captions=np.array([1, 1])).tolist()
+    [0.5, 0.5]
     """
     matches, others = matches.tocsr(), _count(matches, axis=0) - 1
     fits = [np.sort(others[matches.indices[a:b]]) for a, b in zip(matches.indptr, matches.indptr[1:])]
     certain = np.array([fit[0] == 0 for fit in fits])
-    # Weights relative to the best answer's, which is 1 and left out; short rows are filled with weights of zero.
+    # Weights relative to the best answer's, which is 1 and left out; short rows are padded with zeros.
     weights = np.zeros((len(fits), max(map(len, fits))))
     for row in np.flatnonzero(~certain):
         weights[row, : len(fits[row]) - 1] = fits[row][0] / fits[row][1:]
-    e = np.zeros((len(fits), int(max(own)) + 1))
+    e = np.zeros((len(fits), int(max(captions)) + 1))
     e[:, 0] = 1
     for weight in weights.T:
         e[:, 1:] += weight[:, None] * e[:, :-1]
     row = np.arange(len(fits))
-    with_best, without = e[row, own - 1], e[row, own]
+    with_best, without = e[row, captions - 1], e[row, captions]
     return np.where(certain, 1.0, with_best / np.where(certain, 1.0, with_best + without))
 
 

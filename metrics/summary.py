@@ -1,4 +1,4 @@
-"""What a result file says of a ranking, of an uncertainty and of probabilities: arrays in, dicts of figures out.
+"""Figures of a result file: summaries of a ranking, of an uncertainty and of forecasts, as dicts for JSON.
 
 Q queries, G gallery items, P positives: pairs of a query and an item that answers it.
 """
@@ -6,119 +6,180 @@ Q queries, G gallery items, P positives: pairs of a query and an item that answe
 import numpy as np
 import torch
 
-from metrics import calibration, retrieval, uncertainty
+from metrics import calibration, retrieval
+from metrics.uncertainty import (
+    aupr,
+    auroc,
+    bootstrap,
+    kendall,
+    level_means,
+    levels,
+    regret,
+    selective,
+    spearman,
+    trend,
+)
 
 KS = (1, 5, 10)
 BINS = (15, 20)
-ENTROPY_LEVELS = 10  # in which a learner's errors are counted
-ON = 2**24  # scores held at most while a temperature is fitted, 64 MB: 600 captions' in a gallery of 25,000
+ENTROPY_LEVELS = 10  # levels of entropy in `of_learner`
+FIT_SCORES = 2**24  # at most as many scores fit a temperature: 64 MB, 600 captions in a gallery of 25,000
 
 
 def of_ranking(ranking, limit=None):
-    """Recall, the median rank of the first positive and, with the Bayes-optimal R@1 `limit` (Q,), the regret."""
+    """Recall@k, median rank of the first positive and, with the Bayes-optimal R@1 `limit` (Q,), the regret.
+
+    >>> scores = torch.eye(2)
+    >>> of_ranking(retrieval.rank(lambda rows: scores[rows], 2, [0, 1], [0, 1]))
+    {'queries': 2, 'recall': {'1': 1.0, '5': 1.0, '10': 1.0}, 'median_rank': 1.0}
+    """
     hits = {k: retrieval.recall_at(ranking, k) for k in KS}
     figures = {"queries": len(hits[1]), "recall": {str(k): float(hits[k].mean()) for k in KS}}
     figures["median_rank"] = float(np.median(retrieval.first_rank(ranking)))
     if limit is not None:
-        figures |= {"bayes_recall": float(limit.mean()), "regret": uncertainty.regret(hits[1], limit)}
+        figures |= {"bayes_recall": float(limit.mean()), "regret": regret(hits[1], limit)}
     return figures
 
 
-def of_uncertainty(doubt, ranking, count, drop_remainder=False, limit=None, truth=None, group=None):
-    """What an uncertainty (Q,) of ranked queries is worth; of trend, AUROC and levels with 95 % bootstrap intervals.
+def of_uncertainty(uncertainty, ranking, count, drop_remainder=False, limit=None, truth=None, group=None):
+    """AUROC, AUPR, selective prediction, levels and trend of an uncertainty (Q,) of ranked queries.
 
-    count: levels, of which there are none where all queries are equally uncertain. limit: Bayes-optimal R@1 (Q,).
-    truth: (Q,) what an ideal uncertainty would be ordered as, such as true ambiguity. group: as in `bootstrap`.
+    Trend, AUROC and recall by level have 95 % bootstrap intervals. count: number of levels; there are none if all
+    queries are equally uncertain. limit: (Q,), Bayes-optimal R@1. truth: (Q,), in the ideal order, such as true
+    ambiguity. group: (Q,), as in `bootstrap`.
+
+    >>> ranking = retrieval.rank(lambda rows: torch.eye(4)[rows], 4, range(4), [0, 1, 2, 0])
+    >>> of_uncertainty(np.array([1.0, 2.0, 3.0, 4.0]), ranking, count=2)["levels"]["recall"]["1"]
+    [1.0, 0.5]
     """
     hits = {k: retrieval.recall_at(ranking, k) for k in KS}
-    area = uncertainty.selective(doubt, hits[1])
-    figures = {"auroc": uncertainty.auroc(doubt, hits[1]), "aupr": uncertainty.aupr(doubt, hits[1])}
+    area = selective(uncertainty, hits[1])
+    figures = {"auroc": auroc(uncertainty, hits[1]), "aupr": aupr(uncertainty, hits[1])}
     figures |= {"aurc": area.aurc, "e_aurc": area.e_aurc, "selective_recall": area.recall}
-    if np.ptp(doubt) == 0:
+    if np.ptp(uncertainty) == 0:
         return figures | {"constant": True}
-    groups, options = uncertainty.levels(doubt, count, drop_remainder), (count, drop_remainder)
-    levels = {
+    groups, options = levels(uncertainty, count, drop_remainder), (count, drop_remainder)
+    by_level = {
         "count": [len(rows) for rows in groups],
-        "uncertainty": [[float(doubt[rows].min()), float(doubt[rows].max())] for rows in groups],
-        "recall": {str(k): uncertainty.level_means(doubt, hit, *options).tolist() for k, hit in hits.items()},
+        "uncertainty": [[float(uncertainty[rows].min()), float(uncertainty[rows].max())] for rows in groups],
+        "recall": {str(k): level_means(uncertainty, hit, *options).tolist() for k, hit in hits.items()},
     }
     if limit is not None:
-        levels["bayes_recall"] = uncertainty.level_means(doubt, limit, *options).tolist()
-    figures |= {"levels": levels} | uncertainty.trend(levels["recall"]["1"])._asdict()
+        by_level["bayes_recall"] = level_means(uncertainty, limit, *options).tolist()
+    figures |= {"levels": by_level} | trend(by_level["recall"]["1"])._asdict()
     if truth is not None and np.ptp(truth) > 0:
-        figures |= {"spearman": uncertainty.spearman(doubt, truth), "kendall": uncertainty.kendall(doubt, truth)}
-    interval = uncertainty.bootstrap(doubt, hits[1], count, group, drop_remainder=drop_remainder)
-    return figures | {"interval": interval}
+        figures |= {"spearman": spearman(uncertainty, truth), "kendall": kendall(uncertainty, truth)}
+    return figures | {"interval": bootstrap(uncertainty, hits[1], count, group, drop_remainder=drop_remainder)}
 
 
 def gallery_aware(ranking):
-    """The uncertainties (Q,) that the scores over the gallery give, which need no adaptor: {name: (Q,)}."""
-    doubts = {"top": -ranking.score, "margin": -ranking.margin, "entropy": ranking.entropy}
-    return doubts | {"probability": -ranking.probability}
+    """Uncertainties (Q,) that follow from the scores over the gallery, without an adaptor: {name: (Q,)}.
+
+    >>> ranking = retrieval.rank(lambda rows: torch.tensor([[0.75, 0.5]])[rows], 2, [0], [0])
+    >>> gallery_aware(ranking)["margin"].tolist()
+    [-0.25]
+    """
+    return {
+        "top": -ranking.score,
+        "margin": -ranking.margin,
+        "entropy": ranking.entropy,
+        "probability": -ranking.probability,
+    }
 
 
 def of_probabilities(*args, **options):
-    """How far the posterior over the gallery can be believed: figures of what `forecasts` gives, by the same name."""
-    return {name: of_forecast(*found) for name, found in forecasts(*args, **options).items()}
+    """Calibration of the posterior over the gallery: `of_forecast` of everything that `forecasts` returns.
+
+    >>> scores = torch.eye(2)
+    >>> list(of_probabilities(lambda rows: scores[rows], 2, [0, 1], [0, 1], scale=1.0, group=[0, 1]))
+    ['model']
+    """
+    return {name: of_forecast(forecast, scales) for name, (forecast, scales) in forecasts(*args, **options).items()}
 
 
 @torch.inference_mode()
 def forecasts(score, gallery, query_of_positive, item_of_positive, scale, group, group_of_item=None, seed=0):
-    """Judge the posterior over the gallery as it is, and after temperature scaling: {name: (Forecast, scales)}.
+    """Forecasts of the posterior over the gallery, unscaled and after temperature scaling: {name: (Forecast, scales)}.
 
-    score: function from rows of queries to their scores (q, G). group (Q,): queries of one group stay together in one
-    of two halves; the temperature that each half is judged with is fitted on the other, on no more than ON scores.
-    group_of_item: as in `calibration.forecast`. Without two groups, or where a half has too few mistakes to bound a
-    temperature, there is no `temperature`.
+    score: function from rows of queries to their scores (q, G). group: (Q,); the queries are split into two halves of
+    whole groups, and each half is evaluated with the temperature fitted on the other, on at most FIT_SCORES scores.
+    group_of_item: as in `calibration.forecast`. `temperature` is missing if there are not two groups, or if a half has
+    too few mistakes to bound a temperature.
+
+    >>> scores = torch.eye(2)[[0, 0, 1, 1] * 4]
+    >>> list(forecasts(lambda rows: scores[rows], 2, range(16), [0, 1, 1, 1] * 4, scale=1.0, group=range(16)))
+    ['model', 'temperature']
     """
     query, item = np.asarray(query_of_positive), np.asarray(item_of_positive)
-    found = {"model": (calibration.forecast(score, gallery, query, item, scale, group_of_item), [scale])}
+    result = {"model": (calibration.forecast(score, gallery, query, item, scale, group_of_item), [scale])}
     if np.ptp(group) == 0:
-        return found
+        return result
     rng, first, scales = np.random.default_rng(seed), calibration.halves(group, seed), []
-    for fitted in (first, ~first):
-        rows = np.sort(rng.permutation(np.flatnonzero(fitted))[: max(2, ON // gallery)])
-        held = retrieval.whole(lambda part, r=rows: score(r[part]), len(rows), gallery)
-        scales.append(calibration.fit_scale(lambda part, h=held: h[part], gallery, *_among(rows, query, item)))
+    for half in (first, ~first):
+        rows = np.sort(rng.permutation(np.flatnonzero(half))[: max(2, FIT_SCORES // gallery)])
+        scores = retrieval.all_scores(lambda part, r=rows: score(r[part]), len(rows), gallery)
+        scales.append(calibration.fit_scale(lambda part, s=scores: s[part], gallery, *_among(rows, query, item)))
     if None in scales:
-        return found
-    whole = calibration.Forecast(*(np.empty_like(column) for column in found["model"][0]))
-    for judged, by in ((~first, scales[0]), (first, scales[1])):
-        rows = np.flatnonzero(judged)
-        about = (lambda part, r=rows: score(r[part])), gallery, *_among(rows, query, item), by, group_of_item
-        for column, part in zip(whole, calibration.forecast(*about), strict=True):
-            column[rows] = part
-    return found | {"temperature": (whole, scales)}
+        return result
+    scaled = calibration.Forecast(*(np.empty_like(column) for column in result["model"][0]))
+    for half, fitted in ((~first, scales[0]), (first, scales[1])):
+        rows = np.flatnonzero(half)
+        forecast = calibration.forecast(
+            lambda part, r=rows: score(r[part]), gallery, *_among(rows, query, item), fitted, group_of_item
+        )
+        for column, values in zip(scaled, forecast, strict=True):
+            column[rows] = values
+    return result | {"temperature": (scaled, scales)}
 
 
 def _among(rows, query, item):
-    """The positives of the queries in `rows`, ascending, by their numbers there."""
-    mine = np.isin(query, rows)
-    return np.searchsorted(rows, query[mine]), item[mine]
+    """Positives of the queries in `rows`, which ascend: their positions in `rows`, and their items."""
+    selected = np.isin(query, rows)
+    return np.searchsorted(rows, query[selected]), item[selected]
 
 
 def of_forecast(forecast, scales):
-    """Figures of a Forecast; scales: what made logits of the scores, one of all queries or one of each half."""
-    pair = forecast.confidence, forecast.hit
-    bins = {count: calibration.reliability(*pair, count) for count in BINS}
+    """ECE, adaptive ECE, NLL, Brier score and reliability diagram of a Forecast.
+
+    scales: the factors on the scores, one for all queries or one for each half.
+
+    >>> certain = calibration.forecast(lambda rows: 100 * torch.eye(2)[rows], 2, [0, 1], [0, 0])
+    >>> of_forecast(certain, scales=[1.0])["ece_15"]
+    0.5
+    """
+    confidence, hit = forecast.confidence, forecast.hit
+    bins = {count: calibration.reliability(confidence, hit, count) for count in BINS}
     figures = {f"ece_{count}": calibration.calibration_error(part) for count, part in bins.items()}
-    count = min(BINS[0], len(forecast.hit))
-    figures["adaptive_ece"] = calibration.calibration_error(calibration.adaptive_reliability(*pair, count))
+    count = min(BINS[0], len(hit))
+    figures["adaptive_ece"] = calibration.calibration_error(calibration.adaptive_reliability(confidence, hit, count))
     figures |= {"nll": float(forecast.nll.mean()), "brier": float(forecast.brier.mean()), "scales": scales}
     return figures | {"reliability": {name: part.tolist() for name, part in bins[BINS[0]]._asdict().items()}}
 
 
 def of_answers(forecast):
-    """How often a Forecast is right, and how well the entropy of its probabilities tells where."""
+    """Accuracy of a Forecast, and AUROC and AURC of detecting its errors by the entropy of the probabilities.
+
+    >>> logits = torch.tensor([[0.0, 9.0], [0.0, 1.0]])
+    >>> of_answers(calibration.forecast(lambda rows: logits[rows], 2, [0, 1], [1, 0]))
+    {'accuracy': 0.5, 'auroc': 1.0, 'aurc': 0.25}
+    """
     entropy, hit = forecast.entropy, forecast.hit
-    figures = {"accuracy": float(hit.mean()), "auroc": uncertainty.auroc(entropy, hit)}
-    return figures | {"aurc": uncertainty.selective(entropy, hit).aurc}
+    return {
+        "accuracy": float(hit.mean()),
+        "auroc": auroc(entropy, hit),
+        "aurc": selective(entropy, hit).aurc,
+    }
 
 
 def of_learner(forecast):
-    """Accuracy, NLL and ECE of a Forecast; its error in levels of entropy of equal count, and how entropy tells it."""
+    """Accuracy, NLL and ECE of a Forecast, its error in levels of entropy of equal count, and AUROC of the entropy.
+
+    >>> logits = torch.tensor([[0.0, 9.0], [0.0, 1.0]])
+    >>> of_learner(calibration.forecast(lambda rows: logits[rows], 2, [0, 1], [1, 0]))["by_entropy"]["error"]
+    [0.0, 1.0]
+    """
     count = min(ENTROPY_LEVELS, len(forecast.hit))
-    groups = uncertainty.levels(forecast.entropy, count) if count > 1 else [np.arange(count)]
+    groups = levels(forecast.entropy, count) if count > 1 else [np.arange(count)]
     return {
         "accuracy": float(forecast.hit.mean()),
         "nll": float(forecast.nll.mean()),
@@ -128,5 +189,5 @@ def of_learner(forecast):
             "entropy": [float(forecast.entropy[rows].mean()) for rows in groups],
             "error": [float(1 - forecast.hit[rows].mean()) for rows in groups],
         },
-        "entropy_auroc": uncertainty.auroc(forecast.entropy, forecast.hit),
+        "entropy_auroc": auroc(forecast.entropy, forecast.hit),
     }

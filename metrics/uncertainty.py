@@ -1,6 +1,6 @@
-"""How well an uncertainty orders queries: right before wrong, levels and their trend, general before specific.
+"""Measures of how well an uncertainty orders queries: AUROC, risk-coverage, levels and their trend, chains of prompts.
 
-Q queries; hit (Q,) is the chance of a right answer, in [0, 1], which is 0 or 1 unless scores tie.
+Q queries; hit (Q,) is the chance of a right answer, in [0, 1]: it is 0 or 1 unless scores tie.
 """
 
 from typing import NamedTuple
@@ -10,38 +10,68 @@ from scipy import stats
 
 
 def auroc(uncertainty, hit):
-    """Probability that a query answered wrongly is more uncertain than one answered rightly; ties count half.
+    """AUROC of detecting wrong answers: the probability that a miss is more uncertain than a hit; ties count half.
 
-    uncertainty: (Q,). hit: (Q,), the chance of a right answer, in [0, 1]. 0.5 is a guess, 1 ideal; None where
-    all queries are hits or all are misses. Area under the ROC curve, Hanley & McNeil (1982).
+    uncertainty: (Q,). hit: (Q,), the chance of a right answer, in [0, 1]. 1 is ideal, 0.5 is chance level; None if all
+    queries are hits or all are misses. Area under the ROC curve, Hanley & McNeil (1982).
+
+    >>> auroc([0.1, 0.2, 0.3, 0.4, 0.5], [1, 1, 1, 0, 1])
+    0.75
     """
     _, hit, starts = _in_order(uncertainty, hit)
-    found = _auroc(np.add.reduceat(hit, starts), np.add.reduceat(1 - hit, starts))
-    return None if np.isnan(found) else float(found)
+    area = _auroc(np.add.reduceat(hit, starts), np.add.reduceat(1 - hit, starts))
+    return None if np.isnan(area) else float(area)
 
 
 def _auroc(hits, misses):
-    """AUROC (...,) of hits and misses (..., groups) by ascending uncertainty; NaN where either is lacking."""
-    # A miss outranks the hits below its group, and half of those in it.
+    """AUROC (...,) of hits and misses (..., groups of ties) by ascending uncertainty; NaN if either sums to 0."""
+    # A miss outranks the hits of all lower groups, and half of those in its own.
     outranked = np.cumsum(hits, axis=-1) - hits / 2
     pairs = hits.sum(axis=-1) * misses.sum(axis=-1)
     return np.divide((misses * outranked).sum(axis=-1), pairs, where=pairs > 0, out=np.full(np.shape(pairs), np.nan))
 
 
-def aupr(uncertainty, hit):
-    """Average precision of finding what is answered rightly by lowest uncertainty; None where all queries are misses.
+def auroc_of_draws(uncertainty, hit, times):
+    """AUROC (B,) of B samples of the queries; NaN for a sample that lacks hits or misses.
 
-    uncertainty, hit: (Q,). The steps of the precision-recall curve at every threshold, so that tied queries come in at
-    once (Davis & Goadrich, 2006); a guess has the share of hits, 1 is ideal.
+    uncertainty, hit: (Q,), as in `auroc`. times: (B, Q), how often each query is in each sample.
+
+    >>> auroc_of_draws([0.1, 0.2, 0.3], [1, 0, 1], np.array([[1, 1, 1], [2, 1, 0]])).tolist()
+    [0.5, 1.0]
+    """
+    order, hit, starts = _in_order(uncertainty, hit)
+    times, hits = _sum_ties(np.take(times, order, axis=1), hit, starts)
+    return _auroc(hits, times - hits)
+
+
+def _sum_ties(times, hit, starts):
+    """Sum draws (B, Q) and their hits over groups of equal uncertainty: (B, groups) each.
+
+    hit (Q,), starts (groups,): sorted by uncertainty, as `_in_order` returns them.
+    """
+    hits = times * hit
+    if len(starts) == len(hit):  # without ties
+        return times, hits
+    return np.add.reduceat(times, starts, axis=1), np.add.reduceat(hits, starts, axis=1)
+
+
+def aupr(uncertainty, hit):
+    """Average precision of detecting right answers by low uncertainty; None if all queries are misses.
+
+    uncertainty, hit: (Q,). Sums the steps of the precision-recall curve over all thresholds, where tied queries enter
+    together (Davis & Goadrich, 2006). 1 is ideal, the mean of `hit` is chance level.
+
+    >>> aupr([0.1, 0.2, 0.3, 0.4], [1, 0, 0, 1])
+    0.75
     """
     _, hit, starts = _in_order(uncertainty, hit)
     stops = np.append(starts[1:], len(hit))
-    found = np.cumsum(hit)[stops - 1]
-    return float(np.diff(found, prepend=0) @ (found / stops) / found[-1]) if found[-1] > 0 else None
+    hits = np.cumsum(hit)[stops - 1]
+    return float(np.diff(hits, prepend=0) @ (hits / stops) / hits[-1]) if hits[-1] > 0 else None
 
 
 def _in_order(uncertainty, value):
-    """Sort queries by uncertainty: the order, the values in it, and where groups of equal uncertainty start."""
+    """Sort queries by uncertainty: the order, the sorted values, and where each group of equal uncertainty starts."""
     order = np.argsort(uncertainty, kind="stable")
     uncertainty = np.asarray(uncertainty)[order]
     starts = np.flatnonzero(np.append(True, uncertainty[1:] != uncertainty[:-1]))
@@ -49,9 +79,12 @@ def _in_order(uncertainty, value):
 
 
 def tie_means(key, value):
-    """Sort `value` (Q,) by ascending `key` (Q,), and give every value as the mean of those whose keys are the same.
+    """Sort `value` (Q,) by ascending `key` (Q,), and replace each value by the mean over equal keys.
 
-    That is the expectation under random order of ties, so that nothing depends on the order of the rows.
+    This is the expectation over random orders of ties, so that no measure depends on the order of the rows.
+
+    >>> tie_means([2, 1, 1], [5, 0, 1]).tolist()
+    [0.5, 0.5, 5.0]
     """
     _, value, starts = _in_order(key, value)
     size = np.diff(starts, append=len(value))
@@ -59,27 +92,33 @@ def tie_means(key, value):
 
 
 def risk_coverage(uncertainty, hit):
-    """Selective risk (Q,): the share of wrong answers among the 1, 2, ..., Q least uncertain queries; ties as expected.
+    """Selective risk (Q,): the error rate of the 1, 2, ..., Q least uncertain queries, in expectation over ties.
 
-    El-Yaniv & Wiener (2010); coverage is (1 ... Q) / Q.
+    The coverages are (1 ... Q) / Q. El-Yaniv & Wiener (2010).
+
+    >>> risk_coverage([0.1, 0.2, 0.3, 0.4], [1, 1, 1, 0]).tolist()
+    [0.0, 0.0, 0.0, 0.25]
     """
     return np.cumsum(1 - tie_means(uncertainty, hit)) / np.arange(1, len(hit) + 1)
 
 
 class Selective(NamedTuple):
-    """What is gained by leaving the most uncertain queries unanswered."""
+    """Summary of a risk-coverage curve."""
 
-    aurc: float  # area under the risk-coverage curve; 0 is ideal, but out of reach where answers are wrong
-    e_aurc: float  # its excess over that of the best order; 0 is ideal
+    aurc: float  # area under the curve; 0 is ideal, and out of reach if any answer is wrong
+    e_aurc: float  # excess over the area of the best order; 0 is ideal
     recall: dict  # share of right answers by percentage of queries answered, {"80": ...}
 
 
 def selective(uncertainty, hit, coverages=(80, 90, 95)):
     """Summarize the risk-coverage curve of queries (Q,): AURC, E-AURC and recall at `coverages`, in percent.
 
-    Geifman, Uziel & El-Yaniv (ICLR 2019), arXiv 1805.08206. The best order is the oracle's itself, hits first, and not
-    their approximation of its area. With `hit` the Bayes-optimal recall, E-AURC is what trusting this order costs the
-    best method.
+    Geifman, Uziel & El-Yaniv (ICLR 2019), arXiv 1805.08206. The area of the best order, hits first, is exact here,
+    where the paper approximates it. If `hit` is the Bayes-optimal recall, E-AURC is what this order costs the best
+    possible method.
+
+    >>> selective([0.1, 0.2], [0, 1], coverages=[50])
+    Selective(aurc=0.75, e_aurc=0.5, recall={'50': 0.0})
     """
     risk = risk_coverage(uncertainty, hit)
     best = risk_coverage(-np.asarray(hit, dtype=np.float64), hit)
@@ -89,46 +128,65 @@ def selective(uncertainty, hit, coverages=(80, 90, 95)):
 
 
 def regret(hit, limit):
-    """Mean recall by which answers (Q,) fall short of the Bayes-optimal recall (Q,); chance can bring it below 0."""
+    """Mean of the Bayes-optimal recall (Q,) minus that of the answers (Q,); 0 is ideal, and chance may give less.
+
+    >>> regret([1, 0], limit=[1, 0.5])
+    0.25
+    """
     return float(np.mean(np.asarray(limit) - hit))
 
 
 class Trend(NamedTuple):
-    """Trend of recall over uncertainty levels (ProbVLM, arXiv 2307.00398, section 4); None where recall is constant."""
+    """Trend of recall over uncertainty levels (ProbVLM, arXiv 2307.00398, section 4); None if recall is constant."""
 
     s: float | None  # Spearman correlation of level and recall; -1 is ideal
     r2: float | None  # of the linear fit of recall on level; 1 is ideal
     minus_s_r2: float | None  # -s * r2; 1 is ideal
-    spread: float  # recall of the first level less that of the last, to which the others are blind
+    spread: float  # recall of the first level minus that of the last; s and r2 ignore this size
 
 
 def levels(uncertainty, count, drop_remainder=False):
-    """Split queries into `count` levels from least to most uncertain: list of index arrays.
+    """Split queries into `count` levels from least to most uncertain: a list of index arrays.
 
-    Every query is used, sizes differ by at most one, and ties keep the order of the rows. drop_remainder: give every
-    level the same size instead and leave out the most uncertain, as the public AsymVLM code does. Raises ValueError
+    Every query is used, sizes differ by at most one, and ties keep the order of the rows. drop_remainder: all levels
+    have the same size, and the most uncertain queries are left out, as in the public AsymVLM code. Raises ValueError
     unless 2 <= count <= number of queries.
+
+    >>> [rows.tolist() for rows in levels([0.3, 0.1, 0.2, 0.9, 0.5], count=2)]
+    [[1, 2, 0], [4, 3]]
     """
     edges = _edges(len(uncertainty), count, drop_remainder)
     return np.split(np.argsort(uncertainty, kind="stable")[: edges[-1]], edges[:-1])
 
 
 def bin_of(confidence, bins=15):
-    """The bin of equal width, 0 .. bins - 1, of each confidence in [0, 1]; raises ValueError for one outside."""
+    """Assign each confidence in [0, 1] to one of `bins` bins of equal width, 0 .. bins - 1.
+
+    A bin contains its lower edge. Raises ValueError for a confidence outside of [0, 1].
+
+    >>> bin_of([0, 0.49, 0.5, 1], bins=2).tolist()
+    [0, 0, 1, 1]
+    """
     confidence = np.asarray(confidence, dtype=np.float64)
-    if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():  # rounding may give a sure one a little over 1
+    if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():  # rounding can lift a probability slightly above 1
         raise ValueError("a confidence is outside of [0, 1]")
     return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="right")
 
 
 def level_means(uncertainty, value, count, drop_remainder=False):
-    """Mean of `value` (Q,) in each of the `levels`, (count,), tied queries standing in random order as everywhere."""
+    """Mean of `value` (Q,) in each of the `levels`, (count,), in expectation over random orders of tied queries.
+
+    Raises ValueError as `levels` does.
+
+    >>> level_means([0.1, 0.2, 0.3, 0.4], [1, 1, 1, 0], count=2).tolist()
+    [1.0, 0.5]
+    """
     edges = _edges(len(value), count, drop_remainder)
     return np.array([part.mean() for part in np.split(tie_means(uncertainty, value)[: edges[-1]], edges[:-1])])
 
 
 def _edges(queries, count, drop_remainder):
-    """Where levels end among sorted queries, (count,), or (B, count) of B numbers of queries."""
+    """Positions at which levels of sorted queries end, (count,), or (B, count) for B numbers of queries."""
     if not 2 <= count <= np.min(queries):
         raise ValueError(f"{np.min(queries)} queries cannot be split into {count} levels")
     size, left = np.divmod(np.asarray(queries)[..., None], count)
@@ -137,48 +195,70 @@ def _edges(queries, count, drop_remainder):
 
 
 def spearman(a, b):
-    """Spearman's rank correlation of two arrays (Q,); 0 where one of them is constant."""
+    """Spearman's rank correlation of two arrays (Q,), in [-1, 1]; 0 if one of them is constant.
+
+    >>> round(spearman([1, 2, 3, 4], [1, 3, 2, 4]), 3)
+    0.8
+    """
     return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 def kendall(a, b):
-    """Kendall's tau-b of two arrays (Q,); 0 where one of them is constant."""
+    """Kendall's tau-b of two arrays (Q,), in [-1, 1]; 0 if one of them is constant.
+
+    >>> round(kendall([1, 2, 3, 4], [1, 3, 2, 4]), 3)
+    0.667
+    """
     return float(stats.kendalltau(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 def label_entropy(shares):
-    """Entropy (N,) in nats of what people answered, (N, C) shares or counts: how ambiguous they find an image."""
+    """Entropy (N,) in nats of human answers, (N, C) shares or counts per class: how ambiguous people find each image.
+
+    >>> label_entropy([[10, 0], [5, 5]]).round(3).tolist()
+    [0.0, 0.693]
+    """
     return stats.entropy(np.asarray(shares, dtype=np.float64), axis=1)
 
 
 def trend(recalls):
-    """Trend over levels of their recalls, (L,), least uncertain first."""
+    """Trend of the recalls of L levels (L,), least uncertain first.
+
+    >>> trend([0.75, 0.5, 0.25])
+    Trend(s=-1.0, r2=1.0, minus_s_r2=1.0, spread=0.5)
+    """
     if np.ptp(recalls) == 0:
         return Trend(None, None, None, 0.0)
     return Trend(*(float(value[0]) for value in _trends(np.asarray(recalls, dtype=np.float64)[None])))
 
 
 def _trends(recalls):
-    """Trends of many rows of recalls (B, L) at once: a Trend of arrays (B,), 0 where recall is constant."""
-    recalls = np.round(recalls, 12)  # ranks must not tell apart what rounding does
+    """Trend of each of B rows of recalls (B, L): a Trend of arrays (B,), 0 where recall is constant."""
+    recalls = np.round(recalls, 12)  # so that recalls which differ by rounding errors tie in rank
     level = np.arange(recalls.shape[1])
     s, r2 = _correlation(level, stats.rankdata(recalls, axis=1)), _correlation(level, recalls) ** 2
     return Trend(s, r2, 0 - s * r2, recalls[:, 0] - recalls[:, -1])
 
 
 def _correlation(a, rows):
-    """Pearson's correlation of `a` (L,) with each of `rows` (B, L); 0 where one is constant."""
+    """Pearson's correlation (B,) of `a` (L,) with each of `rows` (B, L); 0 where one is constant."""
     a, centered = a - a.mean(), rows - rows.mean(axis=1, keepdims=True)
     size = np.sqrt((a**2).sum() * (centered**2).sum(axis=1))
     varies = (size > 0) & (np.ptp(rows, axis=1) > 0)
     return np.clip(np.divide(centered @ a, size, where=varies, out=np.zeros(len(rows))), -1, 1)
 
 
-DRAWN = 2**18  # queries drawn at once: what is counted of them stays in a processor's cache
+DRAWN = 2**18  # queries drawn at once, so that their counts stay in the processor's cache
 
 
 def times_drawn(count, draws, seed, step):
-    """Yield how often each of `count` things is in a draw of as many with replacement, (step, count), for all draws."""
+    """Yield how often each of `count` items is drawn in `count` draws with replacement: `draws` rows, `step` at a time.
+
+    The rows depend on `count` and `seed` only, not on `step`.
+
+    >>> [times.sum(axis=1).tolist() for times in times_drawn(4, draws=3, seed=0, step=2)]
+    [[4, 4], [4]]
+    """
     rng = np.random.default_rng(seed)
     for start in range(0, draws, step):
         rows = np.arange(min(step, draws - start))[:, None]
@@ -187,77 +267,85 @@ def times_drawn(count, draws, seed, step):
 
 
 def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidence=0.95, drop_remainder=False):
-    """Percentile intervals over queries drawn with replacement: dict of [low, high] (Efron, 1979).
+    """Percentile bootstrap intervals of trend, AUROC and recall by level: a dict of [low, high] (Efron, 1979).
 
-    uncertainty, hit: (Q,). group (Q,): queries that are no independent witnesses, such as the captions of an image, are
-    drawn together. Of every field of the trend over `count` levels, which every draw is split into anew, of `auroc`
-    (None where that is), and of the recall of each level: `level_recall`, a list of `count` intervals.
+    uncertainty, hit: (Q,). group (Q,): queries that depend on each other, such as the captions of one image, are drawn
+    together. Every draw is split into `count` levels anew. The keys are the fields of `Trend`, `auroc` (None if it is
+    undefined) and `level_recall`, a list of `count` intervals. Raises ValueError as `levels` does.
+
+    >>> bootstrap([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 0, 0], count=2)["auroc"]
+    [1.0, 1.0]
     """
     queries = len(hit)
-    _edges(queries, count, drop_remainder)  # refuses what cannot be
+    _edges(queries, count, drop_remainder)  # checks `count`
     order, hit, starts = _in_order(uncertainty, hit)
     of_group = slice(None) if group is None else np.unique(group, return_inverse=True)[1][order]
     groups = queries if group is None else of_group.max() + 1
     sizes = np.diff(starts, append=queries)
-    found = []
+    statistics = []
     for drawn in times_drawn(groups, draws, seed, max(1, DRAWN // queries)):
         rows, times = np.arange(len(drawn))[:, None], drawn[:, of_group]
-        if len(starts) < queries:
-            tied_times = np.add.reduceat(times, starts, axis=1)
-            tied_hits = np.add.reduceat(times * hit, starts, axis=1)
-            auroc = _auroc(tied_hits, tied_times - tied_hits)
-            right = np.repeat(tied_hits / np.maximum(tied_times, 1), sizes, axis=1)  # in random order of ties
-            hits = times * right
+        tied_times, tied_hits = _sum_ties(times, hit, starts)
+        auroc = _auroc(tied_hits, tied_times - tied_hits)
+        if len(starts) < queries:  # tied queries share their hits
+            recall = np.repeat(tied_hits / np.maximum(tied_times, 1), sizes, axis=1)
+            hits = times * recall
         else:
-            right, hits = np.broadcast_to(hit, times.shape), times * hit
-            auroc = _auroc(hits, times - hits)
-        # A level ends within the copies of some query: those above its end are taken off again.
+            recall, hits = np.broadcast_to(hit, times.shape), tied_hits
+        # A level may end within the copies of one query: the copies above its end are subtracted again.
         ends, total = np.cumsum(times, axis=1), np.cumsum(hits, axis=1)
         edges = _edges(ends[:, -1], count, drop_remainder)
-        apart = (ends[:, -1].max() + 1) * rows  # so that one search serves all draws
-        last = np.searchsorted((ends + apart).ravel(), edges + apart) - queries * rows
+        offset = (ends[:, -1].max() + 1) * rows  # so that one search serves all draws
+        last = np.searchsorted((ends + offset).ravel(), edges + offset) - queries * rows
         above = np.take_along_axis(ends, last, axis=1) - edges
-        within = np.take_along_axis(total, last, axis=1) - above * np.take_along_axis(right, last, axis=1)
+        within = np.take_along_axis(total, last, axis=1) - above * np.take_along_axis(recall, last, axis=1)
         recalls = np.diff(within, axis=1, prepend=0) / np.diff(edges, axis=1, prepend=0)
-        found.append(np.column_stack([*_trends(recalls), auroc, recalls]))
-    found = np.concatenate(found)
+        statistics.append(np.column_stack([*_trends(recalls), auroc, recalls]))
+    statistics = np.concatenate(statistics)
     tails, names = [(1 - confidence) / 2, (1 + confidence) / 2], (*Trend._fields, "auroc")
-    intervals = dict(zip(names, np.quantile(found, tails, axis=0).T.tolist()))
-    # By chance a draw may lack hits or misses; AUROC is known of the others.
-    known = found[:, names.index("auroc")][~np.isnan(found[:, names.index("auroc")])]
-    intervals["auroc"] = np.quantile(known, tails).tolist() if len(known) else None
-    return intervals | {"level_recall": np.quantile(found[:, len(names) :], tails, axis=0).T.tolist()}
+    intervals = dict(zip(names, np.quantile(statistics, tails, axis=0).T.tolist()))
+    # A draw may lack hits or misses by chance: its AUROC is NaN and left out.
+    aurocs = statistics[:, names.index("auroc")]
+    aurocs = aurocs[~np.isnan(aurocs)]
+    intervals["auroc"] = np.quantile(aurocs, tails).tolist() if len(aurocs) else None
+    return intervals | {"level_recall": np.quantile(statistics[:, len(names) :], tails, axis=0).T.tolist()}
 
 
 def falling_chains(uncertainty, chain, depth):
     """Share of chains, and of single steps, along which uncertainty falls strictly from general to specific.
 
-    uncertainty, chain, depth: (K,), one prompt each.
+    uncertainty, chain, depth: (K,) of K prompts; depth grows from general to specific. Both shares are ideal at 1.
+
+    >>> falling_chains([0.9, 0.5, 0.1, 0.3, 0.7, 0.6], chain=[0, 0, 0, 1, 1, 1], depth=[0, 1, 2, 0, 1, 2])
+    (0.5, 0.75)
     """
     order = np.lexsort([depth, chain])
     chain, falls = np.asarray(chain)[order], np.diff(np.asarray(uncertainty)[order]) < 0
-    inside = chain[1:] == chain[:-1]
+    inside = chain[1:] == chain[:-1]  # steps within a chain
     _, of_step = np.unique(chain[1:][inside], return_inverse=True)
-    whole = np.bincount(of_step, weights=~falls[inside]) == 0
-    return float(whole.mean()), float(falls[inside].mean())
+    chain_falls = np.bincount(of_step, weights=~falls[inside]) == 0
+    return float(chain_falls.mean()), float(falls[inside].mean())
 
 
 class DepthCorrelation(NamedTuple):
-    """Spearman's correlation of uncertainty and depth; the more negative, the better."""
+    """Spearman's correlation of uncertainty and depth, in [-1, 1]; lower is better."""
 
-    pooled: float  # over all prompts; that of the best order is above -1, for depths tie
+    pooled: float  # over all prompts; even the best order stays above -1, because depths tie
     within: float  # mean over chains; -1 is ideal
 
 
 def depth_correlation(uncertainty, chain, depth):
-    """Correlate uncertainty with how specific prompts are. uncertainty, chain, depth: (K,), one prompt each.
+    """Correlate uncertainty with depth, which grows from general to specific prompts.
 
-    Raises ValueError for a chain of one prompt.
+    uncertainty, chain, depth: (K,) of K prompts. Raises ValueError for a chain of one prompt.
+
+    >>> depth_correlation([0.9, 0.5, 0.8, 0.4], chain=[0, 0, 1, 1], depth=[0, 1, 0, 1]).within
+    -1.0
     """
     uncertainty, depth = np.asarray(uncertainty), np.asarray(depth)
     _, of_chain, size = np.unique(chain, return_inverse=True, return_counts=True)
     if size.min() < 2:
-        raise ValueError("a chain has but one prompt")
+        raise ValueError("a chain has only one prompt")
     chains = np.split(np.argsort(of_chain, kind="stable"), np.cumsum(size)[:-1])
     within = [_correlation(stats.rankdata(depth[rows]), stats.rankdata(uncertainty[rows])[None])[0] for rows in chains]
     return DepthCorrelation(spearman(uncertainty, depth), float(np.mean(within)))

@@ -1,4 +1,4 @@
-"""What an adaptor is evaluated on: one file per task, each with `evaluate(adaptor, pairs, choices, device)`."""
+"""Tasks that an adaptor is evaluated on: one file per task, each with `evaluate(adaptor, pairs, choices, device)`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,122 +10,148 @@ from tqdm import tqdm
 
 from datasets.embeddings import Pairs
 from metrics import summary
+from metrics.retrieval import recall_at
 from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
-FOLLOWED = ("query", "retrieved", "sum")
-HELD = 2**24  # scores, 64 MB, that are computed once; more are computed anew for every metric
-EXAMPLES, SHOWN = 10, 5  # most and least certain queries kept for the report, and best answers to each
+FOLLOWED = ("query", "retrieved", "sum")  # what levels follow: the query's uncertainty, its answer's, or their sum
+STORED_SCORES = 2**24  # scores, 64 MB, that are computed once and stored; more are computed anew for every metric
+EXAMPLES, BEST_ANSWERS = 10, 5  # most and least certain queries in the report, and best answers to each
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user of eval.py chooses."""
+    """Options of eval.py that tasks read."""
 
-    scores: list[str]  # one or both; the first ranks, the other's figures are given beside it
+    scores: list[str]  # one or both of SCORES; the first ranks, the other's figures are reported beside it
     levels: int  # of uncertainty
-    levels_by: str | None = None  # of images: one of FOLLOWED; none: their own uncertainty, else the answer's
-    drop_remainder: bool = False  # levels of one size, as the public AsymVLM code has them
+    levels_by: str | None = None  # of images: one of FOLLOWED; None: their own uncertainty, else the answer's
+    drop_remainder: bool = False  # levels of one size, as in the public AsymVLM code
     quiet: bool = False  # no progress bar
     val: Pairs | None = None  # images of the same classes, on all of which a temperature is fitted
 
 
-def counted(compute, bar):
-    """A function of scores that tells a progress bar how many it has given."""
+def with_progress(compute, bar):
+    """Wrap a function that computes scores: it advances a progress bar by their number."""
 
     def score(*adapted):
-        found = compute(*adapted)
-        bar.update(found.numel())
-        return found
+        scores = compute(*adapted)
+        bar.update(scores.numel())
+        return scores
 
     return score
 
 
-def score_bar(count, passes, choices):
-    """A progress bar over `count` scores that are computed in so many passes by each score that is asked for."""
+def progress_bar(count, passes, choices):
+    """Progress bar over `count` scores that are computed `passes` times for every requested kind of score."""
     total = count * passes * len(choices.scores)
     return tqdm(total=total, unit="score", unit_scale=True, desc="evaluate", disable=choices.quiet or None)
 
 
 def posterior_scales(adaptor, pairs):
-    """What makes logits of each score."""
+    """Factor that turns each kind of score into logits: {score: factor}."""
     return {"similarity": pairs.meta["logit_scale"], "log_likelihood": adaptor.posterior_scale}
 
 
-def doubts_of(embedding):
-    """The uncertainty of adapted embeddings, (N,) or None; raises FloatingPointError where one is not finite."""
+def uncertainty_of(embedding):
+    """Uncertainty of adapted embeddings, (N,) or None; raises FloatingPointError if one is not finite."""
     if embedding.uncertainty is None:
         return None
-    doubts = embedding.uncertainty.cpu().double().numpy()
-    if not np.isfinite(doubts).all():
+    uncertainty = embedding.uncertainty.cpu().double().numpy()
+    if not np.isfinite(uncertainty).all():
         raise FloatingPointError("an uncertainty is not finite")
-    return doubts
+    return uncertainty
 
 
-def follow(levels_by, query, answer):
-    """Say which of FOLLOWED levels follow: what is asked for, or the first there is, None where there is neither.
+def choose_levels_by(requested, query, answer):
+    """Choose which of FOLLOWED the levels follow: `requested`, else the first that the adaptor has, else None.
 
-    query, answer: the adaptor's uncertainties, or None. Raises UserError for one that the adaptor lacks.
+    query, answer: the adaptor's uncertainties of queries and answers, or None. Raises UserError if the adaptor lacks
+    the requested one.
     """
-    has = {"query": query is not None, "retrieved": answer is not None}
-    has = [*(name for name, there in has.items() if there), *(["sum"] if all(has.values()) else [])]
-    if levels_by not in (None, *has):
-        said = ", ".join(has) or "none at all"
+    available = []
+    if query is not None:
+        available.append("query")
+    if answer is not None:
+        available.append("retrieved")
+    if len(available) == 2:
+        available.append("sum")
+    if requested is None:
+        return available[0] if available else None
+    if requested not in available:
         raise UserError(
-            f"--levels_by {levels_by} wants an uncertainty that the method lacks for images; it has {said}."
+            f"--levels_by {requested} needs an uncertainty that the method lacks for images; it has"
+            f" {', '.join(available) or 'none'}."
         )
-    return levels_by or next(iter(has), None)
+    return requested
 
 
-def judge_side(ranking, query, answer, choices, by, limit=None, truth=None, group=None):
-    """Figures of ranked queries, and the uncertainty (Q,) that stands for them.
+def evaluate_side(ranking, query, answer, choices, levels_by, limit=None, truth=None, group=None):
+    """Figures of ranked queries and of all their uncertainties; returns them and the uncertainty (Q,) of `levels_by`.
 
-    query (Q,), answer (G,): the adaptor's uncertainties, or None. by: which of FOLLOWED stands, as `follow` gives it;
-    for None it is the entropy over the gallery. limit, truth, group: as in metrics/summary.py.
+    query (Q,), answer (G,): the adaptor's uncertainties, or None. levels_by: one of FOLLOWED, as `choose_levels_by`
+    returns it; None means the entropy over the gallery. limit, truth, group: as in `summary.of_uncertainty`.
     """
-    doubts = {"query": query, "retrieved": None if answer is None else answer[ranking.top]}
-    doubts = {name: doubt for name, doubt in doubts.items() if doubt is not None}
-    doubts |= {"sum": sum(doubts.values())} if len(doubts) == 2 else {}
-    every = doubts | summary.gallery_aware(ranking)
-    figures = summary.of_ranking(ranking, limit) | {"levels_by": by}
-    figures["uncertainty"] = {
-        name: {"family": "query-only" if name == "query" else "gallery-aware"}
-        | summary.of_uncertainty(doubt, ranking, choices.levels, choices.drop_remainder, limit, truth, group)
-        for name, doubt in every.items()
-    }
-    return figures, every[by or "entropy"]
+    uncertainties = {}
+    if query is not None:
+        uncertainties["query"] = query
+    if answer is not None:
+        uncertainties["retrieved"] = answer[ranking.top]
+    if len(uncertainties) == 2:
+        uncertainties["sum"] = uncertainties["query"] + uncertainties["retrieved"]
+    uncertainties |= summary.gallery_aware(ranking)
+    figures = summary.of_ranking(ranking, limit) | {"levels_by": levels_by, "uncertainty": {}}
+    options = choices.levels, choices.drop_remainder, limit, truth, group
+    for name, uncertainty in uncertainties.items():
+        family = {"family": "query-only" if name == "query" else "gallery-aware"}
+        figures["uncertainty"][name] = family | summary.of_uncertainty(uncertainty, ranking, *options)
+    return figures, uncertainties[levels_by or "entropy"]
 
 
-class Said(NamedTuple):
-    """How the report names queries and answers, and how the rows of a query and an answer belong together."""
+def arrays_of(side, ranking, uncertainty):
+    """Per-query arrays of a direction for the .npz: ranking, hit of R@1 and uncertainty, {"<side>_<name>": (Q,)}."""
+    fields = {"own" if name == "tied_positives" else name: field for name, field in ranking._asdict().items()}
+    fields |= {"hit": recall_at(ranking, 1), "uncertainty": uncertainty}
+    return {f"{side}_{name}": field for name, field in fields.items()}
+
+
+class ExampleNames(NamedTuple):
+    """Names of queries and answers in the report's examples, and which answers are right."""
 
     queries: Sequence[str]  # (Q,)
     answers: Sequence[str]  # (G,)
-    own: Sequence[str]  # (Q,) an answer that each query belongs to
-    right: Callable[[int, int], bool]  # whether the answer is the query's own
-    true: Callable[[int, int], bool] | None = None  # whether it is true of it all the same, where that is known
+    targets: Sequence[str]  # (Q,) an answer that belongs to each query
+    is_right: Callable[[int, int], bool]  # whether the answer belongs to the query
+    is_true: Callable[[int, int], bool] | None = None  # whether the answer fits the query, if that is known
 
 
 @torch.inference_mode()
-def examples(doubt, score, said):
-    """The queries of least and of most uncertainty (Q,), no wording twice and none in both, with their best answers.
+def examples(uncertainty, score, names):
+    """Queries of lowest and of highest uncertainty (Q,) with their best answers: {"most_certain": [...], ...}.
 
-    score: function from rows of queries to their scores (q, G).
+    score: function from rows of queries to their scores (q, G). No wording occurs twice.
     """
     distinct = {}
-    for row in np.argsort(doubt, kind="stable").tolist():
-        distinct.setdefault(said.queries[row], row)
+    for row in np.argsort(uncertainty, kind="stable").tolist():
+        distinct.setdefault(names.queries[row], row)
     order = list(distinct.values())
     count = min(EXAMPLES, len(order) // 2)
 
-    def shown(rows):
-        for row, scores in zip(rows, score(np.array(rows)), strict=True):
-            value, item = scores.topk(min(SHOWN, len(scores)))
-            best = [
-                {"answer": said.answers[i], "score": v, "right": said.right(row, i)}
-                | ({"true": said.true(row, i)} if said.true else {})
-                for v, i in zip(value.tolist(), item.tolist(), strict=True)
-            ]
-            yield {"query": said.queries[row], "own": said.own[row], "uncertainty": float(doubt[row]), "best": best}
+    def describe(row, scores):
+        values, items = scores.topk(min(BEST_ANSWERS, len(scores)))
+        best = []
+        for value, item in zip(values.tolist(), items.tolist(), strict=True):
+            best.append({"answer": names.answers[item], "score": value, "right": names.is_right(row, item)})
+            if names.is_true:
+                best[-1]["true"] = names.is_true(row, item)
+        return {
+            "query": names.queries[row],
+            "own": names.targets[row],
+            "uncertainty": float(uncertainty[row]),
+            "best": best,
+        }
 
-    return {"most_certain": [*shown(order[:count])], "least_certain": [*shown(order[::-1][:count])]}
+    def describe_all(rows):
+        return [describe(row, scores) for row, scores in zip(rows, score(np.array(rows)), strict=True)]
+
+    return {"most_certain": describe_all(order[:count]), "least_certain": describe_all(order[::-1][:count])}

@@ -1,92 +1,109 @@
-"""Zero-shot classification: images answered by the averaged prompts of their classes."""
+"""Zero-shot classification: the answer to an image is the class whose averaged prompts score best."""
 
 import numpy as np
 import torch
 
-from metrics import calibration, retrieval, summary, uncertainty
+from metrics import calibration, retrieval, summary
+from metrics.uncertainty import label_entropy
+from models.backbones.last_map import cut
 from models.base import adapt_all, cosine
-from tasks import HELD, Said, counted, doubts_of, examples, follow, judge_side, posterior_scales, score_bar
+from tasks import (
+    STORED_SCORES,
+    ExampleNames,
+    arrays_of,
+    choose_levels_by,
+    evaluate_side,
+    examples,
+    posterior_scales,
+    progress_bar,
+    uncertainty_of,
+    with_progress,
+)
 
 
 def class_embeddings(pairs, pooled=False, block=8192):
-    """Average the prompts of every class, (C, D): unit vectors, as is usual (Radford et al., arXiv 2103.00020, 3.1.4).
+    """Average the normalized prompts of each class, (C, D), as is usual (Radford et al., arXiv 2103.00020, 3.1.4).
 
-    The average is as long as the prompts are on average, for methods that read something into the length. pooled: what
-    the last map was given is averaged with the same weights, (C, D + P), so that the map still takes it there.
+    The average gets the mean length of the prompts, for methods that read the length. pooled: the input of the text
+    tower's last map is averaged with the same weights, (C, D + P), so that the map of the average is the average.
     """
-    fed, owner = pairs.fed("text", pooled), torch.from_numpy(np.array(pairs.class_of_text))
-    total, length = torch.zeros(len(pairs.classes), fed.shape[1]), torch.zeros(len(pairs.classes), 1)
-    for start in range(0, len(fed), block):
-        text, own = torch.from_numpy(np.array(fed[start : start + block])).float(), owner[start : start + block]
-        of_text = text[:, : pairs.dim].norm(dim=-1, keepdim=True)
-        total.index_add_(0, own, text / of_text)
-        length.index_add_(0, own, of_text)
-    of_total = total[:, : pairs.dim].norm(dim=-1, keepdim=True).clamp_min(1e-12)  # opposite prompts
-    return (total / of_total * length / owner.bincount()[:, None]).numpy()
+    inputs, label = pairs.fed("text", pooled), torch.from_numpy(np.array(pairs.class_of_text))
+    total, length = torch.zeros(len(pairs.classes), inputs.shape[1]), torch.zeros(len(pairs.classes), 1)
+    for start in range(0, len(inputs), block):
+        text = torch.from_numpy(np.array(inputs[start : start + block])).float()
+        norm = cut(text, pairs.dim)[0].norm(dim=-1, keepdim=True)
+        total.index_add_(0, label[start : start + block], text / norm)
+        length.index_add_(0, label[start : start + block], norm)
+    norm = cut(total, pairs.dim)[0].norm(dim=-1, keepdim=True).clamp_min(1e-12)  # opposite prompts cancel out
+    return (total / norm * length / label.bincount()[:, None]).numpy()
 
 
 def evaluate(adaptor, pairs, choices, device):
-    """Classify images; returns the figures, and per-image arrays for the .npz."""
+    """Evaluate classification; returns the figures, and per-image arrays for the .npz."""
     image = adapt_all(adaptor.adapt_image, pairs.fed("image", adaptor.pooled), device)
     prompt = adapt_all(adaptor.adapt_text, class_embeddings(pairs, adaptor.pooled), device)
     scales, row, label = posterior_scales(adaptor, pairs), np.arange(len(pairs.label)), pairs.label
-    human = None if pairs.human is None else uncertainty.label_entropy(pairs.human)
-    doubts = doubts_of(image), doubts_of(prompt)
-    by = follow(choices.levels_by, *doubts)
-    result, arrays = {}, {} if human is None else {"human_entropy": human}
-    count = len(label) * len(pairs.classes)
-    bar = score_bar(count, 1 if count <= HELD else 3, choices)
+    uncertainties = uncertainty_of(image), uncertainty_of(prompt)
+    levels_by = choose_levels_by(choices.levels_by, *uncertainties)
+    classes, count = len(pairs.classes), len(label) * len(pairs.classes)
+    bar = progress_bar(count, 1 if count <= STORED_SCORES else 3, choices)
     computes = {"log_likelihood": adaptor.classify, "similarity": adaptor.similarity}
+    result, arrays, human_entropy = {}, {}, None
+    if pairs.human is not None:
+        arrays["human_entropy"] = human_entropy = label_entropy(pairs.human)
 
-    def scored(compute, image=image):
-        """A function of rows of images to their scores, which are held if they are few."""
+    def score_of(compute, image=image):
+        """Function from rows of images to their scores, which are computed once if they are few."""
 
         def score(rows):
             return compute(image.rows(rows), prompt)
 
-        if len(image.mean) * len(pairs.classes) > HELD:
+        if len(image.mean) * classes > STORED_SCORES:
             return score
-        return retrieval.whole(score, len(image.mean), len(pairs.classes)).__getitem__
+        scores = retrieval.all_scores(score, len(image.mean), classes)
+        return lambda rows: scores[rows]
 
-    def judged_by(score, scale):
-        return calibration.forecast(score, len(pairs.classes), row, label, scale), [scale]
+    def forecast_with(scale, score):
+        return calibration.forecast(score, classes, row, label, scale), [scale]
 
     val = choices.val
     if val is not None:
-        held_out = adapt_all(adaptor.adapt_image, val.fed("image", adaptor.pooled), device)
-        about_val = len(val.classes), np.arange(len(val.label)), val.label
+        val_image = adapt_all(adaptor.adapt_image, val.fed("image", adaptor.pooled), device)
+        val_targets = len(val.classes), np.arange(len(val.label)), val.label
 
     for name in choices.scores:
-        score = scored(counted(computes[name], bar))
-        ranking = retrieval.rank(score, len(pairs.classes), row, label, scales[name])
-        side, doubt = judge_side(ranking, *doubts, choices, by, truth=human)
-        found = summary.forecasts(score, len(pairs.classes), row, label, scales[name], row)
+        score = score_of(with_progress(computes[name], bar))
+        ranking = retrieval.rank(score, classes, row, label, scales[name])
+        side, uncertainty = evaluate_side(ranking, *uncertainties, choices, levels_by, truth=human_entropy)
+        forecasts = summary.forecasts(score, classes, row, label, scales[name], row)
         if val is not None:
-            fitted = calibration.fit_scale(scored(computes[name], held_out), *about_val)
-            found |= {} if fitted is None else {"validation": judged_by(score, fitted)}
-        with torch.inference_mode():
-            matched = adaptor.matched_scale(image, prompt) if name == "log_likelihood" else None
-        if matched is not None:
-            found["matched"] = judged_by(scored(cosine), matched)
+            fitted = calibration.fit_scale(score_of(computes[name], val_image), *val_targets)
+            if fitted is not None:
+                forecasts["validation"] = forecast_with(fitted, score)
+        if name == "log_likelihood":
+            with torch.inference_mode():
+                matched = adaptor.matched_scale(image, prompt)
+            if matched is not None:
+                forecasts["matched"] = forecast_with(matched, score_of(cosine))
         side["calibration"] = {
-            entry: summary.of_forecast(*pair) | summary.of_answers(pair[0]) for entry, pair in found.items()
+            entry: summary.of_forecast(forecast, scale) | summary.of_answers(forecast)
+            for entry, (forecast, scale) in forecasts.items()
         }
-        if "validation" in found:
+        if "validation" in forecasts:
             side["calibration"]["validation"]["split"] = val.folder.name
         figures = {"score": name, "posterior_scale": scales[name], "image_to_class": side}
         if result:
             result["other_score"] = figures
             continue
-        own = [pairs.classes[number] for number in label]
-        about = Said(pairs.items["image"], pairs.classes, own, lambda image, number: bool(label[image] == number))
-        side["examples"] = examples(doubt, score, about)
         result = figures
-        arrays |= {f"image_to_class_{field}": value for field, value in ranking._asdict().items()}
-        arrays |= {"image_to_class_hit": retrieval.recall_at(ranking, 1), "image_to_class_uncertainty": doubt}
-        arrays |= {
-            f"image_to_class_{entry}_{field}": getattr(of_entry, field)
-            for entry, (of_entry, _) in found.items()
-            for field in ("nll", "confidence", "hit")
-        }
+        targets = [pairs.classes[number] for number in label]
+        names = ExampleNames(
+            pairs.items["image"], pairs.classes, targets, lambda image, number: bool(label[image] == number)
+        )
+        side["examples"] = examples(uncertainty, score, names)
+        arrays |= arrays_of("image_to_class", ranking, uncertainty)
+        for entry, (forecast, _) in forecasts.items():
+            for field in ("nll", "confidence", "hit"):
+                arrays[f"image_to_class_{entry}_{field}"] = getattr(forecast, field)
     bar.close()
     return result, arrays

@@ -1,37 +1,42 @@
-"""Hierarchy: whether uncertainty falls along chains of prompts that go from general to specific."""
+"""Hierarchy: whether uncertainty falls along chains of prompts from general to specific."""
 
 import numpy as np
 
-from metrics import uncertainty
+from metrics.uncertainty import depth_correlation, falling_chains
 from models.base import adapt_all
-from tasks import doubts_of
+from tasks import uncertainty_of
 from utils.errors import UserError
 
 
 def evaluate(adaptor, pairs, choices, device):
-    """Judge the captions' uncertainty by chains of prompts; returns the figures, and per-prompt arrays for the .npz.
+    """Evaluate the uncertainty of chained prompts; returns the figures, and per-prompt arrays for the .npz.
 
-    Beside the adaptor's stand two that cost nothing: how long the frozen embedding is, and how few words there are.
-    Raises UserError where there are no chains.
+    Two baselines need no adaptor: the length of the frozen embedding and the number of words. Raises UserError if there
+    are no chains.
     """
     if pairs.chains is None:
-        raise UserError(f"{pairs.folder} has no chains of prompts, which --task hierarchy is about.")
-    embeddings, (chain, depth) = pairs.chains["text"], (pairs.chains[name] for name in ("chain", "depth"))
-    own = doubts_of(adapt_all(adaptor.adapt_text, pairs.fed("prompt", adaptor.pooled), device))
-    doubts = {"query": own} if own is not None else {}
-    doubts["long embedding"] = np.linalg.norm(np.asarray(embeddings, dtype=np.float64), axis=1)
-    doubts["few words"] = -np.array([len(prompt.split()) for prompt in pairs.items["prompt"]], dtype=np.float64)
+        raise UserError(f"{pairs.folder} has no chains of prompts, which --task hierarchy needs.")
+    embeddings, chain, depth = (pairs.chains[name] for name in ("text", "chain", "depth"))
+    arrays, uncertainties = {"chain": chain, "depth": depth}, {}
+    uncertainty = uncertainty_of(adapt_all(adaptor.adapt_text, pairs.fed("prompt", adaptor.pooled), device))
+    if uncertainty is not None:
+        arrays["chain_uncertainty"] = uncertainties["query"] = uncertainty
+    uncertainties["long embedding"] = np.linalg.norm(np.asarray(embeddings, dtype=np.float64), axis=1)
+    words = [len(prompt.split()) for prompt in pairs.items["prompt"]]
+    uncertainties["few words"] = -np.array(words, dtype=np.float64)
     figures = {"chains": len(np.unique(chain)), "prompts": len(chain)}
-    figures["uncertainty"] = {name: judge(doubt, chain, depth) for name, doubt in doubts.items()}
-    arrays = {"chain": chain, "depth": depth} | ({"chain_uncertainty": own} if own is not None else {})
+    figures["uncertainty"] = {name: summarize(values, chain, depth) for name, values in uncertainties.items()}
     return {"hierarchy": figures}, arrays
 
 
-def judge(doubt, chain, depth):
-    """Figures of an uncertainty (K,) of prompts."""
-    chains, steps = uncertainty.falling_chains(doubt, chain, depth)
-    spearman = uncertainty.depth_correlation(doubt, chain, depth)
-    figures = {"falling_chains": chains, "falling_steps": steps}
-    figures |= {"spearman_depth": spearman.pooled, "spearman_depth_within_chains": spearman.within}
-    means = {str(d): float(doubt[depth == d].mean()) for d in np.unique(depth)}
-    return figures | {"mean_by_depth": means}
+def summarize(uncertainty, chain, depth):
+    """Figures of the uncertainty of K prompts; uncertainty, chain, depth: (K,)."""
+    chains, steps = falling_chains(uncertainty, chain, depth)
+    spearman = depth_correlation(uncertainty, chain, depth)
+    return {
+        "falling_chains": chains,
+        "falling_steps": steps,
+        "spearman_depth": spearman.pooled,
+        "spearman_depth_within_chains": spearman.within,
+        "mean_by_depth": {str(d): float(uncertainty[depth == d].mean()) for d in np.unique(depth)},
+    }

@@ -1,4 +1,4 @@
-"""Result files as active_learning.py and benchmarks/factor_trace.py write them, of drawn numbers."""
+"""Result files in the format of active_learning.py and benchmarks/factor_trace.py, with random numbers."""
 
 import copy
 import json
@@ -14,13 +14,13 @@ SETTINGS = {
 
 
 def judged(rng, auroc=0.75):
-    """What is said of one model on the target."""
+    """Random figures of one model on the target."""
     levels = {"count": [100] * 10, "entropy": sorted(rng.random(10)), "error": sorted(rng.random(10))}
     return dict(zip(FIGURES, rng.random(3), strict=True)) | {"by_entropy": levels, "entropy_auroc": auroc}
 
 
 def make_result(strategy, seed, dataset="shapes", backbone="tiny", settings=SETTINGS, **changes):
-    """What a file of active_learning.py holds: before any label the same everywhere, then drawn by name and seed."""
+    """The values of one result: the same before any label, then random by strategy and seed."""
     rng = np.random.default_rng([*strategy.encode(), seed])
     curve = [
         {"budget": budget, "labels": budget, "val_labels": 500, "epoch": 3} | judged(rng)
@@ -36,7 +36,7 @@ def make_result(strategy, seed, dataset="shapes", backbone="tiny", settings=SETT
 
 
 def write_result(folder, strategy, seed, name="shifted-test", **options):
-    """Write such a file where active_learning.py does, under a folder of all results; returns its path."""
+    """Write one result where active_learning.py does, under a folder of all results; returns its path."""
     result = make_result(strategy, seed, **options)
     path = folder / result["dataset"] / result["backbone"] / "active" / name / f"{strategy}-seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_study(folder, strategies=("random", "entropy", "bald"), seeds=(0, 1, 2
 
 
 def write_trace(folder, dataset="shapes", backbone="tiny", **changes):
-    """Write what benchmarks/factor_trace.py does; returns its path."""
+    """Write a trace where benchmarks/factor_trace.py does; returns its path."""
     rng = np.random.default_rng(0)
     sides = {
         side: [
@@ -61,8 +61,8 @@ def write_trace(folder, dataset="shapes", backbone="tiny", **changes):
         ]
         for side in ("image", "text")
     }
-    about = {"dataset": dataset, "backbone": backbone, "fingerprint": "f", "trials": 5, "items": 8000}
+    metadata = {"dataset": dataset, "backbone": backbone, "fingerprint": "f", "trials": 5, "items": 8000}
     path = folder / dataset / backbone / "factor-trace.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about | {"sides": sides} | changes))
+    path.write_text(json.dumps(metadata | {"sides": sides} | changes))
     return path

@@ -1,4 +1,4 @@
-"""Acquisition: each function against slow loops, EPIG on a posterior whose right answer is known, bounded memory."""
+"""Acquisition: each function against slow loops, EPIG on a posterior with a known answer, bounded memory."""
 
 import math
 from collections import Counter
@@ -29,27 +29,27 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def gaussians(count, dim=6, seed=0, dtype=torch.float64):
-    """Means far from 0, as embeddings have them, and variances of which some are 0."""
+    """Means far from 0, like those of embeddings, and variances, some of which are 0."""
     mean, variance = 3 + normal(count, dim, seed=seed), normal(count, dim, seed=seed + 1000).clamp_min(0)
     return mean.to(dtype), variance.to(dtype)
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of entries of the largest tensor that an operation makes."""
+    """Records the number of entries of the largest tensor that an operation returns."""
 
     entries = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        made = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
-        self.entries = max([self.entries, *(x.numel() for x in made)])
+        tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
+        self.entries = max([self.entries, *(x.numel() for x in tensors)])
         return result
 
 
 # Entropy and BALD
 
 
-def test_entropy_is_scipys_and_knows_zeros():
+def test_entropy_equals_scipys_and_accepts_zeros():
     probability = normal(7, 5).mul(3).softmax(-1)
     probability[0] = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
     np.testing.assert_allclose(entropy(probability), stats.entropy(probability.numpy(), axis=1), rtol=1e-12)
@@ -59,7 +59,7 @@ def test_entropy_is_scipys_and_knows_zeros():
     assert entropy(underflowing.half()).dtype == torch.float32
 
 
-def test_bald_is_the_loop():
+def test_bald_equals_the_loop():
     samples = normal(9, 4, 5).mul(3).softmax(-1)
     samples[:, 3] = samples[0, 3]  # nothing to learn
     for i, value in enumerate(bald(samples).tolist()):
@@ -81,7 +81,7 @@ def information(first, second):
             for b in range(len(q)):
                 joint[a, b] += p[a] * q[b] / len(first)
     independent = np.outer(joint.sum(1), joint.sum(0))
-    return stats.entropy(joint.ravel(), independent.ravel())  # the relative entropy
+    return stats.entropy(joint.ravel(), independent.ravel())  # with two arguments, the relative entropy
 
 
 def drawn(dtype=torch.float64):
@@ -95,25 +95,25 @@ def drawn(dtype=torch.float64):
 
 @pytest.mark.parametrize("block", [1, 12, 60, 150, 2**22])
 @pytest.mark.parametrize("corrected", [False, True])
-def test_epig_is_the_loop_over_joint_tables(corrected, block):
+def test_epig_equals_the_loop_over_joint_tables(corrected, block):
     pool, target = drawn()
-    found = epig(pool, target, corrected, block)
-    for i, value in enumerate(found.tolist()):
-        right = np.mean([information(pool[:, i], target[:, t]) for t in range(5)])
+    values = epig(pool, target, corrected, block)
+    for i, value in enumerate(values.tolist()):
+        expected = np.mean([information(pool[:, i], target[:, t]) for t in range(5)])
         if corrected:
-            right -= np.mean([information(pool[:, i], target[[4, 5, 6, 7, 0, 1, 2, 3], t]) for t in range(5)])
-        assert value == pytest.approx(right, abs=1e-12)
-    assert found[0].item() == pytest.approx(0, abs=1e-12)
+            expected -= np.mean([information(pool[:, i], target[[4, 5, 6, 7, 0, 1, 2, 3], t]) for t in range(5)])
+        assert value == pytest.approx(expected, abs=1e-12)
+    assert values[0].item() == pytest.approx(0, abs=1e-12)
 
 
-def test_epig_of_a_posterior_that_the_draws_exhaust_is_exact():
-    """Two models, equally likely and each certain: one label tells all of the other (log 2), or nothing."""
+def test_epig_is_exact_if_the_draws_are_the_whole_posterior():
+    """Two models, equally likely: a label on which they disagree identifies the model (log 2 nats), others nothing."""
     pool = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]])
-    found = epig(pool, pool[:, :1], corrected=False)
-    torch.testing.assert_close(found, torch.tensor([math.log(2), 0.0, 0.0]))
+    information = epig(pool, pool[:, :1], corrected=False)
+    torch.testing.assert_close(information, torch.tensor([math.log(2), 0.0, 0.0]))
 
 
-def test_epig_refuses_draws_that_do_not_fit():
+def test_epig_refuses_mismatched_draws():
     pool, target = drawn()
     for wrong in (target[1:], target[:, :0]):
         with pytest.raises(ValueError, match="the same draws"):
@@ -132,9 +132,9 @@ def test_epig_needs_the_memory_of_a_block():
 
 
 def test_joint_draws_find_the_target_region_and_published_ones_do_not():
-    """Share of the first 20 that lies in the region, in five posteriors; chance is 0.33.
+    """Share of the first 20 picks that lies in the region, in five posteriors; chance is 0.33.
 
-    Seen: 1.00 in all; 0.68 on average without the correction; 0.31 as published, where it is as good as chance.
+    Measured: 1.00 in all; 0.68 on average without the correction; 0.31, no better than chance, with published draws.
     """
     shares = {"corrected": [], "uncorrected": [], "published": []}
     for seed in range(5):
@@ -149,18 +149,18 @@ def test_joint_draws_find_the_target_region_and_published_ones_do_not():
     assert np.mean(shares["uncorrected"]) < 0.9
 
 
-def test_only_what_is_bias_shrinks_with_more_draws():
+def test_only_bias_shrinks_with_more_draws():
     """With 16 times the draws, independent ones go from 0.0232 to 0.0015, joint ones from 0.0019 to 0.0020."""
     regions = TwoRegions()
     published = [epig(*regions.independent(count), corrected=False).mean().item() for count in (250, 4000)]
     joint = [epig(*regions.joint(count)).mean().item() for count in (250, 4000)]
     assert published[0] > 5 * published[1] > 0
     assert joint[1] == pytest.approx(joint[0], rel=0.3)
-    # What is left of independent draws after the correction is around 0.
+    # After the correction, independent draws leave about 0.
     assert abs(epig(*regions.independent(250)).mean().item()) < 0.02 * published[0]
 
 
-def test_float32_ranks_as_float64():
+def test_float32_ranks_like_float64():
     pool, target = TwoRegions().joint(100)
     exact = epig(pool.double(), target.double())
     error = (epig(pool, target) - exact).abs().max().item()
@@ -180,26 +180,26 @@ def test_select_ranks_and_refuses():
         select(torch.tensor([1.0, math.nan, 2.0, 3.0, 0.0]), 1)
 
 
-def test_k_center_is_the_loop():
-    features, taken = normal(40, 5), []
+def test_k_center_equals_the_loop():
+    features, chosen = normal(40, 5), []
     for _ in range(12):
         distances = [
             min(
-                (math.dist(x, features[j].tolist()) for j in taken),
+                (math.dist(x, features[j].tolist()) for j in chosen),
                 default=-math.dist(x, features.mean(dim=0).tolist()),
             )
             for x in features.tolist()
         ]
-        taken.append(int(np.argmax(distances)))
-    assert k_center(features, 12).tolist() == taken
-    covering = (torch.cdist(features, features[taken]).min(dim=1).values.max()).item()
-    thrown = min(
-        torch.cdist(features, features[torch.randperm(40)[: len(taken)]]).amin(1).max().item() for _ in range(9)
+        chosen.append(int(np.argmax(distances)))
+    assert k_center(features, 12).tolist() == chosen
+    covering = (torch.cdist(features, features[chosen]).min(dim=1).values.max()).item()
+    random = min(
+        torch.cdist(features, features[torch.randperm(40)[: len(chosen)]]).amin(1).max().item() for _ in range(9)
     )
-    assert covering < thrown
+    assert covering < random
 
 
-def test_k_center_takes_nothing_twice():
+def test_k_center_picks_nothing_twice():
     features = torch.tensor([[0.0], [0.0], [0.0], [1.0], [1.0]])
     assert k_center(features, 9).tolist() == [0, 3, 1, 2, 4]
     assert k_center(features, 0).tolist() == k_center(features[:0], 3).tolist() == []
@@ -229,7 +229,7 @@ def slow_cosine(first, second):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_wasserstein_is_the_loop():
+def test_wasserstein_equals_the_loop():
     first, second = gaussians(9), gaussians(11, seed=1)
     expected = slow_wasserstein(first, second)
     torch.testing.assert_close(wasserstein(first, second), expected, rtol=1e-10, atol=1e-10)
@@ -240,10 +240,10 @@ def test_wasserstein_is_the_loop():
     assert wasserstein(tuple(x.half() for x in single), single).dtype == torch.float32
 
 
-def test_wasserstein_of_a_shared_eigenbasis_is_that_of_the_full_covariances():
+def test_wasserstein_in_a_shared_eigenbasis_equals_that_of_the_full_covariances():
     (mean, variance), (other_mean, other_variance) = gaussians(3), gaussians(4, seed=1)
     basis = torch.linalg.qr(normal(6, 6, seed=2)).Q
-    found = wasserstein((mean, variance), (other_mean, other_variance))
+    distances = wasserstein((mean, variance), (other_mean, other_variance))
     for i in range(3):
         for j in range(4):
             # Dowson & Landau (1982): |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)
@@ -252,10 +252,10 @@ def test_wasserstein_of_a_shared_eigenbasis_is_that_of_the_full_covariances():
             cross = torch.linalg.eigvalsh(inner).clamp_min(0).sqrt().sum()
             gap = (mean[i] - other_mean[j]).square().sum()
             expected = gap + variance[i].sum() + other_variance[j].sum() - 2 * cross
-            assert found[i, j].item() == pytest.approx(expected.item(), abs=1e-6)
+            assert distances[i, j].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_cosine_is_the_loop():
+def test_cosine_equals_the_loop():
     first, second = gaussians(9), gaussians(11, seed=1)
     torch.testing.assert_close(cosine(first, second), slow_cosine(first, second), rtol=1e-12, atol=1e-12)
     certain = torch.zeros(9, 6, dtype=torch.float64)
@@ -305,7 +305,7 @@ def test_unique_neighbors_are_the_first_by_rank(similarity):
 
 
 def test_unique_neighbors_always_end():
-    """Also where all targets are the same, and so are their neighbors, or the pool is of copies."""
+    """The search ends also if all targets, and so their neighbors, are the same, or the pool holds copies."""
     one, pool = gaussians(1), gaussians(300, seed=1)
     same = tuple(x.expand(200, -1) for x in one)
     assert unique_neighbors(same, pool, 250).equal(neighbors(one, pool, 250)[0])
@@ -332,8 +332,8 @@ def ggn(embedding, classes, scale):
 
 
 @pytest.mark.parametrize("weight", [1, 3])
-def test_online_update_is_the_batch_recomputed(weight):
-    """Both factors, with a bias in the activations; a weight is a number of copies."""
+def test_online_update_equals_the_recomputed_batch(weight):
+    """Both factors, with a bias in the activations; a weight counts copies."""
     phi = torch.cat([normal(30, 8), torch.ones(30, 1, dtype=torch.float64)], 1)
     classes = torch.nn.functional.normalize(normal(5, 6, seed=2), dim=1)
     curvature = torch.stack([ggn(g, classes, 4.0) for g in normal(30, 6, seed=1)])
@@ -347,14 +347,14 @@ def test_online_update_is_the_batch_recomputed(weight):
     for new in range(20, 30):
         factors = online_update(*factors, phi[new], curvature[new], weight=weight)
         rows += weight * [new]
-    for found, expected in zip(factors, batch(rows)):
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    for factor, expected in zip(factors, batch(rows)):
+        np.testing.assert_allclose(factor, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_published_update_hardly_shrinks_the_variance_where_labels_were_given(shared):
-    """Published factors, n = 10, an image's activation labeled 50 times: its variance falls to 0.44 of what it was.
+def test_reference_update_hardly_shrinks_the_variance_of_a_labeled_image(shared):
+    """With published factors and n = 10, labeling an image 50 times lowers its variance to 0.44 of the initial value.
 
-    By the published update it is 0.996 of it, 0.992 and 0.984 for the three images.
+    The reference update lowers it to 0.996, 0.992 and 0.984 for the three images.
     """
     with np.load(shared / "data" / "bayesvlm_vitb32laion.npz") as file:
         a, phi = (torch.from_numpy(file[name]).double() for name in ("A_img", "food101_img_activation"))
@@ -364,19 +364,19 @@ def test_published_update_hardly_shrinks_the_variance_where_labels_were_given(sh
         return x @ torch.linalg.solve(math.sqrt(10) * a + math.sqrt(2997.88) * torch.eye(768), x)
 
     for x, expected in zip(phi, (0.996, 0.992, 0.984)):
-        for published in (True, False):
+        for reference in (True, False):
             factors = a, b, 327680
             for _ in range(50):
-                factors = online_update(*factors, x, b, weight=10, reference=published)
+                factors = online_update(*factors, x, b, weight=10, reference=reference)
             left = (variance(factors[0], x) / variance(a, x)).item()
-            assert left == pytest.approx(expected, abs=5e-4) if published else left < 0.5
+            assert left == pytest.approx(expected, abs=5e-4) if reference else left < 0.5
 
 
-def test_published_update_is_a_scalar_on_every_entry():
+def test_reference_update_adds_one_number_to_every_entry():
     a, b, phi, h = normal(3, 3), normal(2, 2, seed=1), normal(3, seed=2), normal(2, 2, seed=3)
-    found = online_update(a, b, 99, phi, h, weight=10, reference=True)
-    np.testing.assert_allclose(found[0], (math.sqrt(99) * a + 10 * (phi @ phi)) / 10)
-    np.testing.assert_allclose(found[1], (math.sqrt(99) * b + 10 * h) / 10)
-    assert found[2] == 100
+    factors = online_update(a, b, 99, phi, h, weight=10, reference=True)
+    np.testing.assert_allclose(factors[0], (math.sqrt(99) * a + 10 * (phi @ phi)) / 10)
+    np.testing.assert_allclose(factors[1], (math.sqrt(99) * b + 10 * h) / 10)
+    assert factors[2] == 100
     with pytest.raises(ValueError, match=r"must be \(3,\), as the factor, not \(2,\)"):
         online_update(a, b, 99, phi[:2], h)

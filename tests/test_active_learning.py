@@ -1,4 +1,4 @@
-"""active_learning.py at tiny sizes: every number of a result against a slow script of its own, and what it refuses."""
+"""active_learning.py at tiny sizes: every number of a result against a slow reimplementation, and its errors."""
 
 import json
 import os
@@ -35,7 +35,7 @@ FOLDER = Path("results/shapes-colors/shapes-tiny/active/shifted-test")
 
 
 def write_cache(split, seed, features="pooled", labels=True, classes=("red", "green", "blue"), base=0, logit_bias=None):
-    """A cache of random features as cache_embeddings.py lays it out, two prompts per class."""
+    """Write a cache of random features in the layout of cache_embeddings.py, with two prompts per class."""
     rng, world = np.random.default_rng(seed), np.random.default_rng(0)
     weight, bias, centers = world.normal(size=(D, P)), world.normal(size=D), world.normal(size=(C, P))
     label = rng.integers(0, C, SIZES[split])
@@ -86,7 +86,7 @@ def result(strategy, seed=0, folder=FOLDER):
         return json.loads(path.read_text()), dict(arrays)
 
 
-# A slow script of its own, in float64.
+# A slow reimplementation in float64.
 
 
 def read(split):
@@ -136,7 +136,7 @@ def slow_entropy(weight, part):
 
 
 def slow_fine_tune(part, val, seed, lr=0.1, decay=0.05, epochs=12, batch=5, patience=4):
-    """AdamW by hand, on the gradient by hand."""
+    """Fine-tune by AdamW, with optimizer and gradient written out."""
     start, h, generator = weights(), class_means(), torch.Generator().manual_seed(seed)
     weight, m, v, step = start.copy(), 0.0, 0.0, 0
     best = (np.inf, 0, start)
@@ -145,9 +145,9 @@ def slow_fine_tune(part, val, seed, lr=0.1, decay=0.05, epochs=12, batch=5, pati
             for rows in torch.randperm(len(part[2]), generator=generator).split(batch):
                 z, phi, label = (x[rows.numpy()] for x in part)
                 gradient = np.zeros_like(weight)
-                for row, f, own in zip(z + phi @ (weight - start).T, phi, label, strict=True):
+                for row, f, target in zip(z + phi @ (weight - start).T, phi, label, strict=True):
                     x, length = row / np.linalg.norm(row), np.linalg.norm(row)
-                    error = softmax(SCALE * (h @ x)[None])[0] - np.eye(C)[own]
+                    error = softmax(SCALE * (h @ x)[None])[0] - np.eye(C)[target]
                     along = SCALE * error @ h
                     gradient += np.outer((along - x * (x @ along)) / length, f) / len(label)
                 step += 1
@@ -174,32 +174,32 @@ def slow_ece(confidence, hit, bins=15):
     return total
 
 
-def slow_auroc(doubt, hit):
-    pairs = [(a > b) + (a == b) / 2 for a in doubt[hit == 0] for b in doubt[hit == 1]]
+def slow_auroc(uncertainty, hit):
+    pairs = [(a > b) + (a == b) / 2 for a in uncertainty[hit == 0] for b in uncertainty[hit == 1]]
     return np.mean(pairs)
 
 
-def assert_figures(found, probability, label):
+def assert_figures(figures, probability, label):
     hit, entropy = (probability.argmax(axis=1) == label).astype(float), -(probability * np.log(probability)).sum(axis=1)
-    assert found["accuracy"] == pytest.approx(hit.mean(), abs=1e-9)
-    assert found["nll"] == pytest.approx(-np.log(probability[np.arange(len(label)), label]).mean(), rel=1e-3)
-    assert found["ece"] == pytest.approx(slow_ece(probability.max(axis=1), hit), abs=1e-3)
-    assert found["entropy_auroc"] == pytest.approx(slow_auroc(entropy, hit), abs=1e-9)
-    by, order = found["by_entropy"], np.argsort(entropy)
-    assert by["count"] == [4] * 10
-    assert by["entropy"] == pytest.approx([entropy[order[4 * i : 4 * i + 4]].mean() for i in range(10)], abs=1e-3)
-    assert by["error"] == pytest.approx([1 - hit[order[4 * i : 4 * i + 4]].mean() for i in range(10)], abs=1e-9)
+    assert figures["accuracy"] == pytest.approx(hit.mean(), abs=1e-9)
+    assert figures["nll"] == pytest.approx(-np.log(probability[np.arange(len(label)), label]).mean(), rel=1e-3)
+    assert figures["ece"] == pytest.approx(slow_ece(probability.max(axis=1), hit), abs=1e-3)
+    assert figures["entropy_auroc"] == pytest.approx(slow_auroc(entropy, hit), abs=1e-9)
+    levels, order = figures["by_entropy"], np.argsort(entropy)
+    assert levels["count"] == [4] * 10
+    assert levels["entropy"] == pytest.approx([entropy[order[4 * i : 4 * i + 4]].mean() for i in range(10)], abs=1e-3)
+    assert levels["error"] == pytest.approx([1 - hit[order[4 * i : 4 * i + 4]].mean() for i in range(10)], abs=1e-9)
 
 
 def pool_of(seed):
-    """What is on offer, as rows of the whole pool, and the generator after it and the order of val were drawn."""
+    """Rows of the pool that a seed offers, and the generator after that draw."""
     generator = torch.Generator().manual_seed(seed)
     offer = torch.randperm(50, generator=generator)[:25].sort().values.numpy()
     return offer, generator
 
 
 def slow_order(strategy, offer, generator):
-    """Rows of what is on offer, by loops."""
+    """The rows of the offer that a strategy chooses, by loops."""
     pool = tuple(np.concatenate(pair)[offer] for pair in zip(data("train"), data("shifted-train"), strict=True))
     target, weight = data("shifted-test"), weights()
     shuffled = torch.randperm(25 if strategy == "random" else 40, generator=generator).tolist()
@@ -226,7 +226,7 @@ def slow_curvature(row, h):
 
 
 def spreads(part):
-    """Variances of all coordinates of an embedding, summed, under the pool's damped posterior: dense linear algebra."""
+    """Total variance of each embedding under the pool's damped posterior, by dense linear algebra."""
     z, phi, _ = (np.concatenate(pair) for pair in zip(data("train"), data("shifted-train"), strict=True))
     h = class_means()
     a, b, n = phi.T @ phi / np.sqrt(50), sum(slow_curvature(row, h) for row in z) / np.sqrt(50), 10.0
@@ -234,7 +234,7 @@ def spreads(part):
     left = np.linalg.inv(np.sqrt(n) * b + np.sqrt(precision) * np.eye(D))
     right = np.linalg.inv(np.sqrt(n) * a + np.sqrt(precision) * np.eye(P + 1))
     slope = []
-    for value in (precision * 0.99, precision * 1.01):  # of the evidence: it is at its top
+    for value in (precision * 0.99, precision * 1.01):  # around the maximum of the evidence
         evidence = 0.5 * D * (P + 1) * np.log(value) - 0.5 * value * np.square(weights()).sum()
         evidence -= 0.5 * D * np.linalg.slogdet(np.sqrt(n) * a + np.sqrt(value) * np.eye(P + 1))[1]
         slope.append(evidence - 0.5 * (P + 1) * np.linalg.slogdet(np.sqrt(n) * b + np.sqrt(value) * np.eye(D))[1])
@@ -244,18 +244,18 @@ def spreads(part):
 
 def nearest_first(pool, target, order):
     expected = [np.sqrt((part[0] ** 2).sum(axis=1) + spreads(part)) for part in (pool, target)]
-    found = []
+    rows = []
     near = (target[0] @ pool[0].T) / np.outer(expected[1], expected[0])
     for rank in range(25):
         for row in order:
             best = int(np.argsort(-near[row])[rank])
-            if best not in found:
-                found.append(best)
-    return found[:8]
+            if best not in rows:
+                rows.append(best)
+    return rows[:8]
 
 
 @pytest.mark.parametrize("counted", [False, True])
-def test_a_slow_script_finds_every_number(caches, counted):
+def test_every_number_matches_the_slow_reimplementation(caches, counted):
     checked = ["random", "random-targeted", "entropy", "entropy-targeted", "k-center"]
     run(*VAL, *["--val-counts"] * counted, "--seeds", "0", "3", "--strategies", *checked)
     test, val = data("shifted-test"), data("shifted-val")
@@ -272,20 +272,21 @@ def test_a_slow_script_finds_every_number(caches, counted):
             splits = np.repeat(["train", "shifted-train"], [30, 20])[order]
             assert values["chosen_split"] == splits.tolist()
             assert values["chosen_id"] == [row if row < 30 else row - 30 for row in order]
-            for at, (point, budget) in enumerate(zip(values["curve"], (3, 8), strict=True)):
+            for i, (point, budget) in enumerate(zip(values["curve"], (3, 8), strict=True)):
                 spent = {3: 1, 8: 2}[budget] if counted else 0
                 assert (point["budget"], point["labels"]) == (budget, budget - spent)
                 assert point["val_labels"] == (spent or 12)
-                mine = tuple(part[held_out[:spent]] for part in val) if counted else val
-                weight, epoch = slow_fine_tune(tuple(part[order[: budget - spent]] for part in whole), mine, seed)
+                validation = tuple(part[held_out[:spent]] for part in val) if counted else val
+                labeled = tuple(part[order[: budget - spent]] for part in whole)
+                weight, epoch = slow_fine_tune(labeled, validation, seed)
                 assert point["epoch"] == epoch
                 epochs.append(epoch)
                 probability = softmax(slow_logits(weight, *test[:2]))
                 assert_figures(point, probability, test[2])
-                assert np.allclose(arrays["nll"][at], slow_nll(weight, test), rtol=1e-3, atol=1e-3)
-                assert np.allclose(arrays["confidence"][at], probability.max(axis=1), atol=1e-3)
-                assert (arrays["hit"][at] == (probability.argmax(axis=1) == test[2])).all()
-                assert np.allclose(arrays["entropy"][at], slow_entropy(weight, test), atol=1e-3)
+                assert np.allclose(arrays["nll"][i], slow_nll(weight, test), rtol=1e-3, atol=1e-3)
+                assert np.allclose(arrays["confidence"][i], probability.max(axis=1), atol=1e-3)
+                assert (arrays["hit"][i] == (probability.argmax(axis=1) == test[2])).all()
+                assert np.allclose(arrays["entropy"][i], slow_entropy(weight, test), atol=1e-3)
             assert np.allclose(arrays["before_entropy"], slow_entropy(weights(), test), atol=1e-3)
     assert len(set(epochs)) > 3 and max(epochs) > 0
 
@@ -303,68 +304,78 @@ def test_without_val_the_last_epoch_is_kept(caches):
 
 
 def slow_information(pool, target):
-    """Mutual information of each item's and a random target's label, from the joint table of every pair."""
-    found = np.zeros(pool.shape[1])
+    """Mutual information of each item's label and a random target's, from the joint table of every pair."""
+    information = np.zeros(pool.shape[1])
     for i in range(pool.shape[1]):
         for t in range(target.shape[1]):
             joint = np.mean([np.outer(pool[k, i], target[k, t]) for k in range(len(pool))], axis=0)
             outer = np.outer(joint.sum(axis=1), joint.sum(axis=0))
-            found[i] += (joint * np.log(joint / outer)).sum() / target.shape[1]
-    return found
+            information[i] += (joint * np.log(joint / outer)).sum() / target.shape[1]
+    return information
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_epig_takes_the_best_of_what_is_left_and_learns_of_it(caches, monkeypatch, published):
-    told, asked, taken, told_best = [], [], [], []
-    kept = strategies.epig, strategies.probabilities, strategies.select
+@pytest.mark.parametrize("reference", [False, True])
+def test_epig_picks_the_best_score_and_updates_the_posterior(caches, monkeypatch, reference):
+    scored, posteriors, candidates = [], [], []
+    epig, probabilities, select = strategies.epig, strategies.probabilities, strategies.select
 
     def spied_epig(pool, target, corrected=True):
-        score = kept[0](pool, target, corrected)
-        told.append((pool.double().numpy(), target.double().numpy(), corrected, score))
+        score = epig(pool, target, corrected)
+        scored.append((pool.double().numpy(), target.double().numpy(), corrected, score))
         return score
 
     def spied_probabilities(choice, posterior, *parts):
-        asked.append(posterior)
-        return kept[1](choice, posterior, *parts)
+        posteriors.append(posterior)
+        return probabilities(choice, posterior, *parts)
 
     def spied_select(score, budget):
-        taken.append(len(score))
-        told_best.append(int(score.argmax()))
-        return kept[2](score, budget)
+        candidates.append(len(score))
+        return select(score, budget)
 
     monkeypatch.setattr(strategies, "epig", spied_epig)
     monkeypatch.setattr(strategies, "probabilities", spied_probabilities)
     monkeypatch.setattr(strategies, "select", spied_select)
-    preset = ["--preset", "published"] if published else []
+    preset = ["--preset", "reference"] if reference else []
     run(*VAL, "--strategies", "epig", "--seeds", "0", *preset)
-    folder = FOLDER.with_name("shifted-test+published") if published else FOLDER
+    folder = FOLDER.with_name("shifted-test+reference") if reference else FOLDER
     values, _ = result("epig", folder=folder)
-    assert taken == list(range(9, 1, -1)) and len(set(zip(values["chosen_split"], values["chosen_id"]))) == 8
-    for pool, target, corrected, score in told:
-        assert pool.shape[0] == 12 and target.shape == (12, 4, C) and corrected is not published
-        bias = 0 if published else slow_information(pool, np.roll(target, 6, axis=0))
+    assert candidates == list(range(9, 1, -1)) and len(set(zip(values["chosen_split"], values["chosen_id"]))) == 8
+    for pool, target, corrected, score in scored:
+        assert pool.shape[0] == 12 and target.shape == (12, 4, C) and corrected is not reference
+        bias = 0 if reference else slow_information(pool, np.roll(target, 6, axis=0))
         assert np.allclose(score, slow_information(pool, target) - bias, atol=2e-5)
-    # What each score is by, from the start: the factors of all of the pool, and ten times each pick before.
+    # The posterior of each score: the factors of the whole pool, and each earlier pick counted ten times.
     pool, h = {split: data(split)[:2] for split in ("train", "shifted-train")}, class_means()
     z, phi = (np.concatenate(pair) for pair in zip(*pool.values(), strict=True))
     a, b = phi.T @ phi, sum(slow_curvature(row, h) for row in z)
     start, count, precisions = b, 50, set()
-    for posterior, split, row in zip(asked, values["chosen_split"], values["chosen_id"], strict=True):
+    for posterior, split, row in zip(posteriors, values["chosen_split"], values["chosen_id"], strict=True):
         factors = posterior.spectrum.factors
         assert factors.count == count
-        for found, expected in ((factors.a, a), (factors.b, b)):
-            assert np.linalg.norm(found.numpy() * np.sqrt(count) - expected) < 1e-4 * np.linalg.norm(expected)
+        for factor, expected in ((factors.a, a), (factors.b, b)):
+            assert np.linalg.norm(factor.numpy() * np.sqrt(count) - expected) < 1e-4 * np.linalg.norm(expected)
         again = Posterior(factors, np.square(weights()).sum(), 10.0)
         assert posterior.precision == pytest.approx(again.precision, rel=1e-4) and posterior.n == 10
         precisions.add(posterior.precision)
         picked, one = (part[row] for part in pool[split])
-        a = a + 10 * ((one @ one) * np.ones_like(a) if published else np.outer(one, one))
-        b, count = b + 10 * slow_curvature(picked, h), count + (1 if published else 10)
+        a = a + 10 * ((one @ one) * np.ones_like(a) if reference else np.outer(one, one))
+        b, count = b + 10 * slow_curvature(picked, h), count + (1 if reference else 10)
     assert np.linalg.norm(b) > 1.5 * np.linalg.norm(start) and len(precisions) == 8
 
 
-def regions(published, seed=0):
-    """A posterior of 20 inputs; the pool is of two halves of them, which have nothing in common, the target of one."""
+def test_preset_published_is_another_name_of_reference(caches, capsys):
+    run("--strategies", "random", "--seeds", "0", "--preset", "published")
+    assert capsys.readouterr().err == "--preset published is called reference now, as in train.py.\n"
+    values, _ = result("random", folder=FOLDER.with_name("shifted-test+reference"))
+    assert values["settings"]["preset"] == "reference" and not FOLDER.with_name("shifted-test+published").exists()
+    made = {path: Path(path).stat().st_mtime_ns for path in contents()}
+    run("--strategies", "random", "--seeds", "0", "--preset", "reference")
+    assert {path: Path(path).stat().st_mtime_ns for path in contents()} == made
+    assert capsys.readouterr().err == ""
+
+
+def share_near_target(reference, seed=0):
+    """Share of EPIG's picks in the target's region: half of the pool shares the target's 10 inputs of 20, half none."""
     generator = torch.Generator().manual_seed(seed)
     phi = torch.zeros(80, 20)
     phi[:40, :10], phi[40:, 10:] = torch.randn(2, 40, 10, generator=generator)
@@ -375,51 +386,55 @@ def regions(published, seed=0):
     posterior = Posterior(Factors(torch.eye(20), torch.eye(8), 1000), 1.0, 1.0, precision=0.2)
     loss = {"loss": "infonce", "bias": 0.0}
     choice = Choice(pool, target, Classifier(weight, classes, 5.0), posterior, loss, 20, generator, draws=400,
-                    reference=published, candidates=80, targets=60, weight=1)  # fmt: skip
+                    reference=reference, candidates=80, targets=60, weight=1)  # fmt: skip
     return (STRATEGIES["epig"](choice) < 40).float().mean().item()
 
 
-def test_epig_stays_with_the_target_and_the_published_one_does_not():
-    assert regions(False) >= 0.9
-    assert 0.25 <= np.mean([regions(True, seed) for seed in range(2)]) <= 0.75
+def test_epig_finds_the_target_region_and_the_reference_preset_does_not():
+    assert share_near_target(reference=False) >= 0.9
+    assert 0.25 <= np.mean([share_near_target(reference=True, seed=seed) for seed in range(2)]) <= 0.75
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_draws_of_two_parts_are_of_one_map_unless_published(published):
+@pytest.mark.parametrize("reference", [False, True])
+def test_draws_of_two_parts_share_one_map_unless_reference(reference):
     torch.manual_seed(0)
     weight, classes, phi = torch.randn(D, P), torch.randn(C, D), torch.randn(2, P)
     items = Items(phi @ weight.T, phi, torch.zeros(2, dtype=torch.long))
-    # The one that is given, which has learned of picks, and not the one from the start.
+    # Draws follow the updated posterior that is passed, not the initial one of the Choice.
     posterior, start = (Posterior(Factors(torch.eye(P), torch.eye(D), 10), 1.0, 1.0, precision=p) for p in (30.0, 5.0))
     choice = Choice(items, items, Classifier(weight, classes, 3.0), start, {}, 1, torch.Generator().manual_seed(1),
-                    draws=4000, reference=published)  # fmt: skip
+                    draws=4000, reference=reference)  # fmt: skip
     one, two = (part.log() for part in strategies.probabilities(choice, posterior, items, items))
-    assert torch.equal(one, two) is not published
-    gap = (one[..., :1] - one[..., 1:]).double()  # of logits, of which the probabilities leave nothing else
-    # By the textbook: coordinates of an embedding are independent, of variance v.
+    assert torch.equal(one, two) is not reference
+    gap = (one[..., :1] - one[..., 1:]).double()  # of logits: all that probabilities determine
+    # In closed form: coordinates of an embedding are independent, with variance v.
     v = 1 / (1 + 30**0.5) * (phi.double().square().sum(dim=1) / (1 + 30**0.5))
     unit, g = F.normalize(classes.double(), dim=1), items.embedding.double()
-    if published:
+    if reference:
         correlation = np.corrcoef(gap[:, 0, 0], (two[..., :1] - two[..., 1:])[:, 0, 0])[0, 1]
         assert abs(correlation) < 0.06
-        length = (g.square().sum(dim=1) + D * v).sqrt()  # its mean
+        length = (g.square().sum(dim=1) + D * v).sqrt()  # root mean square
         mean = 3 * g @ unit.T / length[:, None]
-        variance = 9 * v / length**2  # of every logit, as classes have length 1
+        variance = 9 * v / length**2  # of every logit: classes have length 1
         assert torch.allclose(gap.mean(dim=0), mean[:, :1] - mean[:, 1:], atol=0.06)
         assert torch.allclose(gap.var(dim=0), 2 * variance[:, None].expand(-1, C - 1), rtol=0.1)
     else:
         x, length = F.normalize(g, dim=1), g.norm(dim=1)
         apart = unit[:1] - unit[1:]
-        across = apart.square().sum(dim=1) - (x @ apart.T).square()  # to first order in what is drawn
+        across = apart.square().sum(dim=1) - (x @ apart.T).square()  # to first order in the noise
         assert torch.allclose(gap.var(dim=0), (9 * v / length**2)[:, None] * across, rtol=0.1)
 
 
-def test_bald_goes_next_to_where_drawn_weights_disagree(caches, monkeypatch):
-    seen = []
-    kept = strategies.bald
-    monkeypatch.setattr(strategies, "bald", lambda samples: seen.append(samples.double().numpy()) or kept(samples))
+def test_bald_picks_neighbors_of_targets_on_which_drawn_weights_disagree(caches, monkeypatch):
+    drawn, bald = [], strategies.bald
+
+    def spied_bald(samples):
+        drawn.append(samples.double().numpy())
+        return bald(samples)
+
+    monkeypatch.setattr(strategies, "bald", spied_bald)
     run(*VAL, "--strategies", "random", "bald", "--seeds", "0")  # random's file holds the precision that spreads reads
-    (samples,) = seen
+    (samples,) = drawn
     entropy = -(samples * np.log(samples)).sum(axis=2)
     mean = samples.mean(axis=0)
     order = np.argsort(entropy.mean(axis=0) + (mean * np.log(mean)).sum(axis=1), kind="stable")
@@ -429,17 +444,17 @@ def test_bald_goes_next_to_where_drawn_weights_disagree(caches, monkeypatch):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_smaller_budgets_are_the_beginning_of_larger_ones_and_no_label_is_seen(caches, name):
+def test_smaller_budgets_are_prefixes_of_larger_ones_and_no_strategy_sees_a_label(caches, name):
     run(*VAL, "--strategies", name, "--seeds", "2", "--k", "2", "--similarity", "wasserstein")
     large = result(name, 2)[0]
     for split in ("train", "shifted-train", "shifted-test"):
         path = Path("embeddings/shapes-colors/shapes-tiny", split, "label.npy")
         np.save(path, (np.load(path) + 1) % C)
     small = ["--budgets", "3", "--k", "2", "--similarity", "wasserstein", "--tag", "small"]
-    # What EPIG looks at depends on the largest budget where that is more than --epig-pool only.
+    # The number of EPIG's candidates depends on the largest budget only if that exceeds --epig-pool.
     run(*VAL, "--strategies", name, "--seeds", "2", *small)
-    found = result(name, 2, FOLDER.with_name("shifted-test+small"))[0]
-    assert found["chosen_id"] == large["chosen_id"][:3] and found["chosen_split"] == large["chosen_split"][:3]
+    smaller = result(name, 2, FOLDER.with_name("shifted-test+small"))[0]
+    assert smaller["chosen_id"] == large["chosen_id"][:3] and smaller["chosen_split"] == large["chosen_split"][:3]
     assert len(set(zip(large["chosen_split"], large["chosen_id"], strict=True))) == 8
 
 
@@ -447,7 +462,7 @@ def contents():
     return {str(path): path.read_bytes() for path in sorted(Path("results").glob("**/*.[jn]*")) if path.is_file()}
 
 
-def test_killed_and_called_again_the_results_are_the_same(caches, capsys):
+def test_a_killed_run_goes_on_to_the_same_results(caches, capsys):
     flags = [*VAL, "--seeds", "0", "1", "--strategies", "all"]
     run(*flags)
     unbroken = contents()
@@ -462,20 +477,20 @@ def test_killed_and_called_again_the_results_are_the_same(caches, capsys):
         process.send_signal(signal.SIGKILL)
     part = contents()
     assert (FOLDER / "random-seed0.json").exists() and len(part) < 28
-    there = (FOLDER / "random-seed0.json").stat().st_mtime_ns
+    first_made = (FOLDER / "random-seed0.json").stat().st_mtime_ns
     (FOLDER / ".random-seed0.json.1.part").write_text("half")
     run(*flags)
     assert contents() == unbroken
-    assert (FOLDER / "random-seed0.json").stat().st_mtime_ns == there  # what was done is not made again
+    assert (FOLDER / "random-seed0.json").stat().st_mtime_ns == first_made  # complete results are not made again
     made = {path: Path(path).stat().st_mtime_ns for path in unbroken}
     capsys.readouterr()
     active_learning.main([*FLAGS, *flags])
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert {path: Path(path).stat().st_mtime_ns for path in unbroken} == made
-    assert "less random" in said.out and said.out.endswith(f"{FOLDER}\n")
+    assert "less random" in printed.out and printed.out.endswith(f"{FOLDER}\n")
 
 
-def test_other_flags_need_a_name_or_overwriting(caches, refusal):
+def test_other_flags_need_a_tag_or_overwrite(caches, refusal):
     run("--strategies", "random", "--seeds", "0")
     again = [*FLAGS, "--quiet", "--strategies", "random", "--seeds", "0", "--lr", "0.05"]
     assert "was made with another settings" in refusal(active_learning.main, *again)
@@ -491,7 +506,7 @@ def test_other_flags_need_a_name_or_overwriting(caches, refusal):
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (["--strategies", "magic"], "there is no strategy 'magic'; there is all, or any of random"),
+        (["--strategies", "magic"], "--strategies must be all, random, random-targeted, "),
         (["--budgets", "26"], r"--budgets 26 is more than the 25 images that the pool offers"),
         (["--budgets", "0"], "--budgets must be 1 or more, not 0"),
         (["--seeds", "-1"], "--seeds must be 0 or more"),
@@ -499,7 +514,7 @@ def test_other_flags_need_a_name_or_overwriting(caches, refusal):
         (["--k", "0"], "--k must be 1 or more"),
         (["--lr", "nan"], "must be above 0"),
         (["--pool-share", "1.5"], "--pool-share must be above 0 and at most 1"),
-        (["--val-counts"], "--val-counts wants --val"),
+        (["--val-counts"], "--val-counts needs --val"),
         (["--val", "shifted-val", "--val-counts", "--budgets", "1"], "leaves no label for the pool"),
         (["--val", "shifted-val", "--val-counts", "0.9", "--budgets", "20"], "is more than the 12 images"),
         (["--val", "shifted-test"], "must name different splits"),
@@ -509,11 +524,11 @@ def test_other_flags_need_a_name_or_overwriting(caches, refusal):
     ],
 )
 def test_mistakes_end_with_one_sentence(caches, refusal, flags, error):
-    said = refusal(active_learning.main, *FLAGS, "--quiet", *flags)
-    assert error in said and not Path("results").exists()
+    message = refusal(active_learning.main, *FLAGS, "--quiet", *flags)
+    assert error in message and not Path("results").exists()
 
 
-def test_caches_that_will_not_do_are_named(caches, refusal):
+def test_unsuitable_caches_are_named(caches, refusal):
     call = [active_learning.main, *FLAGS, *VAL, "--quiet"]
     write_cache("shifted-test", 3, labels=False)
     assert "shifted-test has captions and no classes" in refusal(*call)
@@ -525,11 +540,11 @@ def test_caches_that_will_not_do_are_named(caches, refusal):
     write_cache("train", 0, base=20)
     assert "'train' and 'shifted-test' share 10 images: name splits that share none" in refusal(*call)
     write_cache("train", 0)
-    write_cache("shifted-val", 4, base=40)  # whose labels would be the target's
+    write_cache("shifted-val", 4, base=40)  # its labels would be the target's
     assert "'shifted-test' and 'shifted-val' share" in refusal(*call)
 
 
-def test_factors_of_captions_elsewhere(caches):
+def test_factors_of_a_data_set_of_captions(caches):
     folder, source = (Path("embeddings", name, "shapes-tiny/train") for name in ("shapes", "shapes-colors"))
     write_cache("train", 5, labels=False)
     folder.parent.mkdir(parents=True)
@@ -540,14 +555,12 @@ def test_factors_of_captions_elsewhere(caches):
     run("--strategies", "random-targeted", "--seeds", "0", "--factors", "shapes")
     values, _ = result("random-targeted")
     assert values["fingerprint"]["factors"] == "train-5"
-    run("--strategies", "random-targeted", "--seeds", "0", "--tag", "own")
-    assert (
-        result("random-targeted", folder=FOLDER.with_name("shifted-test+own"))[0]["prior_precision"]
-        != (values["prior_precision"])
-    )
+    run("--strategies", "random-targeted", "--seeds", "0", "--tag", "pool")
+    of_pool, _ = result("random-targeted", folder=FOLDER.with_name("shifted-test+pool"))
+    assert of_pool["prior_precision"] != values["prior_precision"]
 
 
-def test_a_sigmoid_model_has_its_own_curvature(caches):
+def test_a_sigmoid_model_has_the_curvature_of_the_sigmoid_loss(caches):
     for seed, split in enumerate(SIZES):
         write_cache(split, seed, logit_bias=-4.0)
     run("--strategies", "random", "--seeds", "0")
@@ -563,7 +576,7 @@ def test_a_sigmoid_model_has_its_own_curvature(caches):
     assert result("random")[0]["prior_precision"] == pytest.approx(posterior.precision, rel=1e-3)
 
 
-def test_the_table_says_means_and_differences(caches):
+def test_the_printed_table_holds_means_and_differences(caches):
     run(*VAL, "--seeds", "0", "1", "2", "--strategies", "random", "entropy")
     cells = {(s, n): result(n, s)[0] for s in (0, 1, 2) for n in ("random", "entropy")}
     lines = curves_text(cells).splitlines()
@@ -581,7 +594,7 @@ def test_the_table_says_means_and_differences(caches):
     assert max(map(len, lines)) <= 128
 
 
-def test_published_factors_are_taken(caches):
+def test_published_factors_are_read(caches):
     rng = np.random.default_rng(0)
     factors = {f"{side}_{t}": np.cov(rng.normal(size=(s, 40))) for t in ("img", "txt") for side, s in
                (("A", P + 1 if t == "img" else D), ("B", D))}  # fmt: skip
@@ -593,10 +606,10 @@ def test_published_factors_are_taken(caches):
     assert result("bald")[0]["prior_precision"] == pytest.approx(posterior.precision, rel=1e-4)
 
 
-def test_the_classifier_starts_as_the_cache_has_it():
+def test_the_classifier_starts_from_the_cached_embeddings():
     torch.manual_seed(0)
     weight, phi = torch.randn(D, P), torch.randn(5, P)
-    items = Items(phi @ weight.T + 3, phi, torch.zeros(5))  # 3: what is not the map's
+    items = Items(phi @ weight.T + 3, phi, torch.zeros(5))  # 3: a residual beside the map
     classifier = Classifier(weight, torch.randn(C, D), 2.0)
     assert torch.equal(classifier.embed(items), items.embedding)
     assert torch.allclose(

@@ -1,4 +1,4 @@
-"""What report.py makes of active_learning.py's and factor_trace.py's results: numbers against scripts of their own."""
+"""Reports of results of active_learning.py and factor_trace.py: numbers against independent computation."""
 
 import csv
 import io
@@ -37,9 +37,9 @@ def fails(folder, capsys, *flags, **options):
     with pytest.raises(SystemExit) as error:
         run(folder, capsys, *flags, **options)
     assert error.value.code == 2
-    said = capsys.readouterr().err
-    assert len(said.strip().splitlines()) == 1
-    return said
+    message = capsys.readouterr().err
+    assert len(message.strip().splitlines()) == 1
+    return message
 
 
 def study_of(folder, **options):
@@ -49,7 +49,7 @@ def study_of(folder, **options):
 
 
 def values_of(strategy, seeds, figure):
-    """Figures (S, budgets and their mean) as they should print, from the files' numbers."""
+    """Expected figures (S, budgets and their mean), in printed units, from the numbers of the files."""
     by_budget = [[point[figure] for point in make_result(strategy, seed)["curve"]] for seed in seeds]
     return SCALE[figure] * np.array([[*row, sum(row) / len(row)] for row in by_budget])
 
@@ -77,12 +77,12 @@ def test_means_and_deviations_over_seeds(tmp_path, figure):
 
 
 def adjusted(p):
-    """Holm's procedure, one hypothesis after the other."""
-    found, least = {}, 0
+    """Adjust p-values by Holm's procedure, one hypothesis after the other."""
+    by_index, least = {}, 0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         least = max(least, (len(p) - rank) * p[i])
-        found[i] = min(1, least)
-    return [found[i] for i in range(len(p))]
+        by_index[i] = min(1, least)
+    return [by_index[i] for i in range(len(p))]
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -99,16 +99,16 @@ def test_differences_from_random_are_paired_by_seed(tmp_path, figure):
         for j, column in enumerate(NAMES):
             cells, key = rows[name].cells, f"{figure}_{column}_gap"
             low, high, p = interval.low[j], interval.high[j], [*single[3 * i : 3 * i + 3], means[i]][j]
-            found = [cells[f"{key}_{end}"].mean for end in ("low", "high", "adjusted_p")]
-            assert found == pytest.approx([low, high, p])
+            reported = [cells[f"{key}_{end}"].mean for end in ("low", "high", "adjusted_p")]
+            assert reported == pytest.approx([low, high, p])
             mark = "‡" if p < 0.05 else "†" if low > 0 or high < 0 else ""
             digits = DIGITS[figure]
-            said = f"{(low + high) / 2:+.{digits}f} ± {(high - low) / 2:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-            assert cells[key].text == said + mark and cells[key].mean == pytest.approx((low + high) / 2)
+            text = f"{(low + high) / 2:+.{digits}f} ± {(high - low) / 2:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+            assert cells[key].text == text + mark and cells[key].mean == pytest.approx((low + high) / 2)
     assert not any("gap" in key for key in rows["random"].cells)
 
 
-def test_marks_tell_one_comparison_from_all(tmp_path):
+def test_marks_separate_a_single_comparison_from_all(tmp_path):
     gaps = {"random": [0, 0, 0, 0], "entropy": [-0.5, -0.505, -0.51, -0.495], "bald": [-0.2, -0.8, -0.5, -0.3]}
     for strategy, row in gaps.items():
         for seed, gap in enumerate(row):
@@ -118,7 +118,7 @@ def test_marks_tell_one_comparison_from_all(tmp_path):
     rows = rows_of(study.tables[1])
     p = stats.ttest_1samp(gaps["bald"], 0).pvalue
     assert 0.02 < p < 0.05
-    # Alone it is one of two comparisons, the other of which is surer; by budget there are three surer ones of six.
+    # By mean it has the larger p of two comparisons; by budget, three of six have a smaller p.
     for column, adjusted, mark in (("10", 3 * p, "†"), ("mean", p, "‡")):
         cells = rows["bald"].cells
         assert cells[f"nll_{column}_gap_adjusted_p"].mean == pytest.approx(adjusted)
@@ -150,16 +150,16 @@ def test_without_random_or_with_one_seed_nothing_is_compared(tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "validation"),
     [
         ({}, "500 of shifted-val, free"),
         ({"val_counts": 0.2}, "20 % of every budget, of shifted-val"),
         ({"val": None}, "none: training ends with its last epoch"),
     ],
 )
-def test_it_is_said_what_picks_the_epoch_and_what_was_offered(tmp_path, settings, said):
+def test_facts_name_validation_pool_and_target(tmp_path, settings, validation):
     study = study_of(tmp_path, settings=SETTINGS | settings)
-    assert study.facts["labels that pick the epoch"] == said
+    assert study.facts["labels that pick the epoch"] == validation
     assert study.facts["pool of each seed"] == "2,000 images of train and shifted-train"
     assert study.facts["target"] == "shifted-test: 1,000 images of 8 classes"
 
@@ -177,7 +177,7 @@ def test_every_format_holds_the_tables(tmp_path, capsys):
     assert (
         "[bald](<tiny/active/shifted-test>)" in text and "| batches | trials |" in text and "shifted-test+other" in text
     )
-    assert "[nll] NLL by number of labels" in out and "*" not in out.split("[factor_trace]")[1]  # nothing is the best
+    assert "[nll] NLL by number of labels" in out and "*" not in out.split("[factor_trace]")[1]  # no trace is the best
     latex = (folder / "table.tex").read_text(encoding="utf-8")
     assert "strategy & " in latex and "†" not in latex and "‡" not in latex
     lines = [*csv.DictReader(io.StringIO((folder / "table.csv").read_text(encoding="utf-8")))]
@@ -191,7 +191,7 @@ def test_every_format_holds_the_tables(tmp_path, capsys):
         assert {f"learning_curves-shifted-test-tiny.{kind}", f"error_by_entropy-shifted-test+other-tiny.{kind}"} < drawn
         assert f"factor_trace.{kind}" in drawn
     shutil.rmtree(folder / "tiny" / "active" / "shifted-test+other")
-    run(tmp_path, capsys)  # what had another name is gone
+    run(tmp_path, capsys)  # removes figures under the earlier names
     assert {path.name for path in folder.glob("*.png")} == {
         "learning_curves.png", "error_by_entropy.png", "factor_trace.png"
     }  # fmt: skip
@@ -208,19 +208,19 @@ def test_the_same_bytes_each_time(tmp_path, capsys):
     assert files[0] == files[1] and len(files[0]) == 4 + 2 * 3
 
 
-def test_a_backbone_filters_them(tmp_path, capsys):
+def test_backbone_filters_results_and_traces(tmp_path, capsys):
     write_study(tmp_path)
     write_study(tmp_path, backbone="large")
     write_trace(tmp_path)
     write_trace(tmp_path, backbone="huge")
-    said = {name: run(tmp_path, capsys, "--backbone", name) for name in ("tiny", "large", "huge")}
-    assert ["active learning" in out for out in said.values()] == [True, True, False]
-    assert ["[factor_trace]" in out for out in said.values()] == [True, False, True]
-    assert "shapes, tiny" not in said["large"]
+    printed = {name: run(tmp_path, capsys, "--backbone", name) for name in ("tiny", "large", "huge")}
+    assert ["active learning" in out for out in printed.values()] == [True, True, False]
+    assert ["[factor_trace]" in out for out in printed.values()] == [True, False, True]
+    assert "shapes, tiny" not in printed["large"]
     assert "of backbone 'small', but of huge, large, tiny" in fails(tmp_path, capsys, "--backbone", "small")
 
 
-def test_a_data_set_with_nothing_else_is_one_that_there_is(tmp_path, capsys):
+def test_a_data_set_with_a_trace_or_a_study_alone_is_reported(tmp_path, capsys):
     write_trace(tmp_path)
     write_study(tmp_path, dataset="shapes-colors")
     assert "but of shapes, shapes-colors: name one that is" in fails(tmp_path, capsys, dataset="shaeps")
@@ -267,9 +267,9 @@ def test_a_damaged_result_is_named(tmp_path, capsys, damage):
 def test_results_of_other_settings_are_named(tmp_path, capsys, changes):
     folder = write_study(tmp_path)
     write_result(tmp_path, "bald", 1, **changes)
-    said = fails(tmp_path, capsys)
-    assert all(str(folder / f"bald-seed{seed}.json") in said for seed in (0, 1))
-    assert {"settings": "settings.", "fingerprint": "fingerprint.train"}[next(iter(changes))] in said
+    message = fails(tmp_path, capsys)
+    assert all(str(folder / f"bald-seed{seed}.json") in message for seed in (0, 1))
+    assert {"settings": "settings.", "fingerprint": "fingerprint.train"}[next(iter(changes))] in message
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_results_of_other_settings_are_named(tmp_path, capsys, changes):
         ("bald-seed1.json", {"settings": SETTINGS | {"target": "test"}}),
     ],
 )
-def test_a_copy_from_elsewhere_is_named(tmp_path, capsys, name, changes):
+def test_a_result_in_the_wrong_place_is_named(tmp_path, capsys, name, changes):
     path = write_study(tmp_path) / name
     path.write_text(json.dumps(make_result("bald", 1, **changes)))
     assert f"{path} holds bald-seed1 of" in fails(tmp_path, capsys)
@@ -319,7 +319,7 @@ def test_damaged_traces_are_named(tmp_path, capsys, changes):
     assert f"{path} is damaged or not a result of benchmarks.factor_trace" in fails(tmp_path, capsys)
 
 
-def test_traces_of_something_else_are_named(tmp_path, capsys):
+def test_traces_in_the_wrong_place_are_named(tmp_path, capsys):
     path = write_trace(tmp_path)
     other = tmp_path / "coco" / "tiny"
     other.mkdir(parents=True)
@@ -328,7 +328,7 @@ def test_traces_of_something_else_are_named(tmp_path, capsys):
 
 
 def band(axes, i):
-    """The lower and upper edge of a panel's band, by its x."""
+    """The edges of band number i of a panel: {x: (lower, upper)}."""
     edge = axes.collections[i].get_paths()[0].vertices
     return {x: (edge[edge[:, 0] == x, 1].min(), edge[edge[:, 0] == x, 1].max()) for x in np.unique(edge[:, 0])}
 
@@ -354,7 +354,7 @@ def test_learning_curves_are_means_with_bands_of_deviations(tmp_path):
             assert dashed.get_ydata()[0] == pytest.approx(SCALE[name] * study.first["before"][name])
 
 
-def test_strategies_have_looks_of_their_own_wherever_they_stand(tmp_path):
+def test_each_strategy_has_the_same_distinct_style_in_every_figure(tmp_path):
     assert list(STRATEGIES) == list(ORDER)
     styles = figures._styles(study_of(tmp_path / "all", strategies=STRATEGIES))
     assert len({style["color"] for style in styles.values()}) == len(STRATEGIES)
@@ -384,11 +384,11 @@ def test_error_over_entropy_before_and_after(tmp_path):
 
 
 def undecided():
-    """A model of the largest budget that is always right, so that nothing tells wrong predictions."""
+    """A point of the largest budget with no wrong prediction, so that AUROC is undefined."""
     return make_result("k-center", 5)["curve"][-1] | {"entropy_auroc": None}
 
 
-def test_traces_stand_beside_one_another_with_their_deviations(tmp_path):
+def test_traces_are_drawn_side_by_side_with_deviations(tmp_path):
     path = write_trace(tmp_path)
     [trace] = traces.read(tmp_path / "shapes")
     figure = figures.factor_trace(trace, {})
@@ -401,7 +401,7 @@ def test_traces_stand_beside_one_another_with_their_deviations(tmp_path):
             assert line.get_ydata() == pytest.approx(np.mean(points, axis=1))
             lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
             assert lengths == pytest.approx(2 * np.std(points, axis=1, ddof=1))
-            assert abs(np.log(line.get_xdata() / [128, 512, 2048])).max() < 0.5 * np.log(4) / 2  # nearest to its own K
+            assert abs(np.log(line.get_xdata() / [128, 512, 2048])).max() < 0.5 * np.log(4) / 2  # nearest to its K
 
 
 @pytest.mark.parametrize("width", [style.WIDE, pages.NARROW])
@@ -409,16 +409,17 @@ def test_traces_stand_beside_one_another_with_their_deviations(tmp_path):
     "options",
     [{"strategies": STRATEGIES}, {"strategies": ["epig"], "seeds": [0], "settings": SETTINGS | {"budgets": [7]}}],
 )
-def test_nothing_is_cut_off_and_colors_are_the_pages(tmp_path, width, options):
+def test_nothing_is_cut_off_and_colors_come_from_the_page(tmp_path, width, options):
     study = study_of(tmp_path, **options)
     write_trace(tmp_path)
     [trace] = traces.read(tmp_path / "shapes")
     for part in (study, trace):
-        for name, draw in style.drawings(part, {}).items():
+        for drawing, draw in style.drawings(part, {}):
             figure = draw(width)
             figure.draw_without_rendering()
             box = figure.get_tightbbox().extents
-            assert min(box[:2]) >= -0.02 and box[2] <= width + 0.02 and box[3] <= figure.get_figheight() + 0.02, name
+            whole = min(box[:2]) >= -0.02 and box[2] <= width + 0.02 and box[3] <= figure.get_figheight() + 0.02
+            assert whole, drawing.name
             for axes in figure.axes:
                 labels = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
                 assert all(one.x1 < other.x0 for one, other in itertools.pairwise(labels))

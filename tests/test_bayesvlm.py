@@ -468,7 +468,7 @@ def test_classes_beyond_memory_are_scored_by_blocks(place, monkeypatch, kind):
     evaluation.main(evaluate)
     [path] = place.glob("results/**/*.json")
     whole, arrays = json.loads(path.read_text()), dict(np.load(path.with_suffix(".npz")))
-    monkeypatch.setattr("tasks.classification.HELD", 0)
+    monkeypatch.setattr("tasks.classification.STORED_SCORES", 0)
     monkeypatch.setattr("metrics.retrieval.TILE", 100)
     evaluation.main(evaluate)
     by_blocks, parts = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))

@@ -26,34 +26,36 @@ def test_scores_of_several_positives_by_loop(monkeypatch, tile):
     rng = np.random.default_rng(2)
     logit, true = rng.integers(-2, 3, (40, 6)).astype(float), rng.random((40, 6)) < 0.3
     true[np.arange(40), rng.integers(0, 6, 40)] = True
-    found = forecast(logit, np.nonzero(true), scale=0.7)
-    for query, (row, own) in enumerate(zip(logit, true, strict=True)):
+    result = forecast(logit, np.nonzero(true), scale=0.7)
+    for query, (row, positive) in enumerate(zip(logit, true, strict=True)):
         p = np.exp(0.7 * row) / np.exp(0.7 * row).sum()
-        assert found.confidence[query] == pytest.approx(max(p))
-        assert found.hit[query] == pytest.approx(np.mean([own[item] for item in range(6) if row[item] == max(row)]))
-        assert found.nll[query] == pytest.approx(-np.log(sum(p[own])), abs=1e-12)
-        assert found.brier[query] == pytest.approx((1 - sum(p[own])) ** 2 + sum(x**2 for x in p[~own]), abs=1e-12)
+        assert result.confidence[query] == pytest.approx(max(p))
+        best = [item for item in range(6) if row[item] == max(row)]
+        assert result.hit[query] == pytest.approx(np.mean(positive[best]))
+        assert result.nll[query] == pytest.approx(-np.log(sum(p[positive])), abs=1e-12)
+        brier = (1 - sum(p[positive])) ** 2 + sum(p[~positive] ** 2)
+        assert result.brier[query] == pytest.approx(brier, abs=1e-12)
 
 
 def test_scores_of_labels_against_torch():
-    found = forecast(LOGIT, single(LABEL), scale=1.3)
+    result = forecast(LOGIT, single(LABEL), scale=1.3)
     logit, label = torch.tensor(1.3 * LOGIT), torch.tensor(LABEL)
-    assert found.nll == pytest.approx(torch.nn.functional.cross_entropy(logit, label, reduction="none").numpy())
+    assert result.nll == pytest.approx(torch.nn.functional.cross_entropy(logit, label, reduction="none").numpy())
     squares = (logit.softmax(dim=1) - torch.nn.functional.one_hot(label, 7)).square().sum(dim=1)
-    assert found.brier == pytest.approx(squares.numpy())
-    assert (found.hit == (LOGIT.argmax(axis=1) == LABEL)).all()
-    # Logarithms of probabilities do as well as logits.
-    again = forecast(np.log(special.softmax(LOGIT, axis=1)), single(LABEL), scale=1.3)
-    assert all(a == pytest.approx(b) for a, b in zip(again, found, strict=True))
+    assert result.brier == pytest.approx(squares.numpy())
+    assert (result.hit == (LOGIT.argmax(axis=1) == LABEL)).all()
+    # Log probabilities give the same as logits.
+    from_logs = forecast(np.log(special.softmax(LOGIT, axis=1)), single(LABEL), scale=1.3)
+    assert all(a == pytest.approx(b) for a, b in zip(from_logs, result, strict=True))
     ranking = retrieval.rank(lambda rows: torch.tensor(LOGIT[rows]), 7, *single(LABEL), 1.3)
-    assert ranking.probability == pytest.approx(found.confidence)
-    assert retrieval.recall_at(ranking, 1) == pytest.approx(found.hit)
+    assert ranking.probability == pytest.approx(result.confidence)
+    assert retrieval.recall_at(ranking, 1) == pytest.approx(result.hit)
 
 
 def test_a_probability_that_underflows_has_a_finite_logarithm():
-    found = forecast(np.array([[0.0, 1e4], [0.0, 1e4]]), single([0, 1]))
-    assert found.nll == pytest.approx([1e4, 0]) and found.brier == pytest.approx([2, 0])
-    assert (found.hit == [0, 1]).all()
+    result = forecast(np.array([[0.0, 1e4], [0.0, 1e4]]), single([0, 1]))
+    assert result.nll == pytest.approx([1e4, 0]) and result.brier == pytest.approx([2, 0])
+    assert (result.hit == [0, 1]).all()
     for wrong in (np.nan, np.inf):
         for function in (calibration.forecast, calibration.fit_scale):
             with pytest.raises(FloatingPointError, match="not finite"):
@@ -67,13 +69,14 @@ def test_calibration_error_against_torchmetrics(bins):
         judged = forecast(LOGIT, single(label))
         expected = classification.multiclass_calibration_error(probability, torch.tensor(label), 7, bins).item()
         curve = calibration.reliability(judged.confidence, judged.hit, bins)
-        assert calibration.calibration_error(curve) == pytest.approx(expected, rel=1e-6)  # it has float32 within
+        # torchmetrics computes in float32.
+        assert calibration.calibration_error(curve) == pytest.approx(expected, rel=1e-6)
     # On the edges of bins, too, and with all certain.
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64).repeat(4)
     hit = torch.tensor(np.random.default_rng(3).integers(0, 2, len(edges)))
     expected = classification.binary_calibration_error(edges, hit, bins).item()
     curve = calibration.reliability(edges.numpy(), hit.numpy(), bins)
-    # There 1 has a bin of its own.
+    # torchmetrics puts 1 into a separate bin.
     rows = edges.numpy() < 1
     below = calibration.reliability(edges.numpy()[rows], hit.numpy()[rows], bins)
     sure = abs(1 - hit.numpy()[~rows].mean()) * (~rows).sum()
@@ -83,16 +86,16 @@ def test_calibration_error_against_torchmetrics(bins):
 
 
 def test_reliability_by_loop():
-    found = forecast(LOGIT, single(LABEL))
-    curve = calibration.reliability(found.confidence, found.hit, 20)
-    inside = [(found.confidence >= n / 20) & (found.confidence < (n + 1) / 20) for n in range(20)]
+    result = forecast(LOGIT, single(LABEL))
+    curve = calibration.reliability(result.confidence, result.hit, 20)
+    inside = [(result.confidence >= n / 20) & (result.confidence < (n + 1) / 20) for n in range(20)]
     inside = [rows for rows in inside if rows.any()]
     assert (curve.count == [rows.sum() for rows in inside]).all()
-    assert curve.confidence == pytest.approx([found.confidence[rows].mean() for rows in inside])
-    assert curve.accuracy == pytest.approx([found.hit[rows].mean() for rows in inside])
+    assert curve.confidence == pytest.approx([result.confidence[rows].mean() for rows in inside])
+    assert curve.accuracy == pytest.approx([result.hit[rows].mean() for rows in inside])
 
 
-def test_adaptive_error_by_loop_and_whatever_the_order_of_the_rows():
+def test_adaptive_error_by_loop_and_in_any_order_of_the_rows():
     rng = np.random.default_rng(4)
     confidence, hit = rng.random(203), rng.integers(0, 2, 203)
     curve = calibration.adaptive_reliability(confidence, hit, 15)
@@ -102,9 +105,9 @@ def test_adaptive_error_by_loop_and_whatever_the_order_of_the_rows():
     assert calibration.calibration_error(curve) == pytest.approx(expected)
     tied, rows = np.round(confidence, 1), rng.permutation(203)
     curve = calibration.adaptive_reliability(tied, hit)
-    again = calibration.adaptive_reliability(tied[rows], hit[rows])
-    assert all(one == pytest.approx(other) for one, other in zip(curve, again, strict=True))
-    # All as certain as right are many: no error, in whatever bins.
+    shuffled = calibration.adaptive_reliability(tied[rows], hit[rows])
+    assert all(one == pytest.approx(other) for one, other in zip(curve, shuffled, strict=True))
+    # If every confidence is the accuracy, no bin has an error.
     curve = calibration.adaptive_reliability(np.full(203, hit.mean()), hit)
     assert calibration.calibration_error(curve) == pytest.approx(0)
 
@@ -130,8 +133,8 @@ def test_the_fitted_scale_has_the_least_loss(unit):
         return -special.log_softmax(np.exp(log_scale) * LOGIT, axis=1)[np.arange(200), LABEL].mean()
 
     expected = np.exp(optimize.minimize_scalar(loss).x) / unit
-    found = calibration.fit_scale(lambda rows: torch.tensor(unit * LOGIT[rows]), 7, *single(LABEL))
-    assert found == pytest.approx(expected, rel=2e-3)
+    scale = calibration.fit_scale(lambda rows: torch.tensor(unit * LOGIT[rows]), 7, *single(LABEL))
+    assert scale == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_fitted_scale_is_that_of_the_labels_drawn_and_calibrates():
@@ -154,11 +157,11 @@ def test_no_scale_is_fitted_where_every_answer_is_right():
     assert fit(LOGIT, right) is None and fit(LOGIT[:1], right[:1]) is None
     assert fit(LOGIT, np.where(np.arange(200) < 20, (right + 1) % 7, right)) > 0  # some mistakes bound it
     assert fit(np.zeros((9, 4)), np.zeros(9, dtype=int)) == 1
-    # All wrong: the less is claimed the better.
+    # If all answers are wrong, the lowest confidence is best.
     assert fit(LOGIT, LOGIT.argmin(axis=1)) < 1e-3
     group = np.arange(200)
-    found = summary.of_probabilities(lambda rows: torch.tensor(LOGIT[rows]), 7, *single(right), 1.0, group)
-    assert list(found) == ["model"]
+    figures = summary.of_probabilities(lambda rows: torch.tensor(LOGIT[rows]), 7, *single(right), 1.0, group)
+    assert list(figures) == ["model"]
 
 
 def test_answers_of_one_group_share_a_confidence():
@@ -167,11 +170,11 @@ def test_answers_of_one_group_share_a_confidence():
     query, item = np.repeat(np.arange(50), 2), rng.integers(0, 9, 100)
     probability = special.softmax(logit, axis=1)
     for groups in (group, np.arange(9)):
-        found = calibration.forecast(lambda rows: torch.tensor(logit[rows]), 9, query, item, 1.0, groups)
+        result = calibration.forecast(lambda rows: torch.tensor(logit[rows]), 9, query, item, 1.0, groups)
         expected = [row[groups == groups[row.argmax()]].sum() for row in probability]
-        assert found.confidence == pytest.approx(np.array(expected))
+        assert result.confidence == pytest.approx(np.array(expected))
     alone = calibration.forecast(lambda rows: torch.tensor(logit[rows]), 9, query, item)
-    assert alone.confidence == pytest.approx(probability.max(axis=1)) and (alone.nll == found.nll).all()
+    assert alone.confidence == pytest.approx(probability.max(axis=1)) and (alone.nll == result.nll).all()
 
 
 def test_halves_keep_groups_together():
@@ -184,7 +187,7 @@ def test_halves_keep_groups_together():
 
 
 def test_a_half_is_judged_by_the_temperature_of_the_other(monkeypatch):
-    """On few scores of each half, a scale near that of all is found; the captions of one image stay together."""
+    """A scale fitted on few scores of a half is near that of all scores; the captions of one image stay together."""
     rng = np.random.default_rng(30)
     owner, image = np.arange(600) // 3, rng.standard_normal((200, 8))
     text = image[owner] + rng.standard_normal((600, 8))
@@ -195,14 +198,14 @@ def test_a_half_is_judged_by_the_temperature_of_the_other(monkeypatch):
         return scores[rows]
 
     pairs = np.arange(600), owner
-    whole = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
-    monkeypatch.setattr(summary, "ON", 200 * 150)
+    every = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
+    monkeypatch.setattr(summary, "FIT_SCORES", 200 * 150)
     asked.clear()
-    found = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
+    few = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
     fitted = [rows for rows in asked if len(np.arange(600)[rows]) == 150]
     assert len(fitted) == 2 and not set(owner[fitted[0]]) & set(owner[fitted[1]])
-    assert found["temperature"]["scales"] == pytest.approx(whole["temperature"]["scales"], rel=0.15)
-    assert found["temperature"]["scales"] != whole["temperature"]["scales"]
-    assert found["temperature"]["nll"] < found["model"]["nll"] and found["model"] == whole["model"]
-    assert found["temperature"]["ece_15"] < 0.6 * found["model"]["ece_15"]
+    assert few["temperature"]["scales"] == pytest.approx(every["temperature"]["scales"], rel=0.15)
+    assert few["temperature"]["scales"] != every["temperature"]["scales"]
+    assert few["temperature"]["nll"] < few["model"]["nll"] and few["model"] == every["model"]
+    assert few["temperature"]["ece_15"] < 0.6 * few["model"]["ece_15"]
     assert list(summary.of_probabilities(score, 200, *pairs, 1.0, np.zeros(600))) == ["model"]

@@ -209,13 +209,13 @@ def test_it_lists_what_torchvision_lists(tmp_path, name):
         images, classes = source.images(split), source.classes(split)
         assert len(images) == len(data) == len(classes.label) and classes.label.dtype == np.int64
         assert [image.id for image in images] == list(range(len(data)))
-        said = [(pixels(source.open(image)), label) for image, label in zip(images, classes.label)]
-        given = [(pixels(picture), label) for picture, label in data]
+        listed = [(pixels(source.open(image)), label) for image, label in zip(images, classes.label)]
+        expected = [(pixels(picture), label) for picture, label in data]
         if name == "sun397":  # torchvision's order is the file system's
             assert images == sorted(images, key=lambda image: str(image.path))
-            said, given = sorted(said), sorted(given)
-        assert said == given
-        assert len({seen for seen, _ in said}) == len(said)
+            listed, expected = sorted(listed), sorted(expected)
+        assert listed == expected
+        assert len({picture for picture, _ in listed}) == len(listed)
         assert all(image.path is None if name.startswith("cifar") else image.path.is_file() for image in images)
         assert names is None or classes.names == names
         assert len(classes.names) == len(getattr(data, "classes", classes.names)) > classes.label.max()

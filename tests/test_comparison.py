@@ -1,4 +1,4 @@
-"""Classification side by side: temperatures of a validation split, paired intervals, and their tables, all slowly."""
+"""Comparison of methods: temperatures of a validation split, paired intervals, and their tables, by slow loops."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ import report
 import train
 from datasets.embeddings import Pairs
 from metrics import calibration, comparison
-from metrics.uncertainty import DRAWN, times_drawn
+from metrics.uncertainty import DRAWN, auroc, times_drawn
 from models.base import adapt_all
 from reporting import evaluations
 from reporting.words import MINUS
@@ -64,28 +64,27 @@ def logits(split, score="classify"):
 
 def test_a_temperature_is_fitted_on_all_of_another_split(place, capsys):
     evaluation.main([*JUDGED, "--val", "val", "--score", "both"])
-    found, arrays = json.loads((place / RESULT).read_text()), np.load((place / RESULT).with_suffix(".npz"))
-    assert (
-        found["val"] == "val" and found["val_fingerprint"] == Pairs("folder", "shapes-tiny", "val").meta["fingerprint"]
-    )
-    for part, score in ((found, "classify"), (found["other_score"], "similarity")):
+    result, arrays = json.loads((place / RESULT).read_text()), np.load((place / RESULT).with_suffix(".npz"))
+    fingerprint = Pairs("folder", "shapes-tiny", "val").meta["fingerprint"]
+    assert result["val"] == "val" and result["val_fingerprint"] == fingerprint
+    for part, score in ((result, "classify"), (result["other_score"], "similarity")):
         of_entry = part["image_to_class"]["calibration"]
         assert list(of_entry) == ["model", "temperature", "validation", *["matched"] * (score == "classify")]
-        belief = of_entry["validation"]
-        [scale] = belief["scales"]
+        figures = of_entry["validation"]
+        [scale] = figures["scales"]
         (held_out, held_label), (logit, label) = logits("val", score), logits("test", score)
 
         def nll(by, logit=held_out, label=held_label):
             return -(by * logit).log_softmax(dim=1)[range(len(label)), label].numpy()
 
         assert nll(scale).mean() <= min(nll(1.02 * scale).mean(), nll(scale / 1.02).mean())
-        assert belief["split"] == "val" and belief["nll"] == pytest.approx(nll(scale, logit, label).mean(), rel=1e-4)
+        assert figures["split"] == "val" and figures["nll"] == pytest.approx(nll(scale, logit, label).mean(), rel=1e-4)
         probability = (scale * logit).softmax(dim=1).numpy()
         confidence, hit = probability.max(axis=1), (probability.argmax(axis=1) == label).astype(float)
-        assert belief["accuracy"] == hit.mean() and 0 < hit.mean() < 1
+        assert figures["accuracy"] == hit.mean() and 0 < hit.mean() < 1
         wrong, right = (stats.entropy(probability, axis=1)[hit == value] for value in (0, 1))
         chance = stats.mannwhitneyu(wrong, right).statistic / len(wrong) / len(right)
-        assert belief["auroc"] == pytest.approx(chance, abs=1e-3)
+        assert figures["auroc"] == pytest.approx(chance, abs=1e-3)
         if score == "classify":  # which ranks: its arrays are kept
             assert arrays["image_to_class_validation_nll"] == pytest.approx(nll(scale, logit, label), rel=1e-3)
             assert arrays["image_to_class_validation_confidence"] == pytest.approx(confidence, rel=1e-4)
@@ -94,10 +93,10 @@ def test_a_temperature_is_fitted_on_all_of_another_split(place, capsys):
 
 def test_arrays_of_every_entry_stand_in_the_order_of_the_images(place, capsys):
     evaluation.main([*JUDGED[:-1], "--val", "val"])
-    said = capsys.readouterr().out
-    found, arrays = json.loads((place / RESULT).read_text()), np.load((place / RESULT).with_suffix(".npz"))
-    part, (logit, label) = found["image_to_class"]["calibration"], logits("test")
-    entropy = found["image_to_class"]["uncertainty"]["entropy"]
+    printed = capsys.readouterr().out
+    result, arrays = json.loads((place / RESULT).read_text()), np.load((place / RESULT).with_suffix(".npz"))
+    part, (logit, label) = result["image_to_class"]["calibration"], logits("test")
+    entropy = result["image_to_class"]["uncertainty"]["entropy"]
     assert (part["model"]["auroc"], part["model"]["aurc"]) == (entropy["auroc"], pytest.approx(entropy["aurc"]))
     halves, scales = calibration.halves(np.arange(len(label))), part["temperature"]["scales"]
     scaled = logit * torch.tensor(np.where(halves, scales[1], scales[0]))[:, None]  # each half by that of the other
@@ -106,21 +105,22 @@ def test_arrays_of_every_entry_stand_in_the_order_of_the_images(place, capsys):
         log_probability = logit.log_softmax(dim=1)
         nll = -log_probability[range(len(label)), label].numpy()
         assert arrays[f"image_to_class_{name}_nll"] == pytest.approx(nll, rel=1e-3, abs=1e-5)
-        sure = log_probability.exp().amax(dim=1).numpy()
-        assert arrays[f"image_to_class_{name}_confidence"] == pytest.approx(sure, rel=1e-3)
+        confidence = log_probability.exp().amax(dim=1).numpy()
+        assert arrays[f"image_to_class_{name}_confidence"] == pytest.approx(confidence, rel=1e-3)
     titles = {"model": "model", "temperature": "temperature", "validation": "temperature of val"}
-    for name, belief in part.items():
-        mine = [arrays[f"image_to_class_{name}_{field}"] for field in ("nll", "confidence", "hit")]
-        assert belief["nll"] == pytest.approx(mine[0].mean()) and belief["accuracy"] == pytest.approx(mine[2].mean())
-        assert belief["ece_15"] == calibration.calibration_error(calibration.reliability(*mine[1:]))
+    for name, figures in part.items():
+        fields = [arrays[f"image_to_class_{name}_{field}"] for field in ("nll", "confidence", "hit")]
+        assert figures["nll"] == pytest.approx(fields[0].mean())
+        assert figures["accuracy"] == pytest.approx(fields[2].mean())
+        assert figures["ece_15"] == calibration.calibration_error(calibration.reliability(*fields[1:]))
         title = (titles | {"matched": "matched temperature"})[name]
-        assert f"    {title:19} {belief['nll']:.3f} {belief['ece_15']:.3f}\n" in said
+        assert f"    {title:19} {figures['nll']:.3f} {figures['ece_15']:.3f}\n" in printed
 
 
 def test_what_a_temperature_cannot_be_fitted_on_is_refused(place, refusal, monkeypatch):
     shapes = ["--dataset", "shapes", "--method", "clip", "--device", "cpu"]
     assert "has captions and no classes: leave out --val" in refusal(evaluation.main, *shapes, "--val", "train")
-    assert "--val test has 50 of the images that are evaluated" in refusal(evaluation.main, *JUDGED, "--val", "test")
+    assert "--val test shares 50 images with" in refusal(evaluation.main, *JUDGED, "--val", "test")
     assert "/folder/shapes-tiny/all is missing" in refusal(evaluation.main, *JUDGED, "--val", "all")
     assert not (place / "results").exists()
     with monkeypatch.context() as patch:
@@ -139,13 +139,13 @@ def test_without_mistakes_there_is_no_temperature_of_a_split(place, capsys, monk
     answers, labels = logits("val")[0].argmax(dim=1).numpy(), Pairs("folder", "shapes-tiny", "test").label
     monkeypatch.setattr(Pairs, "label", property(lambda self: of(self, val=answers, test=labels)))
     evaluation.main([*JUDGED[:-1], "--val", "val"])
-    found = json.loads((place / RESULT).read_text())
-    assert list(found["image_to_class"]["calibration"]) == ["model", "temperature", "matched"]
+    result = json.loads((place / RESULT).read_text())
+    assert list(result["image_to_class"]["calibration"]) == ["model", "temperature", "matched"]
     assert "no temperature of val: too few of its images are mistaken to bound one" in capsys.readouterr().out
 
 
 def forecasts(runs=3, queries=200, seed=0, shift=0.0):
-    """Random NLL, confidences and hits (R, Q), the latter as often as the confidences say."""
+    """Random NLL, confidences and hits (R, Q); the confidence minus `shift` is the probability of a hit."""
     rng = np.random.default_rng(seed)
     confidence = rng.uniform(0, 1, (runs, queries))
     hit = (rng.uniform(size=confidence.shape) < confidence - shift).astype(float)
@@ -153,7 +153,7 @@ def forecasts(runs=3, queries=200, seed=0, shift=0.0):
 
 
 def slow_figures(nll, confidence, hit, rows, bins=15):
-    """Mean NLL and ECE of the queries in `rows`, some of them more than once, by the definition."""
+    """Mean NLL and ECE of the queries in `rows`, which may repeat, by definition."""
     nll, confidence, hit = (values[rows] for values in (nll, confidence, hit))
     error = 0.0
     for low in range(bins):
@@ -164,18 +164,18 @@ def slow_figures(nll, confidence, hit, rows, bins=15):
 
 
 def test_draws_of_queries_by_a_loop(monkeypatch):
-    """The draws are those of the bootstrap, which tests/test_metrics.py holds against a loop."""
+    """The draws are those of `bootstrap`, which tests/test_metrics.py compares with a loop."""
     arrays = forecasts()
-    found = comparison.resampled(*arrays, draws=20, seed=3)
+    drawn = comparison.resampled(*arrays, draws=20, seed=3)
     [times] = times_drawn(200, 20, 3, 20)
-    assert found["nll"].shape == found["ece"].shape == (21, 3) and (times.sum(axis=1) == 200).all()
+    assert drawn["nll"].shape == drawn["ece"].shape == (21, 3) and (times.sum(axis=1) == 200).all()
     for draw, count in enumerate([np.ones(200, int), *times]):
         for run in range(3):
             expected = slow_figures(*(values[run] for values in arrays), np.repeat(np.arange(200), count))
-            assert (found["nll"][draw, run], found["ece"][draw, run]) == pytest.approx(expected, abs=1e-12)
+            assert (drawn["nll"][draw, run], drawn["ece"][draw, run]) == pytest.approx(expected, abs=1e-12)
     monkeypatch.setattr(comparison, "DRAWN", 600)  # three draws at once: the same ones
     parts = comparison.resampled(*arrays, draws=20, seed=3)
-    for name, values in found.items():
+    for name, values in drawn.items():
         np.testing.assert_allclose(parts[name], values, atol=1e-12)
     assert comparison.resampled(*arrays, bins=20, draws=1)["ece"][0, 0] == pytest.approx(
         calibration.calibration_error(calibration.reliability(arrays[1][0], arrays[2][0], 20))
@@ -184,21 +184,21 @@ def test_draws_of_queries_by_a_loop(monkeypatch):
         comparison.resampled(arrays[0], 2 + arrays[1], arrays[2])
 
 
-def test_intervals_of_differences_hold_what_is_true_as_often_as_they_say():
-    """Of a hundred pairs of forecasts some 95 intervals hold the difference that very many queries show."""
+def test_intervals_of_differences_cover_the_true_one_as_often_as_stated():
+    """Of a hundred pairs of forecasts, about 95 intervals contain the difference over very many queries."""
     truth = [forecasts(1, 10**6, shift=shift)[0].mean() for shift in (0, 0.1)]
-    held = 0
+    covered = 0
     for seed in range(100):
         one = comparison.resampled(*forecasts(1, 400, seed=2 * seed), draws=200)["nll"][:, 0]
         other = comparison.resampled(*forecasts(1, 400, seed=2 * seed + 1, shift=0.1), draws=200)["nll"][:, 0]
         gap = comparison.gap(other, one)
-        held += gap.low <= truth[1] - truth[0] <= gap.high
-    assert 85 <= held <= 100
+        covered += gap.low <= truth[1] - truth[0] <= gap.high
+    assert 85 <= covered <= 100
 
 
 def test_a_gap_is_of_the_same_draws():
     ours, theirs = np.arange(41.0), np.append(1.0, np.arange(40.0) + np.tile([2, -1], 20))
-    gap = comparison.gap(ours, theirs)  # of the draws 1 - 2 and 1 + 1
+    gap = comparison.gap(ours, theirs)  # the draws differ by 1 - 2 and 1 + 1
     assert gap == (-1, -1, 2) and not gap.real
     assert comparison.gap(ours - 3, theirs).real and comparison.gap(ours + 3, theirs).real
 
@@ -206,16 +206,98 @@ def test_a_gap_is_of_the_same_draws():
 def test_paired_differences_are_those_of_the_t_test():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 5))
-    found = comparison.paired(a, b)
+    difference = comparison.paired(a, b)
     test = stats.ttest_rel(a, b)
-    assert found.mean == pytest.approx((a - b).mean()) and found.p == pytest.approx(test.pvalue)
-    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert difference.mean == pytest.approx((a - b).mean()) and difference.p == pytest.approx(test.pvalue)
+    assert (difference.low, difference.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert comparison.paired(a[:1], b[:1]) is None
     assert comparison.paired(a, a) == (0, 0, 0, 1)
-    # What all seeds agree in up to rounding is no certainty, but counts of few images.
+    # Differences that are equal up to rounding come from counts of few images, and are no certainty.
     alike = comparison.paired([83.1, 83.3, 83.4], [83.0, 83.2, 83.3])
     assert alike.mean == pytest.approx(0.1) and alike.p == 1
     assert comparison.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def answers(queries=60, seed=0, values=10**6):
+    """Random uncertainties and hits (2, S, Q) of two methods with three seeds, and groups of queries (Q,)."""
+    rng = np.random.default_rng(seed)
+    hit = rng.choice([0.0, 1.0, 0.5], (2, 3, queries))
+    return rng.integers(0, values, hit.shape), hit, rng.permutation(np.arange(queries) // 4)
+
+
+@pytest.mark.parametrize("values", [5, 10**6])
+@pytest.mark.parametrize("at_once", [2**18, 100])
+def test_paired_bootstrap_by_a_loop(monkeypatch, values, at_once):
+    """Groups of queries are drawn, the same for both methods; statistics are averaged over seeds draw by draw."""
+    monkeypatch.setattr(comparison, "DRAWN", at_once)
+    uncertainty, hit, group = answers(values=values)
+    draws = comparison.PairedBootstrap(group, draws=50, seed=3)
+    statistics = [(draws.mean(h), draws.auroc(u, h)) for u, h in zip(uncertainty, hit, strict=True)]
+    rng, rows = np.random.default_rng(3), [np.arange(60)]
+    for _ in range(50):
+        rows.append(np.concatenate([np.flatnonzero(group == chosen) for chosen in rng.integers(15, size=15)]))
+    slow = np.empty((2, 2, 51))
+    for method, draw in np.ndindex(2, 51):
+        chosen = rows[draw]
+        seeds = [(u[chosen], h[chosen]) for u, h in zip(uncertainty[method], hit[method], strict=True)]
+        slow[method, 0, draw] = np.mean([h.mean() for _, h in seeds])
+        slow[method, 1, draw] = np.mean([auroc(u, h) for u, h in seeds])
+    np.testing.assert_allclose(statistics, slow, atol=1e-12)
+    for number in range(2):
+        difference = comparison.paired_difference(statistics[0][number], statistics[1][number], confidence=0.9)
+        first, *others = slow[0, number] - slow[1, number]
+        assert difference[:3] == pytest.approx((first, *np.quantile(others, [0.05, 0.95])))
+        below, above = sum(x <= 1e-9 for x in others), sum(x >= -1e-9 for x in others)  # zeros count for both
+        assert difference.p == pytest.approx(min(1, 2 * (1 + min(below, above)) / 51))
+
+
+def test_paired_differences_of_known_methods():
+    uncertainty, hit, group = answers(400)
+    draws = comparison.PairedBootstrap(group)
+    mean, area = draws.mean(hit[0]), draws.auroc(uncertainty[0], hit[0])
+    for statistic in (mean, area):  # a method and itself
+        same = comparison.paired_difference(statistic, statistic.copy())
+        assert same == (0, 0, 0, 1) and not same.real
+    same = comparison.paired_difference(draws.auroc(uncertainty[0], hit[0]), draws.auroc(2 * uncertainty[0], hit[0]))
+    assert same == (0, 0, 0, 1)
+    # Better on every query, and ordered ideally.
+    better = comparison.paired_difference(draws.mean(np.ones(400)), draws.mean(np.zeros((2, 400))))
+    assert better == (1, 1, 1, 2 / 1001) and better.real
+    ideal = comparison.paired_difference(draws.auroc(-hit[0], hit[0]), area)
+    assert ideal.real and ideal.low > 0.2 and ideal.p == 2 / 1001
+    worse = comparison.paired_difference(area, draws.auroc(-hit[0], hit[0]))
+    assert worse.real and worse[:3] == pytest.approx((-ideal.mean, -ideal.high, -ideal.low)) and worse.p == ideal.p
+    assert comparison.holm([ideal.p, same.p]) == pytest.approx([4 / 1001, 1])
+    # Random answers have no real difference, and independent seeds of the draws agree about it.
+    for seed in (0, 1):
+        draws = comparison.PairedBootstrap(group, seed=seed)
+        random = comparison.paired_difference(draws.mean(hit[0]), draws.mean(hit[1]))
+        assert not random.real and random.p > 0.05
+
+
+def test_an_auroc_without_misses_has_no_difference():
+    draws, uncertainty = comparison.PairedBootstrap(np.arange(20), draws=200), np.arange(20)
+    hits = draws.auroc(uncertainty, np.ones(20))
+    assert np.isnan(hits).all() and comparison.paired_difference(hits, hits) is None
+    # Draws that lack the one miss are left out.
+    one_miss = draws.auroc(uncertainty, uncertainty < 19)
+    assert 0 < np.isnan(one_miss).sum() < 200
+    assert comparison.paired_difference(one_miss, draws.auroc(-uncertainty, uncertainty < 19))[:3] == (1, 1, 1)
+
+
+def test_p_values_of_equal_methods_are_uniform():
+    """Of 300 pairs of methods that are equally good on average, about 5 % differ at p <= 0.05, in R@1 and in AUROC."""
+    rng, real = np.random.default_rng(5), np.zeros(2)
+    for seed in range(300):
+        uncertainty = rng.random((2, 200))
+        hit = (rng.random((2, 200)) < 1 - uncertainty).astype(float)
+        draws = comparison.PairedBootstrap(np.arange(200), draws=200, seed=seed)
+        differences = (
+            comparison.paired_difference(draws.mean(hit[0]), draws.mean(hit[1])),
+            comparison.paired_difference(*(draws.auroc(*both) for both in zip(uncertainty, hit, strict=True))),
+        )
+        real += [difference.p <= 0.05 for difference in differences]
+    assert (np.abs(real / 300 - 0.05) < 0.04).all()
 
 
 DATA = {"cifar": "test", "cifar+shifted": "shifted"}
@@ -223,9 +305,9 @@ NLL = {("clip", "model"): 2.0, ("clip", "temperature"): 1.0, ("bayesvlm", "model
 
 
 def write(folder, variant, seed, data, left=()):
-    """A synthetic result of classification and its arrays, whose NLL is that of NLL, and 0.1 more for each seed."""
-    doubt = None if variant == "clip" else -0.5
-    result = make_result(variant, seed, 0.6, doubt, task="classification", evaluated_on=data, split=DATA[data])
+    """Write a synthetic classification result and its arrays; their NLL is that of NLL, plus 0.1 for each seed."""
+    uncertainty = None if variant == "clip" else -0.5
+    result = make_result(variant, seed, 0.6, uncertainty, task="classification", evaluated_on=data, split=DATA[data])
     side, arrays, rng = result["image_to_class"], {}, np.random.default_rng([seed, len(data)])
     one, side["calibration"] = side["calibration"]["model"], {}
     noise = rng.uniform(-0.5, 0.5, 100)
@@ -242,7 +324,7 @@ def write(folder, variant, seed, data, left=()):
 
 @pytest.fixture
 def compared(tmp_path):
-    """Two data sets; clip with one seed and bayesvlm with two; on the second no temperature of clip's is bounded."""
+    """Two data sets; clip with one seed, bayesvlm with two; on the second data set clip's temperature is unbounded."""
     kept = {}
     for data in DATA:
         kept["clip", 0, data] = write(tmp_path, "clip", 0, data, ["temperature"] * (data == "cifar+shifted"))
@@ -263,11 +345,11 @@ def side_by_side(folder):
 
 def test_data_sets_side_by_side(compared):
     folder, kept = compared
-    block, found = side_by_side(folder)
+    block, by_name = side_by_side(folder)
     assert block.title == "2 data sets, tiny: comparison" and block.summary == "mean ± s.d. over 1 to 2 seeds"
     names = ["across_accuracy", "across_nll", "across_ece_15", "across_auroc", "across_query", "across_aurc"]
-    assert list(found) == [*names, "differences_nll", "differences_ece"]
-    table = found["across_nll"]
+    assert list(by_name) == [*names, "differences_nll", "differences_ece"]
+    table = by_name["across_nll"]
     heads = [(column.group, column.title) for column in table.columns]
     assert heads == [("cifar", "test"), ("cifar", "shifted"), ("", "average")]
     rows = rows_of(table)
@@ -281,15 +363,15 @@ def test_data_sets_side_by_side(compared):
     assert cell.mean == pytest.approx(averages.mean()) and cell.sd == pytest.approx(averages.std(ddof=1))
     scaled = rows["clip + temperature"].cells
     assert scaled.keys() == {"cifar_nll", "average_nll"} and scaled["cifar_nll"].best
-    # Where no temperature is bounded, the average has the probabilities as they are.
+    # If no temperature is bounded, the average takes the unscaled probabilities.
     of_scaled = [kept["clip", 0, "cifar"]["image_to_class_temperature_nll"].mean(), of["clip", 0, "cifar+shifted"]]
     assert scaled["average_nll"].mean == pytest.approx(np.mean(of_scaled)) and scaled["average_nll"].best
     assert not cell.best and rows["bayesvlm"].seeds == 2
-    assert "the average has the probabilities as they are" in found["across_nll"].note
-    assert mean(found["across_accuracy"], "clip", "average_accuracy") == 50
-    assert mean(found["across_aurc"], "bayesvlm + matched temperature", "average_aurc") == 0.125
-    assert [column.key for column in found["across_ece_15"].hidden] == ["cifar_ece_20", "cifar+shifted_ece_20"]
-    assert "none" in found["across_accuracy"].note and "Matched temperature" in found["across_accuracy"].note
+    assert "the average takes the probabilities unscaled" in by_name["across_nll"].note
+    assert mean(by_name["across_accuracy"], "clip", "average_accuracy") == 50
+    assert mean(by_name["across_aurc"], "bayesvlm + matched temperature", "average_aurc") == 0.125
+    assert [column.key for column in by_name["across_ece_15"].hidden] == ["cifar_ece_20", "cifar+shifted_ece_20"]
+    assert "none" in by_name["across_accuracy"].note and "Matched temperature" in by_name["across_accuracy"].note
 
 
 def test_averages_are_over_seeds_that_have_every_data_set(compared):
@@ -328,22 +410,22 @@ def test_paired_differences_by_a_loop(compared):
             theirs = np.mean([kept[base, seed, data][field(other)] for seed in seeds], axis=0)
             gaps = [np.mean(np.repeat(ours - theirs, count)) for count in draws]
             low, high = np.quantile(gaps, [0.025, 0.975])
-            found = [cells[f"{data}_nll_gap{end}"].mean for end in ("", "_low", "_high")]
-            assert found == pytest.approx([np.mean(ours - theirs), low, high])
-            text = f"{found[0]:+.3f} [{low:+.3f}, {high:+.3f}]" + "†" * bool(low > 0 or high < 0)
+            interval = [cells[f"{data}_nll_gap{end}"].mean for end in ("", "_low", "_high")]
+            assert interval == pytest.approx([np.mean(ours - theirs), low, high])
+            text = f"{interval[0]:+.3f} [{low:+.3f}, {high:+.3f}]" + ("†" if low > 0 or high < 0 else "")
             assert cells[f"{data}_nll_gap"].text == text.replace("-", MINUS)
-    # Of alike confidences and hits by halves, so that ECE is the distance of the two.
+    # All confidences are equal and half of the queries are hits, so that ECE is the distance of the two.
     cells = rows_of(side_by_side(folder)[1]["differences_ece"])["bayesvlm less clip"].cells
     assert cells["cifar_ece_gap"].mean == pytest.approx(0.15 - 0.2)
 
 
 def test_what_has_no_baseline_or_one_data_set_is_compared_with_less(tmp_path):
     write(tmp_path, "clip", 0, "cifar", ["temperature"])
-    assert comparisons_in(tmp_path / "shapes") == []  # the table of the data set says all there is
+    assert comparisons_in(tmp_path / "shapes") == []  # the table of the data set has it all
     write(tmp_path, "bayesvlm", 0, "cifar", ["matched"])
-    block, found = side_by_side(tmp_path)
-    assert block.title == "cifar, tiny: comparison" and list(found) == ["differences_nll", "differences_ece"]
-    assert list(rows_of(found["differences_nll"])) == ["bayesvlm less clip"]
+    block, by_name = side_by_side(tmp_path)
+    assert block.title == "cifar, tiny: comparison" and list(by_name) == ["differences_nll", "differences_ece"]
+    assert list(rows_of(by_name["differences_nll"])) == ["bayesvlm less clip"]
     shutil.rmtree(tmp_path / "shapes/tiny/clip")
     assert comparisons_in(tmp_path / "shapes") == []
     write(tmp_path, "bayesvlm", 0, "cifar+shifted", ["matched"])
@@ -354,13 +436,13 @@ def test_what_has_no_baseline_or_one_data_set_is_compared_with_less(tmp_path):
 def test_the_report_has_them_in_every_format(compared):
     folder, _ = compared
     report.main(["--dataset", "shapes", "--results", str(folder), "--quiet"])
-    told = {
+    written = {
         name: (folder / "shapes" / name).read_text() for name in ("table.md", "table.tex", "table.csv", "report.html")
     }
-    assert all("bayesvlm less its matched temperature" in text for text in told.values())
+    assert all("bayesvlm less its matched temperature" in text for text in written.values())
     assert (
         "2 data sets,tiny,comparison,differences_nll,bayesvlm less clip,bayesvlm,2,cifar_nll_gap_low,-"
-        in told["table.csv"]
+        in written["table.csv"]
     )
 
 
@@ -411,5 +493,5 @@ def test_rows_of_a_temperature_are_named_by_the_split_it_is_of(tmp_path):
         ]
     assert list(rows_of(table)) == ["clip", "clip + temperature", "clip + temperature of late"]
     assert "all of its labeled images" in table.note
-    found = side_by_side(tmp_path)[1]["across_nll"]
-    assert list(rows_of(found)) == ["clip", "clip + temperature", "clip + temperature of val or late"]
+    table = side_by_side(tmp_path)[1]["across_nll"]
+    assert list(rows_of(table)) == ["clip", "clip + temperature", "clip + temperature of val or late"]

@@ -1,4 +1,4 @@
-"""Evaluation: every figure of a result file recomputed slowly, and what is refused."""
+"""Evaluation: every figure of a result file recomputed slowly, and every refusal."""
 
 import itertools
 import json
@@ -33,87 +33,88 @@ def trained(world):
     return world
 
 
-def slow(scores, own, k):
-    """Chance that an own item is among the k best of each row if tied items stand in random order, by a loop."""
+def slow(scores, positives, k):
+    """Chance that a positive is among the k best of each row if tied items are in random order, by a loop."""
     hits = []
-    for row, items in zip(scores, own, strict=True):
+    for row, items in zip(scores, positives, strict=True):
         best = row[items].max()
         others = np.delete(row, items)
-        better, tied, mine = (others > best).sum(), (others == best).sum(), (row[items] == best).sum()
-        places = min(max(k - better, 0), tied + mine)
-        hits.append(1 - stats.hypergeom(tied + mine, mine, places).pmf(0))
+        better, tied, tied_positives = (others > best).sum(), (others == best).sum(), (row[items] == best).sum()
+        places = min(max(k - better, 0), tied + tied_positives)
+        hits.append(1 - stats.hypergeom(tied + tied_positives, tied_positives, places).pmf(0))
     return np.array(hits)
 
 
-def slow_uncertainty(doubt, hits, count, limit, truth):
+def slow_uncertainty(uncertainty, hits, count, limit, truth):
     """Every figure of an uncertainty by its definition: hits {k: (Q,)}; limit, truth (Q,) or None."""
-    order = np.argsort(doubt, kind="stable")
-    groups = [order[rows] for rows in np.array_split(np.arange(len(doubt)), count)]
-    found = {"levels": {"count": [len(rows) for rows in groups]}}
-    found["levels"]["uncertainty"] = [[doubt[rows].min(), doubt[rows].max()] for rows in groups]
+    order = np.argsort(uncertainty, kind="stable")
+    groups = [order[rows] for rows in np.array_split(np.arange(len(uncertainty)), count)]
+    figures = {"levels": {"count": [len(rows) for rows in groups]}}
+    figures["levels"]["uncertainty"] = [[uncertainty[rows].min(), uncertainty[rows].max()] for rows in groups]
 
-    def even(values):  # tied queries, such as captions of the same words, stand in random order
-        return np.array([values[doubt == value].mean() for value in doubt])
+    def even(values):  # tied queries, such as captions of the same words, are in random order
+        return np.array([values[uncertainty == value].mean() for value in uncertainty])
 
-    found["levels"]["recall"] = {str(k): [even(hit)[rows].mean() for rows in groups] for k, hit in hits.items()}
+    figures["levels"]["recall"] = {str(k): [even(hit)[rows].mean() for rows in groups] for k, hit in hits.items()}
     if limit is not None:
-        found["levels"]["bayes_recall"] = [even(limit)[rows].mean() for rows in groups]
-    recalls = np.array(found["levels"]["recall"]["1"])
-    found["s"] = stats.spearmanr(range(count), recalls).statistic
-    found["r2"] = stats.linregress(range(count), recalls).rvalue ** 2
-    found["minus_s_r2"] = -found["s"] * found["r2"]
-    found["spread"] = recalls[0] - recalls[-1]
+        figures["levels"]["bayes_recall"] = [even(limit)[rows].mean() for rows in groups]
+    recalls = np.array(figures["levels"]["recall"]["1"])
+    figures["s"] = stats.spearmanr(range(count), recalls).statistic
+    figures["r2"] = stats.linregress(range(count), recalls).rvalue ** 2
+    figures["minus_s_r2"] = -figures["s"] * figures["r2"]
+    figures["spread"] = recalls[0] - recalls[-1]
     hit = hits[1]
-    wrong, right = doubt[hit == 0], doubt[hit == 1]
-    found["auroc"] = stats.mannwhitneyu(wrong, right).statistic / len(wrong) / len(right)
-    kept = [doubt <= threshold for threshold in np.unique(doubt)]
+    wrong, right = uncertainty[hit == 0], uncertainty[hit == 1]
+    figures["auroc"] = stats.mannwhitneyu(wrong, right).statistic / len(wrong) / len(right)
+    kept = [uncertainty <= threshold for threshold in np.unique(uncertainty)]
     steps = np.diff([0, *(hit[rows].sum() for rows in kept)]) / hit.sum()
-    found["aupr"] = sum(step * hit[rows].mean() for step, rows in zip(steps, kept, strict=True))
+    figures["aupr"] = sum(step * hit[rows].mean() for step, rows in zip(steps, kept, strict=True))
     risk = [1 - even(hit)[order[:answered]].mean() for answered in range(1, len(hit) + 1)]
     best = [1 - np.sort(hit)[::-1][:answered].mean() for answered in range(1, len(hit) + 1)]
-    found["aurc"], found["e_aurc"] = np.mean(risk), np.mean(risk) - np.mean(best)
-    found["selective_recall"] = {str(c): 1 - risk[round(c * len(hit) / 100) - 1] for c in (80, 90, 95)}
+    figures["aurc"], figures["e_aurc"] = np.mean(risk), np.mean(risk) - np.mean(best)
+    figures["selective_recall"] = {str(c): 1 - risk[round(c * len(hit) / 100) - 1] for c in (80, 90, 95)}
     if truth is not None:
-        found["spearman"], found["kendall"] = stats.spearmanr(doubt, truth)[0], stats.kendalltau(doubt, truth)[0]
-    return found
+        figures["spearman"] = stats.spearmanr(uncertainty, truth)[0]
+        figures["kendall"] = stats.kendalltau(uncertainty, truth)[0]
+    return figures
 
 
-def slow_calibration(posterior, own, scale, shares):
-    """Every figure of a posterior (Q, G) by its definition; own: the positives of each query.
+def slow_calibration(posterior, positives, scale, shares):
+    """Every figure of a posterior (Q, G) by its definition; positives: the items of each query.
 
-    shares (G,): the image of every answer, which its captions share the posterior of.
+    shares (G,): the image of every answer; the confidence is the total posterior of its captions.
     """
     top = posterior.argmax(axis=1)
-    hit = np.array([t in items for t, items in zip(top, own, strict=True)], dtype=float)
+    hit = np.array([t in items for t, items in zip(top, positives, strict=True)], dtype=float)
     confidence = np.array([row[shares == shares[t]].sum() for row, t in zip(posterior, top, strict=True)])
-    mine = np.array([row[items].sum() for row, items in zip(posterior, own, strict=True)])
-    others = np.array([np.delete(row, items) for row, items in zip(posterior, own, strict=True)], dtype=object)
-    found = {"nll": -np.log(mine).mean(), "scales": scale}
-    found["brier"] = np.mean([(1 - m) ** 2 + (np.array(o, float) ** 2).sum() for m, o in zip(mine, others)])
+    of_positives = np.array([row[items].sum() for row, items in zip(posterior, positives, strict=True)])
+    others = np.array([np.delete(row, items) for row, items in zip(posterior, positives, strict=True)], dtype=object)
+    figures = {"nll": -np.log(of_positives).mean(), "scales": scale}
+    figures["brier"] = np.mean([(1 - m) ** 2 + (np.array(o, float) ** 2).sum() for m, o in zip(of_positives, others)])
     for bins in (15, 20):
         error = 0
         for low in range(bins):
             inside = (confidence >= low / bins) & ((confidence < (low + 1) / bins) | (low == bins - 1))
             if inside.any():
                 error += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
-        found[f"ece_{bins}"] = error
+        figures[f"ece_{bins}"] = error
     parts = np.array_split(np.argsort(confidence), 15)
     low = [np.flatnonzero(np.minimum((15 * confidence).astype(int), 14) == part) for part in range(15)]
     low = [rows for rows in low if len(rows)]
-    found["reliability"] = {"count": [len(rows) for rows in low], "confidence": [confidence[r].mean() for r in low]}
-    found["reliability"]["accuracy"] = [hit[rows].mean() for rows in low]
-    found["adaptive_ece"] = sum(len(p) * abs(hit[p].mean() - confidence[p].mean()) for p in parts) / len(hit)
-    return found
+    figures["reliability"] = {"count": [len(rows) for rows in low], "confidence": [confidence[r].mean() for r in low]}
+    figures["reliability"]["accuracy"] = [hit[rows].mean() for rows in low]
+    figures["adaptive_ece"] = sum(len(p) * abs(hit[p].mean() - confidence[p].mean()) for p in parts) / len(hit)
+    return figures
 
 
-def agrees(found, expected, tolerance=1e-4):
-    """Hold nested figures against expected ones, where no others are missing but those that intervals are."""
+def agrees(figures, expected, tolerance=1e-4):
+    """Compare nested figures with expected ones, which lack only intervals and families."""
     if isinstance(expected, dict):
-        assert found.keys() - {"interval", "family"} == expected.keys()
+        assert figures.keys() - {"interval", "family"} == expected.keys()
         for name, value in expected.items():
-            agrees(found[name], value, tolerance)
+            agrees(figures[name], value, tolerance)
     else:
-        assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4, abs=tolerance)
+        assert np.array(figures) == pytest.approx(np.array(expected), rel=1e-4, abs=tolerance)
 
 
 @pytest.mark.parametrize(("method", "levels"), [("asymvlm-vmf", 10), ("asymvlm-vmf", 7), ("pfe", 10)])
@@ -123,7 +124,7 @@ def test_every_figure_by_a_slow_script(world, method, levels):
     train.main([*run, "--quiet", *short])
     evaluation.main([*run, "--uncer_levels", str(levels)])
     path = world / (RESULT.format(method) + ".json")
-    found, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+    result, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
     pairs, run = Pairs("shapes", "shapes-tiny", "val"), Run(load_config("shapes", method))
     adaptor, _, _ = run.load("cpu")
     with torch.inference_mode():
@@ -133,27 +134,26 @@ def test_every_figure_by_a_slow_script(world, method, levels):
     true, owner = pairs.matches.toarray(), pairs.image_of_text
     count = true.sum(axis=0)
     own_texts = [np.flatnonzero(owner == i) for i in range(len(pairs.image))]
-    doubts = {"text": text.uncertainty.double().numpy()}
+    uncertainties = {"text": text.uncertainty.double().numpy()}
     if image.uncertainty is not None:
-        doubts["image"] = image.uncertainty.double().numpy()
+        uncertainties["image"] = image.uncertainty.double().numpy()
     sides = {
         "text_to_image": (scores.T, [[i] for i in owner], "text", "image", true.T, 1 / count),
         "image_to_text": (scores, own_texts, "image", "text", true, arrays["image_to_text_limit"]),
     }
     recalls = []
-    for side, (rows, own, query, answer, fits, limit) in sides.items():
-        part, hits = found[side], {k: slow(rows, own, k) for k in (1, 5, 10)}
+    for side, (rows, positives, query, answer, fits, limit) in sides.items():
+        part, hits = result[side], {k: slow(rows, positives, k) for k in (1, 5, 10)}
         recalls += [hit.mean() for hit in hits.values()]
         assert part["queries"] == len(rows)
         assert part["recall"] == {str(k): pytest.approx(hit.mean()) for k, hit in hits.items()}
-        ranks = [(row > row[items].max()).sum() + 1 for row, items in zip(rows, own, strict=True)]
+        ranks = [(row > row[items].max()).sum() + 1 for row, items in zip(rows, positives, strict=True)]
         assert part["median_rank"] == np.median(ranks)
         assert part["bayes_recall"] == pytest.approx(limit.mean())
         assert part["regret"] == pytest.approx((limit - hits[1]).mean())
         at_r = []
-        for row, positive in zip(
-            rows, fits, strict=True
-        ):  # Musgrave et al.: precision at every positive of the first R
+        for row, positive in zip(rows, fits, strict=True):
+            # Musgrave et al.: precision at every positive of the first R.
             relevant = positive[np.argsort(-row, kind="stable")][: positive.sum()]
             precision = np.cumsum(relevant) / np.arange(1, len(relevant) + 1)
             at_r.append([(precision * relevant).sum() / len(relevant), relevant.mean()])
@@ -165,127 +165,128 @@ def test_every_figure_by_a_slow_script(world, method, levels):
         signs = {"score": "top", "margin": "margin", "probability": "probability"}
         stored = {name: -arrays[f"{side}_{field}"] for field, name in signs.items()}
         stored["entropy"] = arrays[f"{side}_entropy"]
-        for name, doubt in gallery.items():
-            assert stored[name] == pytest.approx(doubt, rel=1e-4, abs=1e-4)
-        expected = stored  # which order neighbors as float32's sums have it
-        if query in doubts:
-            expected["query"] = doubts[query]
-        if answer in doubts:
-            expected["retrieved"] = doubts[answer][rows.argmax(axis=1)]
-        if len(doubts) == 2:
+        for name, values in gallery.items():
+            assert stored[name] == pytest.approx(values, rel=1e-4, abs=1e-4)
+        expected = stored  # in float32, whose rounding may change the order of neighbors
+        if query in uncertainties:
+            expected["query"] = uncertainties[query]
+        if answer in uncertainties:
+            expected["retrieved"] = uncertainties[answer][rows.argmax(axis=1)]
+        if len(uncertainties) == 2:
             expected["sum"] = expected["query"] + expected["retrieved"]
         assert part["uncertainty"].keys() == expected.keys()
-        assert part["levels_by"] == ("query" if query in doubts else "retrieved")
+        assert part["levels_by"] == ("query" if query in uncertainties else "retrieved")
         truth = np.log(count) if query == "text" else None
-        for name, doubt in expected.items():
-            agrees(part["uncertainty"][name], slow_uncertainty(doubt, hits, levels, limit, truth))
+        for name, values in expected.items():
+            agrees(part["uncertainty"][name], slow_uncertainty(values, hits, levels, limit, truth))
             family = "query-only" if name == "query" else "gallery-aware"
             assert part["uncertainty"][name]["family"] == family
         assert arrays[f"{side}_uncertainty"] == pytest.approx(expected[part["levels_by"]])
         assert arrays[f"{side}_hit"] == pytest.approx(hits[1])
         shares = np.arange(len(own_texts)) if query == "text" else owner
-        agrees(part["calibration"]["model"], slow_calibration(posterior, own, [adaptor.posterior_scale], shares))
-        # The draws are by images; bootstrap itself is held against a loop in tests/test_metrics.py.
-        for name, doubt in expected.items():
-            drawn = bootstrap(doubt, arrays[f"{side}_hit"], levels, owner if query == "text" else np.arange(len(rows)))
+        agrees(part["calibration"]["model"], slow_calibration(posterior, positives, [adaptor.posterior_scale], shares))
+        # Images are drawn; tests/test_metrics.py compares bootstrap itself with a loop.
+        for name, values in expected.items():
+            drawn = bootstrap(values, arrays[f"{side}_hit"], levels, owner if query == "text" else np.arange(len(rows)))
             assert part["uncertainty"][name]["interval"] == drawn
-        # Each half is judged by the temperature that suits the other best.
+        # Each half is evaluated with the temperature fitted on the other.
         groups = owner if query == "text" else np.arange(len(rows))
         half, scaled = halves(groups), np.empty(rows.shape)
         scales = part["calibration"]["temperature"]["scales"]
         for fitted, scale in ((half, scales[0]), (~half, scales[1])):
             scaled[~fitted] = torch.tensor(rows[~fitted]).double().mul(scale).softmax(dim=1).numpy()
 
-            def nll(factor, fitted=fitted, scale=scale, rows=rows, own=own):
+            def nll(factor, fitted=fitted, scale=scale, rows=rows, positives=positives):
                 share = torch.tensor(rows[fitted]).double().mul(scale * factor).softmax(dim=1).numpy()
-                mine = [own[row] for row in np.flatnonzero(fitted)]
-                return -np.mean([np.log(p[items].sum()) for p, items in zip(share, mine, strict=True)])
+                of_half = [positives[row] for row in np.flatnonzero(fitted)]
+                return -np.mean([np.log(p[items].sum()) for p, items in zip(share, of_half, strict=True)])
 
             assert nll(1) <= min(nll(1.03), nll(0.97))
-        agrees(part["calibration"]["temperature"], slow_calibration(scaled, own, scales, shares))
-        # The first is the best-scored answer of the surest caption (of equal wordings: image), and so on.
+        agrees(part["calibration"]["temperature"], slow_calibration(scaled, positives, scales, shares))
+        # Examples are the most and the least certain distinct wordings, each with its best-scored answers.
         names = pairs.items["text"] if query == "text" else pairs.items["image"]
         answers = pairs.items["image"] if query == "text" else pairs.items["text"]
-        doubt = expected[part["levels_by"]]
-        for name, order in (("most_certain", np.argsort(doubt)), ("least_certain", np.argsort(-doubt))):
+        values = expected[part["levels_by"]]
+        for name, order in (("most_certain", np.argsort(values)), ("least_certain", np.argsort(-values))):
             shown = part["examples"][name]
             assert len(shown) == 10 == len({example["query"] for example in shown})
             distinct = list(dict.fromkeys(names[row] for row in order))[:10]
-            assert sorted(doubt[names.index(example["query"])] for example in shown) == pytest.approx(
-                sorted(doubt[names.index(wording)] for wording in distinct), rel=1e-6
+            assert sorted(values[names.index(example["query"])] for example in shown) == pytest.approx(
+                sorted(values[names.index(wording)] for wording in distinct), rel=1e-6
             )
             for example in shown:
-                rows_of = [row for row, said in enumerate(names) if said == example["query"]]
-                [row] = [row for row in rows_of if doubt[row] == pytest.approx(example["uncertainty"], rel=1e-9)][:1]
+                rows_of = [row for row in range(len(names)) if names[row] == example["query"]]
+                [row] = [row for row in rows_of if values[row] == pytest.approx(example["uncertainty"], rel=1e-9)][:1]
                 top = np.argsort(-rows[row])[:5]
                 assert [best["score"] for best in example["best"]] == pytest.approx(rows[row][top])
                 assert [best["answer"] for best in example["best"]] == [answers[item] for item in top]
-                assert [best["right"] for best in example["best"]] == [item in own[row] for item in top]
+                assert [best["right"] for best in example["best"]] == [item in positives[row] for item in top]
                 assert [best["true"] for best in example["best"]] == [bool(fits[row][item]) for item in top]
-    assert found["rsum"] == pytest.approx(100 * sum(recalls))
+    assert result["rsum"] == pytest.approx(100 * sum(recalls))
     best = [np.mean(1 / count[group]) for group in np.array_split(np.argsort(np.log(count), kind="stable"), levels)]
-    assert found["bayes_optimal"]["levels"] == pytest.approx(best)
-    assert arrays["text_uncertainty"] == pytest.approx(doubts["text"])
+    assert result["bayes_optimal"]["levels"] == pytest.approx(best)
+    assert arrays["text_uncertainty"] == pytest.approx(uncertainties["text"])
     assert (arrays["text_to_image_top"] == scores.argmax(axis=0)).all()
-    # A caption true of one image only is surely its own: the limit of an image that has one is 1.
+    # A caption true of one image only was written for it: the limit of an image that has one is 1.
     limit, unique = arrays["image_to_text_limit"], np.unique(owner[count == 1])
     assert (limit[unique] == 1).all() and (limit > 0).all() and (limit[np.setdiff1d(owner, unique)] < 1).all()
-    assert found["config"]["optim"]["name"] == "adamw" and found["variant"] == method
-    assert found["checkpoint"] == run.weights_hash()
+    assert result["config"]["optim"]["name"] == "adamw" and result["variant"] == method
+    assert result["checkpoint"] == run.weights_hash()
 
 
 def test_chains_of_prompts_by_a_slow_script(trained, refusal):
     evaluation.main([*RUN, "--quiet", "--device", "cpu"])
     evaluation.main([*RUN, "--quiet", "--device", "cpu", "--task", "hierarchy"])
     folder = trained / RESULT.format("asymvlm-vmf")
-    found = json.loads(folder.with_name("shapes-hierarchy.json").read_text())
-    assert found["task"] == "hierarchy"
-    assert found["hierarchy"] == json.loads(folder.with_name("shapes-retrieval.json").read_text())["hierarchy"]
+    result = json.loads(folder.with_name("shapes-hierarchy.json").read_text())
+    assert result["task"] == "hierarchy"
+    assert result["hierarchy"] == json.loads(folder.with_name("shapes-retrieval.json").read_text())["hierarchy"]
     pairs = Pairs("shapes", "shapes-tiny", "val")
     adaptor, _, _ = Run(load_config("shapes", "asymvlm-vmf")).load("cpu")
     chain, depth, embeddings = (pairs.chains[name] for name in ("chain", "depth", "text"))
     with torch.inference_mode():
-        own = adaptor.adapt_text(torch.tensor(embeddings).float()).uncertainty.double().numpy()
-    doubts = {"query": own, "long embedding": [np.sqrt(sum(float(x) ** 2 for x in row)) for row in embeddings]}
-    doubts["few words"] = [-len(prompt.split()) for prompt in pairs.items["prompt"]]
-    assert found["hierarchy"]["uncertainty"].keys() == doubts.keys()
-    for name, doubt in doubts.items():
+        of_prompts = adaptor.adapt_text(torch.tensor(embeddings).float()).uncertainty.double().numpy()
+    uncertainties = {"query": of_prompts}
+    uncertainties["long embedding"] = [np.sqrt(sum(float(x) ** 2 for x in row)) for row in embeddings]
+    uncertainties["few words"] = [-len(prompt.split()) for prompt in pairs.items["prompt"]]
+    assert result["hierarchy"]["uncertainty"].keys() == uncertainties.keys()
+    for name, values in uncertainties.items():
         falls, within = [], []
         for number in range(100):
             rows = sorted(np.flatnonzero(chain == number), key=lambda row: depth[row])
-            falls.append([doubt[b] < doubt[a] for a, b in itertools.pairwise(rows)])
-            within.append(stats.spearmanr([doubt[row] for row in rows], range(len(rows))).statistic)
-        figures = found["hierarchy"]["uncertainty"][name]
+            falls.append([values[b] < values[a] for a, b in itertools.pairwise(rows)])
+            within.append(stats.spearmanr([values[row] for row in rows], range(len(rows))).statistic)
+        figures = result["hierarchy"]["uncertainty"][name]
         assert figures["falling_chains"] == pytest.approx(np.mean([all(steps) for steps in falls]))
         assert figures["falling_steps"] == pytest.approx(np.mean(falls))
-        assert figures["spearman_depth"] == pytest.approx(stats.spearmanr(doubt, depth).statistic)
+        assert figures["spearman_depth"] == pytest.approx(stats.spearmanr(values, depth).statistic)
         assert figures["spearman_depth_within_chains"] == pytest.approx(np.mean(within))
         for d in range(6):
-            assert figures["mean_by_depth"][str(d)] == pytest.approx(np.mean(np.array(doubt)[depth == d]), rel=1e-6)
-    said = refusal(evaluation.main, *RUN, "--task", "classification")
-    assert "has captions and no classes: --task classification is not for it" in said
+            assert figures["mean_by_depth"][str(d)] == pytest.approx(np.mean(np.array(values)[depth == d]), rel=1e-6)
+    message = refusal(evaluation.main, *RUN, "--task", "classification")
+    assert "has captions and no classes: --task classification is not for it" in message
 
 
 def test_the_reference_suites_levels(trained):
-    """Its rule by a loop: images in the levels of the captions they retrieve, n // levels in each, a rest left out."""
+    """By a loop: images have the levels of the captions they retrieve, n // levels in each; the rest is left out."""
     chosen = ["--levels_by", "retrieved", "--drop_remainder", "--uncer_levels", "7"]
     train.main(["--dataset", "shapes", "--method", "pfe", "--quiet", "--set", "train.epochs=2", "model.width=32"])
-    for method in ("asymvlm-vmf", "pfe"):  # PFE's images have an uncertainty, which its levels follow unless told
+    for method in ("asymvlm-vmf", "pfe"):  # PFE's images have an uncertainty, which levels follow by default
         run = ["--dataset", "shapes", "--method", method, "--quiet", "--device", "cpu"]
-        found = []
+        levels = []
         for choices in (chosen, chosen[-2:]):
             evaluation.main([*run, *choices])
             path = trained / (RESULT.format(method) + ".json")
             part, arrays = json.loads(path.read_text())["image_to_text"], dict(np.load(path.with_suffix(".npz")))
-            found.append(part["uncertainty"][part["levels_by"]]["levels"])
-        doubt = arrays["text_uncertainty"][arrays["image_to_text_top"]]
-        order, size, expected = sorted(range(100), key=lambda row: doubt[row]), 100 // 7, []
+            levels.append(part["uncertainty"][part["levels_by"]]["levels"])
+        values = arrays["text_uncertainty"][arrays["image_to_text_top"]]
+        order, size, expected = sorted(range(100), key=lambda row: values[row]), 100 // 7, []
         for level in range(7):
-            # Some captions are retrieved by several images, which stand in random order.
-            tied = [doubt == doubt[order[size * level + n]] for n in range(size)]
+            # Several images may retrieve one caption: these are in random order.
+            tied = [values == values[order[size * level + n]] for n in range(size)]
             expected.append(np.mean([arrays["image_to_text_hit"][rows].mean() for rows in tied]))
-        assert found[0]["recall"]["1"] == pytest.approx(expected) and found[0]["count"] == [14] * 7
-        assert found[1]["recall"]["1"] != pytest.approx(expected) and sorted(found[1]["count"]) == [14] * 5 + [15] * 2
+        assert levels[0]["recall"]["1"] == pytest.approx(expected) and levels[0]["count"] == [14] * 7
+        assert levels[1]["recall"]["1"] != pytest.approx(expected) and sorted(levels[1]["count"]) == [14] * 5 + [15] * 2
         assert part["levels_by"] == ("query" if method == "pfe" else "retrieved")
 
 
@@ -294,20 +295,18 @@ def test_clip_has_recall_and_no_uncertainty(world, capsys):
     train.main([*run, "--quiet"])
     assert "nothing to train" in capsys.readouterr().out
     evaluation.main(run)
-    found = json.loads((world / (RESULT.format("clip") + ".json")).read_text())
-    side = found["text_to_image"]
+    result = json.loads((world / (RESULT.format("clip") + ".json")).read_text())
+    side = result["text_to_image"]
     assert side["levels_by"] is None and side["uncertainty"].keys() == {"top", "margin", "entropy", "probability"}
-    # Without an uncertainty of its own, what the gallery says picks the examples.
-    doubts = [
-        example["uncertainty"] for part in ("most_certain", "least_certain") for example in side["examples"][part]
-    ]
-    assert doubts[:10] == sorted(doubts[:10]) and doubts[10:] == sorted(doubts[10:], reverse=True)
+    # Without an uncertainty of the method, the entropy over the gallery selects the examples.
+    shown = [example["uncertainty"] for part in ("most_certain", "least_certain") for example in side["examples"][part]]
+    assert shown[:10] == sorted(shown[:10]) and shown[10:] == sorted(shown[10:], reverse=True)
     pairs = Pairs("shapes", "shapes-tiny", "val")
     image, text = (np.array(x, dtype=np.float64) for x in (pairs.image, pairs.text))
     cosine = (text / np.linalg.norm(text, axis=1, keepdims=True)) @ (
         image / np.linalg.norm(image, axis=1, keepdims=True)
     ).T
-    assert found["text_to_image"]["recall"]["1"] == pytest.approx(
+    assert result["text_to_image"]["recall"]["1"] == pytest.approx(
         (cosine.argmax(1) == pairs.image_of_text).mean(), abs=0.005
     )
 
@@ -338,11 +337,11 @@ def test_what_does_not_fit_is_refused(trained, refusal, small_world):
 
 
 def test_an_uncertainty_that_the_method_lacks_is_refused(trained, refusal):
-    said = refusal(evaluation.main, *RUN, "--levels_by", "sum")
-    assert "--levels_by sum wants an uncertainty that the method lacks for images; it has retrieved." in said
+    message = refusal(evaluation.main, *RUN, "--levels_by", "sum")
+    assert "--levels_by sum needs an uncertainty that the method lacks for images; it has retrieved." in message
     train.main(["--dataset", "shapes", "--method", "clip", "--quiet"])
-    said = refusal(evaluation.main, *RUN[:3], "clip", "--levels_by", "query")
-    assert "it has none at all" in said and not (trained / "results").exists()
+    message = refusal(evaluation.main, *RUN[:3], "clip", "--levels_by", "query")
+    assert "it has none." in message and not (trained / "results").exists()
 
 
 def test_where_all_are_equally_uncertain_there_are_no_levels(trained, capsys, monkeypatch):
@@ -353,9 +352,9 @@ def test_where_all_are_equally_uncertain_there_are_no_levels(trained, capsys, mo
     monkeypatch.setattr("models.asymvlm.AsymVLM", Constant)
     evaluation.main([*RUN, "--device", "cpu"])
     assert "all queries are equally uncertain: there are no levels" in capsys.readouterr().out
-    found = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())["text_to_image"]
-    assert found["uncertainty"]["query"]["constant"] and "levels" not in found["uncertainty"]["query"]
-    assert found["uncertainty"]["query"]["auroc"] == 0.5 and "levels" in found["uncertainty"]["entropy"]
+    side = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())["text_to_image"]
+    assert side["uncertainty"]["query"]["constant"] and "levels" not in side["uncertainty"]["query"]
+    assert side["uncertainty"]["query"]["auroc"] == 0.5 and "levels" in side["uncertainty"]["entropy"]
 
 
 def test_embeddings_that_are_not_finite_are_refused(trained, refusal, small_world):
@@ -379,7 +378,7 @@ def test_embeddings_that_are_not_finite_are_refused(trained, refusal, small_worl
 
 
 def test_another_backbones_weights_are_noticed(trained, refusal, monkeypatch):
-    """uncertainty.py encodes anew, so it must notice that the backbone's weights file is another one by now."""
+    """uncertainty.py encodes prompts itself, so it must notice that the backbone's weights file has changed."""
     copy = trained / "weights.safetensors"
     shutil.copy("embeddings/shapes/shapes-tiny/val/meta.json", copy)
     monkeypatch.setattr("utils.config.Encoder.weights_file", property(lambda self: copy))
@@ -387,7 +386,7 @@ def test_another_backbones_weights_are_noticed(trained, refusal, monkeypatch):
 
 
 def test_transfer_lies_under_what_it_was_trained_on(trained, monkeypatch, capsys):
-    """Evaluate on another data set than was trained on; its cache here is another draw of the same world."""
+    """Evaluate on another data set than the one trained on; here it is `shapes` with another seed."""
     from utils import config as configuration
 
     home = trained / "home"
@@ -396,15 +395,14 @@ def test_transfer_lies_under_what_it_was_trained_on(trained, monkeypatch, capsys
     (home / "configs/datasets/other.yaml").write_text(text)
     for module in ("utils.config", "datasets.embeddings", "models.backbones.openclip"):
         monkeypatch.setattr(f"{module}.HOME", home)
-    monkeypatch.setattr(
-        "models.backbones.openclip.open_clip.add_model_config", lambda path: None
-    )  # known already, by its name
+    # The model config is added already, under its name.
+    monkeypatch.setattr("models.backbones.openclip.open_clip.add_model_config", lambda path: None)
     (trained / "embeddings").unlink()
     for name in ("shapes", "other"):
         cache_embeddings.main(["--dataset", name, "--quiet", "--splits", "val", "--set", *SMALL_WORLD])
     evaluation.main(["--dataset", "other", "--train-dataset", "shapes", "--method", "asymvlm-vmf"])
-    found = json.loads((trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/other-retrieval.json").read_text())
-    assert (found["evaluated_on"], found["config"]["dataset"]) == ("other", "shapes")
+    result = json.loads((trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/other-retrieval.json").read_text())
+    assert (result["evaluated_on"], result["config"]["dataset"]) == ("other", "shapes")
 
 
 def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
@@ -423,16 +421,16 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
 
     pairs = Pairs("shapes", "shapes-tiny", "val")
     evaluation.main([*RUN, "--quiet"])
-    doubt = np.load(RESULT.format("asymvlm-vmf") + ".npz")["text_uncertainty"]
+    expected = np.load(RESULT.format("asymvlm-vmf") + ".npz")["text_uncertainty"]
     capsys.readouterr()
     uncertainty.main([*RUN, "--json", *pairs.items["text"][:5]])
-    assert [row["uncertainty"] for row in json.loads(capsys.readouterr().out)] == pytest.approx(doubt[:5], rel=1e-2)
+    assert [row["uncertainty"] for row in json.loads(capsys.readouterr().out)] == pytest.approx(expected[:5], rel=1e-2)
 
     capsys.readouterr()
     uncertainty.main([*RUN, "a small red circle " * 20, "a photo"])
-    said = capsys.readouterr()
-    assert "is longer than the backbone reads" in said.err and said.err.count("\n") == 1
-    assert len(said.out.splitlines()[-1]) < 100
+    printed = capsys.readouterr()
+    assert "is longer than the backbone reads" in printed.err and printed.err.count("\n") == 1
+    assert len(printed.out.splitlines()[-1]) < 100
 
     assert "a prompt is empty" in refusal(uncertainty.main, *RUN, "a photo", "  ")
     assert "asymvlm-vmf has no uncertainty for images" in refusal(uncertainty.main, *RUN, pairs.items["image"][0])
@@ -442,42 +440,43 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
 
 
 def test_which_score_ranks_is_a_flag(trained, capsys):
-    found = {}
+    results = {}
     for score in ("log_likelihood", "similarity", "both"):
         evaluation.main([*RUN, "--score", score, "--device", "cpu"])
-        found[score] = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
-    assert found["log_likelihood"]["score"] == found["both"]["score"] == "log_likelihood"
-    assert found["similarity"]["score"] == found["similarity"]["config"]["score"] == "similarity"
-    other = found["both"]["other_score"]
+        results[score] = json.loads((trained / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    assert results["log_likelihood"]["score"] == results["both"]["score"] == "log_likelihood"
+    assert results["similarity"]["score"] == results["similarity"]["config"]["score"] == "similarity"
+    other = results["both"]["other_score"]
     for side in ("text_to_image", "image_to_text"):
-        assert found["both"][side] == found["log_likelihood"][side]
-        assert found["similarity"][side] == other[side] | {"examples": found["similarity"][side]["examples"]}
+        assert results["both"][side] == results["log_likelihood"][side]
+        assert results["similarity"][side] == other[side] | {"examples": results["similarity"][side]["examples"]}
     assert other["posterior_scale"] == Pairs("shapes", "shapes-tiny", "val").meta["logit_scale"]
-    # Within a caption's row the density rises with the cosine; across captions it does not.
-    assert other["text_to_image"]["recall"] == found["both"]["text_to_image"]["recall"]
-    assert other["image_to_text"]["recall"] != found["both"]["image_to_text"]["recall"]
+    # For one caption the density rises with the cosine; across captions it does not.
+    assert other["text_to_image"]["recall"] == results["both"]["text_to_image"]["recall"]
+    assert other["image_to_text"]["recall"] != results["both"]["image_to_text"]["recall"]
 
 
 def test_which_split_is_evaluated_is_a_flag(trained):
-    """Each split has a result of its own."""
+    """Each split has a separate result."""
     evaluation.main([*RUN, "--device", "cpu", "--quiet"])
     result = trained / (RESULT.format("asymvlm-vmf") + ".json")
     before = result.read_bytes()
     evaluation.main([*RUN, "--split", "train", "--allow-leakage", "--device", "cpu", "--quiet"])
-    found = json.loads(result.with_name("shapes+train-retrieval.json").read_text())
-    assert (found["split"], found["images"], found["seen_in_training"]) == ("train", 300, 300)
+    written = json.loads(result.with_name("shapes+train-retrieval.json").read_text())
+    assert (written["split"], written["images"], written["seen_in_training"]) == ("train", 300, 300)
     assert result.read_bytes() == before
 
 
 def test_images_trained_on_are_not_evaluated_on_unasked(world, refusal):
     train.main([*RUN, "--quiet", "--device", "cpu", "--set", "train.epochs=1", "data.train_split=val"])
     for split in ([], ["--split", "val"]):
-        said = refusal(evaluation.main, *RUN, "--device", "cpu", *split)
-        assert "was trained on 100 of the 100 images of shapes 'val': name another --split or --train-dataset" in said
+        message = refusal(evaluation.main, *RUN, "--device", "cpu", *split)
+        assert "was trained on 100 of the 100 images of shapes 'val'" in message
+        assert "images of shapes 'val': name another --split or --train-dataset" in message
     assert not (world / (RESULT.format("asymvlm-vmf") + ".json")).exists()
     evaluation.main([*RUN, "--device", "cpu", "--allow-leakage", "--quiet"])
-    found = json.loads((world / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
-    assert found["seen_in_training"] == 100
+    result = json.loads((world / (RESULT.format("asymvlm-vmf") + ".json")).read_text())
+    assert result["seen_in_training"] == 100
 
 
 def test_images_with_an_uncertainty_are_judged_by_their_own(world):
@@ -488,12 +487,12 @@ def test_images_with_an_uncertainty_are_judged_by_their_own(world):
     chosen = {}
     for by in (None, "query", "retrieved", "sum"):
         evaluation.main([*run, *(["--levels_by", by] if by else [])])
-        found, arrays = json.loads(result.read_text()), np.load(result.with_suffix(".npz"))
-        assert found["levels_by"] == by and found["image_to_text"]["levels_by"] == (by or "query")
+        written, arrays = json.loads(result.read_text()), np.load(result.with_suffix(".npz"))
+        assert written["levels_by"] == by and written["image_to_text"]["levels_by"] == (by or "query")
         chosen[by] = arrays["image_to_text_uncertainty"]
     image, text = arrays["image_uncertainty"], arrays["text_uncertainty"][arrays["image_to_text_top"]]
     expected = {None: image, "query": image, "retrieved": text, "sum": image + text}
-    assert all((chosen[by] == doubt).all() for by, doubt in expected.items())
+    assert all((chosen[by] == values).all() for by, values in expected.items())
 
 
 def test_the_posterior_of_clip_has_the_logit_scale_of_its_model_or_the_calibrated_one(world):
@@ -502,47 +501,47 @@ def test_the_posterior_of_clip_has_the_logit_scale_of_its_model_or_the_calibrate
         run = ["--dataset", "shapes", "--method", "clip", "--tag", tag, "--device", "cpu", "--quiet"]
         train.main([*run, "--val-fraction", fraction])
         evaluation.main(run)
-        found = json.loads((world / (RESULT.format(f"clip+{tag}") + ".json")).read_text())["posterior_scale"]
-        # What the backbone was trained with suits its embeddings, so that calibration stays near it.
-        assert found == pytest.approx(scale, rel=1e-5) if tag == "own" else scale / 3 < found < 3 * scale != found
+        fitted = json.loads((world / (RESULT.format(f"clip+{tag}") + ".json")).read_text())["posterior_scale"]
+        # The backbone's scale from training suits its embeddings, so that calibration stays near it.
+        assert fitted == pytest.approx(scale, rel=1e-5) if tag == "own" else scale / 3 < fitted < 3 * scale != fitted
 
 
 def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained, refusal, capsys, monkeypatch):
-    """Zero-shot: a folder per shape, cached with the same backbone, evaluated with what was trained on captions."""
+    """Zero-shot: a folder per shape, cached with the same backbone, evaluated with an adaptor trained on captions."""
     write_classes(trained / "drawn")
     names = ["--dataset", "folder", "--backbone", "shapes-tiny", "--device", "cpu"]
-    shares = np.random.default_rng(0).dirichlet(np.full(6, 0.3), 100)  # as if people had been asked
+    shares = np.random.default_rng(0).dirichlet(np.full(6, 0.3), 100)  # of human answers
     monkeypatch.setattr(Classification, "_shares", lambda self, images, classes: shares)
     cache_embeddings.main([*names, "--root", "drawn", "--quiet"])
     assert "100 images, 6 prompts for 6 classes" in capsys.readouterr().out
-    said = refusal(train.main, *names, "--method", "clip", "--set", "data.train_split=all")
-    assert "holds images with classes, not captions" in said
+    message = refusal(train.main, *names, "--method", "clip", "--set", "data.train_split=all")
+    assert "holds images with classes, not captions" in message
     evaluation.main([*names, "--train-dataset", "shapes", "--method", "asymvlm-vmf"])
-    said = capsys.readouterr().out
-    found = json.loads(
+    printed = capsys.readouterr().out
+    result = json.loads(
         (trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.json").read_text()
     )
-    assert found["image_to_class"]["recall"]["1"] > 0.6 and "image->class  top-1" in said  # a guess: 0.17
-    assert found["image_to_class"]["levels_by"] == "retrieved" and found["seen_in_training"] == 0
-    # Every figure once more: the average prompt of a class is what an image is scored with.
+    assert result["image_to_class"]["recall"]["1"] > 0.6 and "image->class  top-1" in printed  # chance level: 0.17
+    assert result["image_to_class"]["levels_by"] == "retrieved" and result["seen_in_training"] == 0
+    # Recompute every figure: images are scored with the average prompt of each class.
     pairs, adaptor = Pairs("folder", "shapes-tiny", "all"), Run(load_config("shapes", "asymvlm-vmf")).load("cpu")[0]
     with torch.inference_mode():
-        text = adaptor.adapt_text(torch.tensor(np.array(pairs.text)).float())  # of one template: no average
+        text = adaptor.adapt_text(torch.tensor(np.array(pairs.text)).float())  # one template: no average
         scores = adaptor.log_likelihood(adaptor.adapt_image(torch.tensor(np.array(pairs.image)).float()), text).numpy()
-    part, own = found["image_to_class"], [[label] for label in pairs.label]
-    hits = {k: slow(scores, own, k) for k in (1, 5, 10)}
+    part, positives = result["image_to_class"], [[label] for label in pairs.label]
+    hits = {k: slow(scores, positives, k) for k in (1, 5, 10)}
     assert part["recall"] == {str(k): pytest.approx(hit.mean()) for k, hit in hits.items()}
     truth = np.array([stats.entropy(row) for row in shares])
-    doubt = text.uncertainty.double().numpy()[scores.argmax(axis=1)]
-    agrees(part["uncertainty"]["retrieved"], slow_uncertainty(doubt, hits, 10, None, truth))
+    values = text.uncertainty.double().numpy()[scores.argmax(axis=1)]
+    agrees(part["uncertainty"]["retrieved"], slow_uncertainty(values, hits, 10, None, truth))
     posterior = torch.tensor(scores).double().mul(adaptor.posterior_scale).softmax(dim=1).numpy()
-    expected = slow_calibration(posterior, own, [adaptor.posterior_scale], np.arange(6))
-    doubt = stats.entropy(posterior, axis=1)
-    slowly = slow_uncertainty(doubt, hits, 10, None, None)
+    expected = slow_calibration(posterior, positives, [adaptor.posterior_scale], np.arange(6))
+    values = stats.entropy(posterior, axis=1)
+    slowly = slow_uncertainty(values, hits, 10, None, None)
     expected |= {"accuracy": hits[1].mean(), "auroc": slowly["auroc"], "aurc": slowly["aurc"]}
     agrees(part["calibration"]["model"], expected)
     entropy = np.load(trained / "results/shapes/shapes-tiny/asymvlm-vmf/seed0/folder-classification.npz")
     expected = stats.spearmanr(entropy["image_to_class_entropy"], [stats.entropy(row) for row in shares]).statistic
-    assert found["image_to_class"]["uncertainty"]["entropy"]["spearman"] == pytest.approx(expected)
-    [best] = [example["best"] for example in found["image_to_class"]["examples"]["most_certain"]][:1]
+    assert result["image_to_class"]["uncertainty"]["entropy"]["spearman"] == pytest.approx(expected)
+    [best] = [example["best"] for example in result["image_to_class"]["examples"]["most_certain"]][:1]
     assert len(best) == 5 and {answer["answer"] for answer in best} < set(VALUES[0])

@@ -1,4 +1,4 @@
-"""The figures that the suite promises of its built-in world and backbone, on the whole val split, trained shortly."""
+"""Figures promised for the built-in data set and backbone, on the whole val split, after a short training."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_built_in_backbone_answers_full_descriptions(folder, monkeypatch):
     hits = (text[full] @ image.T).argmax(dim=1).numpy() == pairs.image_of_text[full]
     limit = 1 / np.asarray(pairs.matches.sum(axis=0)).ravel()[full]
     assert len(pairs.image) == 1000 and hits.mean() >= 0.75 * limit.mean()
-    assert hits.mean() > 0.95  # what configs/backbones/shapes-tiny.yaml says, less the spread of wordings
+    assert hits.mean() > 0.95  # of configs/backbones/shapes-tiny.yaml, minus the spread over wordings
 
 
 @pytest.mark.parametrize("method", ["asymvlm-psd", "asymvlm-vmf"])
@@ -43,19 +43,19 @@ def test_uncertainty_follows_true_ambiguity(folder, monkeypatch, method):
     run = ["--dataset", "shapes", "--method", method, "--quiet"]
     train.main([*run, "--set", "train.epochs=15", "train.batch_size=256", "model.width=128"])
     evaluation.main(run)
-    found = json.loads((folder / f"results/shapes/shapes-tiny/{method}/seed0/shapes-retrieval.json").read_text())
-    side = found["text_to_image"]
+    result = json.loads((folder / f"results/shapes/shapes-tiny/{method}/seed0/shapes-retrieval.json").read_text())
+    side = result["text_to_image"]
     query = side["uncertainty"]["query"]
     assert query["spearman"] >= 0.93
     assert side["recall"]["1"] >= 0.65 * side["bayes_recall"]
     assert abs(query["s"]) >= 0.97
-    # Here with half the images and half the steps; the whole training brings it, and whole chains with it, to 1.
-    assert found["hierarchy"]["uncertainty"]["query"]["falling_steps"] >= 0.85
+    # Half the images and half the steps; after the full training, the shares of falling steps and chains are 1.
+    assert result["hierarchy"]["uncertainty"]["query"]["falling_steps"] >= 0.85
 
 
 @pytest.mark.parametrize("method", ORDERED)
 def test_methods_that_say_so_order_captions_by_ambiguity(world, method):
-    """Shortly trained on 300 images; README.md has the whole training's figures, of the other methods, too."""
+    """A short training on 300 images; README.md has the figures of the full training, for all methods."""
     run = ["--dataset", "shapes", "--method", method, "--device", "cpu", "--quiet"]
     train.main([*run, "--val-fraction", "0", "--set", "train.epochs=20", "train.batch_size=256", "optim.lr=2e-3"])
     evaluation.main(run)

@@ -1,4 +1,4 @@
-"""The page and the figures of report.py on small synthetic results: what they show, and the page in a browser."""
+"""The page and the figures of report.py on small synthetic results, and the page in a browser."""
 
 import html.parser
 import json
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import torch.nn.functional as F
 from scipy import sparse
 from studies import write_study, write_trace
@@ -33,15 +34,15 @@ CROWD = ["clip", *(f"method{i}{objective}" for i in range(5) for objective in ("
 
 
 class Stub(Adaptor):
-    """Reads the uncertainty of an embedding off its first number. images: whether those of images have one, too."""
+    """An adaptor whose uncertainty is exp of the first entry. images: whether images have an uncertainty, too."""
 
     def __init__(self, uncertain=True, images=True, constant=False):
         super().__init__()
         self.uncertain, self.images, self.constant = uncertain, images, constant
 
-    def _adapt(self, embedding, has):
-        doubt = embedding[:, 0].exp() ** (not self.constant)
-        return Embedding(F.normalize(embedding[:, 1:], dim=-1), doubt if has else None)
+    def _adapt(self, embedding, is_uncertain):
+        uncertainty = torch.ones_like(embedding[:, 0]) if self.constant else embedding[:, 0].exp()
+        return Embedding(F.normalize(embedding[:, 1:], dim=-1), uncertainty if is_uncertain else None)
 
     def adapt_image(self, image):
         return self._adapt(image, self.uncertain and self.images)
@@ -51,14 +52,14 @@ class Stub(Adaptor):
 
 
 class Opened(SimpleNamespace):
-    """What tasks read of opened `Pairs`."""
+    """The part of the interface of `Pairs` that tasks use."""
 
     def fed(self, side, pooled=False):
         return self.chains["text"] if side == "prompt" else getattr(self, side)
 
 
 def pairs_of(folder, seed=0, truth=True):
-    """Images with three captions each, of which the surest are traps; half of the files of images exist."""
+    """Images with three captions each; the most certain captions need escaping, and half of the image files exist."""
     rng = np.random.default_rng(seed)
     image, owner = rng.normal(size=(IMAGES, SIZE)), np.repeat(np.arange(IMAGES), 3)
     text = image[owner] + 0.8 * rng.normal(size=(CAPTIONS, SIZE))
@@ -81,7 +82,7 @@ def pairs_of(folder, seed=0, truth=True):
 
 
 def classes_of(folder):
-    """Images with classes, and what people said of them."""
+    """Images with classes and human label distributions."""
     pairs, rng = pairs_of(folder), np.random.default_rng(1)
     pairs.label, pairs.classes = np.arange(IMAGES) % 4, [SCRIPT, "dog", "cat", "bird"]
     pairs.text, pairs.class_of_text = pairs.text[:8], np.repeat(np.arange(4), 2)
@@ -95,7 +96,7 @@ TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": 
 def write(folder, variant, seed, pairs, adaptor, task="retrieval", evaluated_on="shapes", **changes):
     """Evaluate and write one result as eval.py does; returns its path."""
     figures, arrays = TASKS[task].evaluate(adaptor, pairs, Choices(["similarity"], LEVELS, quiet=True), "cpu")
-    about = {
+    metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": "val", "uncer_levels": LEVELS, "levels_by": None,
         "drop_remainder": False, "images": IMAGES, "captions": len(pairs.text), "classes": len(pairs.classes or ()),
         "skipped": 0, "seen_in_training": 0, "fingerprint": "f", "checkpoint": "c", "variant": variant,
@@ -106,12 +107,12 @@ def write(folder, variant, seed, pairs, adaptor, task="retrieval", evaluated_on=
     path = folder / "shapes" / "tiny" / variant / f"seed{seed}" / f"{evaluated_on}-{task}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_arrays(path.with_suffix(".npz"), **arrays)
-    path.write_text(json.dumps(about | {"config": config} | figures | changes), encoding="utf-8")
+    path.write_text(json.dumps(metadata | {"config": config} | figures | changes), encoding="utf-8")
     return path
 
 
 def copy(path, variant):
-    """Make of one result that of another variant."""
+    """Copy a result to another variant."""
     values = json.loads(path.read_text(encoding="utf-8"))
     values["config"]["objective"] = "infonce" if "+infonce" in variant else "native"
     other = path.parents[2] / variant / path.parent.name / path.name
@@ -122,7 +123,7 @@ def copy(path, variant):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Results of all three tasks: without an uncertainty, with one of captions and of both, and with a useless one."""
+    """Results of all three tasks: no uncertainty, one of captions alone, one of both sides, and a constant one."""
     folder = tmp_path_factory.mktemp("few")
     pairs, classes = pairs_of(folder), classes_of(folder)
     write(folder, "clip", 0, pairs, Stub(uncertain=False))
@@ -143,7 +144,7 @@ def blocks(folder):
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory):
-    """A block of clip and of five methods by either objective: more variants than there are colors."""
+    """A block of clip and five methods by both objectives: more variants than colors."""
     folder = tmp_path_factory.mktemp("crowd")
     first = write(folder, "method0", 0, pairs_of(folder, truth=False), Stub())
     for variant in CROWD[2:]:
@@ -162,7 +163,7 @@ def make_page(folder, blocks, *others):
 
 @pytest.fixture(scope="module")
 def others(folder, blocks):
-    """What a page has beside evaluations: comparisons over data sets, active learning, traces of factors."""
+    """Parts of a page beside evaluations: active learning and traces of factors."""
     write_study(folder, STRATEGIES)
     write_trace(folder)
     return [*study_results.read(folder / "shapes"), *traces.read(folder / "shapes")]
@@ -174,7 +175,7 @@ def page(folder, blocks, others):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page's tags are and what they load or link to."""
+    """The tags and ids of a page, and the targets that it loads or links to."""
 
     VOID = "meta", "br"
 
@@ -199,18 +200,18 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_needs_nothing_else(page):
+def test_page_is_self_contained(page):
     text = page.read_text(encoding="utf-8")
-    found = Page(text)
-    assert not found.open and len(found.ids) == len(set(found.ids))
-    assert all(load.startswith("data:image/") or load[1:] in found.ids for load in found.loads)
+    parsed = Page(text)
+    assert not parsed.open and len(parsed.ids) == len(set(parsed.ids))
+    assert all(load.startswith("data:image/") or load[1:] in parsed.ids for load in parsed.loads)
     assert not any(word in text for word in ("http:", "https:", "file:", "@import"))
     assert set(re.findall(r"url\((.)", text)) == {"#"}
-    assert not [tag for tag, _ in found.tags if tag in ("link", "iframe", "object", "img")]
-    assert [tag for tag, _ in found.tags].count("script") == 1
-    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
-    for link in found.links:
-        assert link[1:] in found.ids if link[0] == "#" else (page.parent / urllib.parse.unquote(link)).exists()
+    assert not [tag for tag, _ in parsed.tags if tag in ("link", "iframe", "object", "img")]
+    assert [tag for tag, _ in parsed.tags].count("script") == 1
+    assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
+    for link in parsed.links:
+        assert link[1:] in parsed.ids if link[0] == "#" else (page.parent / urllib.parse.unquote(link)).exists()
 
 
 def test_each_picture_is_in_the_page_once(page):
@@ -219,7 +220,7 @@ def test_each_picture_is_in_the_page_once(page):
     assert len(kept) == len(set(kept)) == IMAGES // 2 and text.count('<use href="#p') > 10 * len(kept)
 
 
-def test_captions_stay_text_and_missing_images_are_said(page):
+def test_captions_stay_text_and_missing_images_are_named(page):
     text = page.read_text(encoding="utf-8")
     assert SCRIPT not in text and HANDLER not in text
     assert "&lt;script&gt;document.title=" in text and "no file picture1.png" in text
@@ -234,10 +235,10 @@ def test_gallery_marks_answers(folder, blocks):
         for card, item in zip(cards, part["examples"][end], strict=False):
             marks = ["right" if best["right"] else "true" if best["true"] else "wrong" for best in item["best"]]
             assert [answer["mark"] for answer in card["answers"]] == marks
-            assert (card["own"] is None) == ("right" in marks) and card["query"] == {"text": item["query"]}
+            assert (card["target"] is None) == ("right" in marks) and card["query"] == {"text": item["query"]}
 
 
-def test_page_says_what_a_newcomer_misses(page):
+def test_page_explains_warnings_levels_and_families(page):
     text = page.read_text(encoding="utf-8")
     assert "captions was trained on 7 of these 20 images" in text
     assert "To constant all captions are equally uncertain (by the query caption)" in text
@@ -247,7 +248,7 @@ def test_page_says_what_a_newcomer_misses(page):
 
 def test_published_columns_are_marked(folder):
     blocks = evaluations.read(folder / "shapes")[:1]
-    table = blocks[0].tables[0]
+    table = next(table for table in blocks[0].tables if table.name == "recall")
     printed = table.columns[0]._replace(published=True, group="published (a paper)", note="<of its table 1>")
     blocks[0].tables = [table._replace(columns=[*table.columns, printed])]
     text = pages.page("shapes", blocks, style.looks(blocks))
@@ -264,9 +265,10 @@ def test_every_part_has_its_section_tables_and_figures(page, blocks, others):
     text = html.unescape(page.read_text(encoding="utf-8"))
     assert [part.task for part in others][-2:] == ["active", "factor-trace"]
     for i, part in enumerate([*blocks, *others], 1):
-        assert f'<h2 id="b{i}">{part.title}</h2>' in text and f'<li><a href="#b{i}">{part.title}</a></li>' in text
+        assert f'<h2 id="b{i}">{part.title}</h2>' in text and f'<li><a href="#b{i}">{part.title}</a>' in text
         for table in part.tables:
-            assert f'<h3 id="b{i}-{table.name}">{table.title}</h3>' in text
+            name = "found" if table.name == "gains" else f"b{i}"  # the table that the page opens with
+            assert text.count(f'<h3 id="{name}-{table.name}">{table.title}</h3>') == 1
     for drawing in (drawing for task in ("active", "factor-trace") for drawing in style.REGISTERED[task]):
         assert text.count(f'role="img" aria-label="{drawing.title}, ') == 2  # for wide and for narrow screens
     assert '<th class="name" scope="col">strategy</th><th scope="col">seeds</th>' in text
@@ -296,7 +298,7 @@ def drawn(block, looks):
 
 DRAWN = {
     "retrieval": FIGURES,
-    "classification": FIGURES - {"hierarchy"},
+    "classification": FIGURES - {"hierarchy", "overview"},
     "hierarchy": {"hierarchy"},
 }
 
@@ -323,16 +325,16 @@ def test_axes_are_labelled_and_nothing_is_cut_off(blocks, crowd, width):
             assert whole, (block.title, [axes.get_title() for axes in figure.axes], box, figure.get_size_inches())
 
 
-def test_a_variant_and_its_twin_look_alike_but_for_the_objective(crowd):
+def test_a_variant_and_its_infonce_twin_share_a_color(crowd):
     looks = style.looks(crowd)
     assert looks["clip"] == (None, False)  # it uses up no color
     for i in range(5):
         assert looks[f"method{i}"] == (i, False) and looks[f"method{i}+infonce"] == (i, True)
-    own, twin = (style.mark(looks[name]) for name in ("method3", "method3+infonce"))
-    assert own["color"] == twin["color"] and twin["markerfacecolor"] == style.LIGHT["paper"]
+    native, twin = (style.mark(looks[name]) for name in ("method3", "method3+infonce"))
+    assert native["color"] == twin["color"] and twin["markerfacecolor"] == style.LIGHT["paper"]
 
 
-def test_no_color_stands_twice_so_that_each_has_its_counterpart():
+def test_colors_of_a_theme_differ_and_have_counterparts():
     for theme in style.THEMES:
         assert len(set(style.variables(theme).values())) == len(style.variables(theme))
     assert style.variables("light").keys() == style.variables("dark").keys()
@@ -341,7 +343,7 @@ def test_no_color_stands_twice_so_that_each_has_its_counterpart():
 def test_figures_take_their_colors_from_the_page(blocks):
     text = style.svg(line_figures.recall_by_level(blocks[0], style.looks(blocks)), "name")
     named = set(re.findall(r' id="([^"]+)"', text))
-    assert set(re.findall(r"#([^;\")]+)", text)) == named  # and no color that is the figure's own
+    assert set(re.findall(r"#([^;\")]+)", text)) == named  # ids alone: no fixed color
     assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= set(style.variables("dark"))
     assert all("fill: var(--figure-ink)" in tag for tag in re.findall(r"<text [^>]*>", text))
 
@@ -356,29 +358,30 @@ def test_rounding_coordinates_leaves_text_alone(blocks):
 def test_many_variants_stand_in_panels_by_method(crowd, width):
     figure = line_figures.recall_by_level(crowd[0], style.looks(crowd), width)
     assert len(figure.axes) == 10  # both directions
-    figure.draw_without_rendering()  # only then are places known
+    figure.draw_without_rendering()  # which places everything
     for i, axes in enumerate(figure.axes):
         legend = axes.get_legend()
         assert [text.get_text() for text in legend.get_texts()] == [f"method{i % 5}", f"method{i % 5}+infonce"]
-        others, *own = axes.lines
-        assert np.isnan(others.get_ydata()).sum() == 8 and len(own) == 2
+        others, *highlighted = axes.lines
+        assert np.isnan(others.get_ydata()).sum() == 8 and len(highlighted) == 2
         bounds = legend.get_window_extent()
-        assert bounds.y0 >= axes.get_window_extent().y1 - 1 and bounds.x1 <= figure.bbox.x1  # hides no line, is whole
+        # The legend hides no line and is not cut off.
+        assert bounds.y0 >= axes.get_window_extent().y1 - 1 and bounds.x1 <= figure.bbox.x1
 
 
 def test_few_variants_share_a_panel(blocks):
     to_image, to_text = line_figures.recall_by_level(blocks[0], style.looks(blocks)).axes
     assert [line.get_label() for line in to_image.lines] == ["both", "captions", "Bayes-optimal"]
-    assert [line.get_label() for line in to_text.lines] == ["both", "captions*"]  # by what it retrieves
+    assert [line.get_label() for line in to_text.lines] == ["both", "captions*"]  # levels by the retrieved caption
     runs = blocks[0].results["both"]
-    found = [run.values["text_to_image"]["uncertainty"]["query"]["levels"]["recall"]["1"] for run in runs]
-    assert to_image.lines[0].get_ydata() == pytest.approx(100 * np.mean(found, axis=0))
+    recalls = [run.values["text_to_image"]["uncertainty"]["query"]["levels"]["recall"]["1"] for run in runs]
+    assert to_image.lines[0].get_ydata() == pytest.approx(100 * np.mean(recalls, axis=0))
 
 
-def test_title_says_whose_uncertainty_is_followed():
+def test_title_names_the_uncertainty_that_defines_the_levels():
     line = line_figures.Line(np.arange(2), np.arange(2))
-    lines, doubts = dict.fromkeys("abc", line), {"a": "query image", "b": "retrieved caption", "c": "query image"}
-    title, marked = line_figures._whose("levels by uncertainty of the {}", lines, doubts)
+    lines, followed = dict.fromkeys("abc", line), {"a": "query image", "b": "retrieved caption", "c": "query image"}
+    title, marked = line_figures._whose("levels by uncertainty of the {}", lines, followed)
     assert title == "levels by uncertainty of the query image; * of the retrieved caption"
     assert [line.mark for line in marked.values()] == ["", "*", ""]
 
@@ -390,7 +393,7 @@ def test_names_of_variants_stay_text(blocks):
     assert "<script>&" not in text and text.count("$_^&lt;script&gt;&amp;") > 10
 
 
-def test_risk_starts_with_the_surest_and_ends_with_all(blocks):
+def test_risk_coverage_ends_with_all_queries(blocks):
     to_image, _ = line_figures.risk_coverage(blocks[0], style.looks(blocks)).axes
     hit = blocks[0].results["both"][0].arrays["text_to_image_hit"]
     lines = {line.get_label(): line for line in to_image.lines}
@@ -400,8 +403,8 @@ def test_risk_starts_with_the_surest_and_ends_with_all(blocks):
     assert (np.diff(best.get_ydata()) >= -1e-9).all() and best.get_ydata()[0] == 0
 
 
-def test_bins_hold_the_middle_of_what_falls_into_them():
-    ambiguity = np.repeat([0.0, math.log(10), math.log(1000)], [101, 101, 3])  # three captions say too little
+def test_bins_hold_the_percentiles_of_their_values():
+    ambiguity = np.repeat([0.0, math.log(10), math.log(1000)], [101, 101, 3])  # three captions are too few
     at, (low, middle, high) = panels.binned(ambiguity, np.concatenate([np.arange(101), np.arange(101) + 7, [9, 9, 9]]))
     assert at == pytest.approx([0, math.log(10)])
     assert (low, middle, high) == (pytest.approx([10, 17]), pytest.approx([50, 57]), pytest.approx([90, 97]))
@@ -422,7 +425,7 @@ def test_saved_figures(blocks, tmp_path):
             assert min(image.size) > 500
 
 
-def test_without_any_uncertainty_only_its_stand_in_is_drawn(tmp_path):
+def test_without_any_uncertainty_only_figures_by_entropy_are_drawn(tmp_path):
     write(tmp_path, "clip", 0, pairs_of(tmp_path, truth=False), Stub(uncertain=False))
     blocks = evaluations.read(tmp_path / "shapes")
     looks = style.looks(blocks)
@@ -432,7 +435,7 @@ def test_without_any_uncertainty_only_its_stand_in_is_drawn(tmp_path):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """The system's Chromium, as tests of the page drive it."""
+    """The system's Chromium, driven by Playwright."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("no Chromium is installed")
@@ -445,18 +448,18 @@ def chromium():
 
 @pytest.fixture
 def opened(chromium):
-    """Open a page, and give it with the lists of its complaints and of what it loaded."""
+    """A function that opens a page and returns (tab, console messages and errors, URLs loaded)."""
     contexts = []
 
     def open_page(path, **options):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
         contexts.append(context)
-        tab, complaints, loaded = context.new_page(), [], []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab, messages, loaded = context.new_page(), [], []
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
         tab.on("request", lambda request: loaded.append(request.url))
         tab.goto(path.as_uri())
-        return tab, complaints, loaded
+        return tab, messages, loaded
 
     yield open_page
     for context in contexts:
@@ -466,17 +469,17 @@ def opened(chromium):
 OPEN = "for (const details of document.querySelectorAll('details')) details.open = true"
 
 
-def test_browser_has_nothing_to_complain_of_and_loads_nothing(page, opened):
-    tab, complaints, loaded = opened(page)
-    assert complaints == [] and {url for url in loaded if not url.startswith("data:")} == {page.as_uri()}
+def test_browser_reports_no_error_and_loads_nothing(page, opened):
+    tab, messages, loaded = opened(page)
+    assert messages == [] and {url for url in loaded if not url.startswith("data:")} == {page.as_uri()}
     assert tab.title() == "Post-hoc uncertainty: shapes"
     tab.evaluate(OPEN)
     for words in (SCRIPT, HANDLER):
         assert tab.locator(".words", has_text=words).first.is_visible()
-    assert tab.title() == "Post-hoc uncertainty: shapes" and complaints == []
+    assert tab.title() == "Post-hoc uncertainty: shapes" and messages == []
 
 
-# What a table's column holds: how it is sorted, and of each row its kind, the text and value of its cell, and its name.
+# A column of a table: its sort order, and for each row the kind of row, the cell's text and value, and the row's name.
 COLUMN = """(button) => {
   const head = button.closest("th");
   const bodies = [...head.closest("table").tBodies].map((body) => [...body.rows].map((row) => ({
@@ -491,7 +494,7 @@ EVERY_COLUMN = f"""() => [...document.querySelectorAll("thead button")].map((but
 }})"""
 
 
-def known(rows):
+def values_of(rows):
     return [float(row["value"]) for row in rows if not row["kind"] and row["value"] is not None]
 
 
@@ -500,24 +503,24 @@ def is_number(text):
 
 
 def test_click_on_a_column_sorts_its_rows(page, opened):
-    tab, complaints, _ = opened(page)
+    tab, messages, _ = opened(page)
     moved, lacking = 0, 0
     for states in tab.evaluate(EVERY_COLUMN):
         (_, before), *_ = states
         if not all(is_number(row["value"]) for rows in before for row in rows if row["value"]):
             continue
-        assert [said for said, _ in states[1:]] == ["descending", "ascending", None] and states[3][1] == before
+        assert [order for order, _ in states[1:]] == ["descending", "ascending", None] and states[3][1] == before
         for sign, (_, bodies) in zip((-1, 1), states[1:], strict=False):
             for old, new in zip(before, bodies, strict=True):
                 assert sorted(row["name"] for row in new) == sorted(row["name"] for row in old)
                 kinds = [("heading", "", "reference").index(row["kind"]) for row in new]
                 assert kinds == sorted(kinds)
-                rows, values = [row for row in new if not row["kind"]], known(new)
+                rows, values = [row for row in new if not row["kind"]], values_of(new)
                 assert values == sorted(values, key=lambda value: sign * value)
                 assert all(row["value"] is None and row["text"] in (NONE, "") for row in rows[len(values) :])
                 moved += new != old
                 lacking += 0 < len(values) < len(rows)
-    assert moved > 10 and lacking > 10 and complaints == []
+    assert moved > 10 and lacking > 10 and messages == []
     assert tab.locator("[aria-sort]").count() == 0
 
 
@@ -525,11 +528,11 @@ def test_names_sort_by_keyboard(page, opened):
     tab, _, _ = opened(page)
     button = tab.get_by_role("button", name="method").first
     button.focus()
-    for way in ("ascending", "descending"):
+    for order in ("ascending", "descending"):
         tab.keyboard.press("Enter")
-        said, (rows, *_) = button.evaluate(COLUMN)
+        sorted_by, (rows, *_) = button.evaluate(COLUMN)
         names = [row["value"] for row in rows if not row["kind"]]
-        assert said == way and names == sorted(names, reverse=way == "descending")
+        assert sorted_by == order and names == sorted(names, reverse=order == "descending")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -549,8 +552,8 @@ def test_letters_in_figures_are_readable(page, opened):
         tab, _, _ = opened(page, viewport={"width": width, "height": 800})
         sizes = """() => [...document.querySelectorAll("figure svg text")].filter((text) => text.checkVisibility())
           .map((text) => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a)"""
-        found = [abs(size) for size in tab.evaluate(sizes) if abs(size) > 1]  # what stands upright has another matrix
-        assert found and min(found) >= 9.5
+        heights = [abs(size) for size in tab.evaluate(sizes) if abs(size) > 1]  # a rotated label's matrix has a = 0
+        assert heights and min(heights) >= 9.5
 
 
 def test_page_reads_without_a_script(page, opened):

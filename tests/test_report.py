@@ -1,4 +1,4 @@
-"""Tables of a small synthetic folder of results: numbers against hand computation, and every format as it is read."""
+"""Tables of small synthetic results: numbers against hand computation, and every format read back."""
 
 import csv
 import io
@@ -27,34 +27,34 @@ DATA, BACKBONE = "shapes", "tiny"
 
 
 def record(family, auroc, s=None, recall=0.5, limit=None, count=25, levels=LEVELS, **more):
-    """What a result says of one uncertainty; without s it is the same of all queries."""
-    found = {"family": family, "auroc": auroc, "aupr": 0.5, "aurc": 0.25, "e_aurc": 0.125}
-    found["selective_recall"] = {"80": 0.8, "90": 0.7, "95": 0.6}
+    """The entry of one uncertainty in a result; without s it is constant over the queries."""
+    values = {"family": family, "auroc": auroc, "aupr": 0.5, "aurc": 0.25, "e_aurc": 0.125}
+    values["selective_recall"] = {"80": 0.8, "90": 0.7, "95": 0.6}
     if s is None:
-        return found | {"constant": True}
+        return values | {"constant": True}
     steps = range(1, levels + 1)
-    found["levels"] = {"count": [count] * levels, "uncertainty": [[step, step + 0.5] for step in steps]}
-    found["levels"]["recall"] = {k: [recall / step for step in steps] for k in ("1", "5", "10")}
-    found["levels"] |= {} if limit is None else {"bayes_recall": [limit] * levels}
+    values["levels"] = {"count": [count] * levels, "uncertainty": [[step, step + 0.5] for step in steps]}
+    values["levels"]["recall"] = {k: [recall / step for step in steps] for k in ("1", "5", "10")}
+    values["levels"] |= {} if limit is None else {"bayes_recall": [limit] * levels}
     trend = {"s": s, "r2": 0.5, "minus_s_r2": -0.5 * s, "spread": 0.25}
     interval = {name: [-1.0, 1.0] for name in (*trend, "auroc")} | {"level_recall": [[0.0, 1.0]] * levels}
-    return found | {"interval": interval} | trend | more
+    return values | {"interval": interval} | trend | more
 
 
 def make_side(recall, s=None, by="query", truth=False, constant=False, count=25, levels=LEVELS):
-    """One direction of a result. s: of the method's uncertainty, None where it has none. by: whose it is."""
+    """One direction of a result. s: of the method's uncertainty, None without one. by: whose uncertainty that is."""
     limit, ambiguity = (0.5, {"spearman": 0.75, "kendall": 0.5}) if truth else (None, {})
     options = {"recall": recall, "limit": limit, "count": count, "levels": levels}
-    doubts = {name: record("gallery-aware", value, -0.9, **options) for name, value in GALLERY_AWARE.items()}
+    uncertainty = {name: record("gallery-aware", value, -0.9, **options) for name, value in GALLERY_AWARE.items()}
     if s is not None:
         family = "query-only" if by == "query" else "gallery-aware"
-        doubts[by] = record(family, 0.625, None if constant else s, **options, **({} if constant else ambiguity))
+        uncertainty[by] = record(family, 0.625, None if constant else s, **options, **({} if constant else ambiguity))
     reliability = {name: [1, 2] for name in ("count", "confidence", "accuracy")}
     model = ERRORS | {"scales": [10.0], "reliability": reliability}
     card = {"query": "a ring", "own": "gone.png", "uncertainty": 0.1}
     card["best"] = [{"answer": "gone.png", "score": 1.0, "right": True}]
     side = {"queries": 100, "recall": {"1": recall, "5": 0.5, "10": 0.75}, "median_rank": 7.0}
-    side |= {"levels_by": None if s is None else by, "uncertainty": doubts}
+    side |= {"levels_by": None if s is None else by, "uncertainty": uncertainty}
     side["calibration"] = {"model": model, "temperature": model | {name: value / 2 for name, value in ERRORS.items()}}
     side["examples"] = {"most_certain": [card], "least_certain": [card]}
     if truth:
@@ -62,18 +62,18 @@ def make_side(recall, s=None, by="query", truth=False, constant=False, count=25,
     return side
 
 
-def chains(steps=0.75, **own):
-    """What a result says of chains of prompts. own: of the method's uncertainty, if it has one."""
+def chains(steps=0.75, **query):
+    """The entry of chains of prompts in a result. query: figures of the method's uncertainty, if it has one."""
     figures = {"falling_steps": steps, "falling_chains": 0.5, "spearman_depth": -0.5}
     figures |= {"spearman_depth_within_chains": -0.75, "mean_by_depth": {"0": 2.0, "1": 1.0}}
     free = {"long embedding": figures | {"falling_steps": 0.8}, "few words": figures | {"falling_steps": 1.0}}
-    return {"chains": 10, "prompts": 40, "uncertainty": ({"query": figures | own} if own else {}) | free}
+    return {"chains": 10, "prompts": 40, "uncertainty": ({"query": figures | query} if query else {}) | free}
 
 
 def make_result(
     variant, seed=0, recall=0.25, s=None, task="retrieval", truth=False, to_text=None, levels=LEVELS, **changes
 ):
-    """A whole result file. to_text: what image->text has of its own. changes: values that are other ones."""
+    """The values of a result file. to_text: the direction image->text. changes: values to replace or add."""
     objective = "infonce" if "infonce" in variant.split("+") else "native"
     config = {"backbone": BACKBONE, "method": variant.partition("+")[0], "seed": seed, "objective": objective}
     config |= {"score": "similarity", "model": {}, "optim": {}, "train": {"batch_size": 8, "epochs": 2}}
@@ -117,7 +117,7 @@ def write(folder, *args, **options):
 
 
 def both_scores(ranking, other):
-    """What a result holds that was evaluated by both scores: `ranking` ranked, and the R@1 of the other is `other`."""
+    """The entries of a result evaluated by both scores: `ranking` ranked, and the other score has R@1 `other`."""
     name = {"similarity": "log_likelihood", "log_likelihood": "similarity"}[ranking]
     part = make_side(other, truth=True)
     return {"score": ranking, "other_score": {"score": name, "text_to_image": part, "image_to_text": part}}
@@ -125,7 +125,7 @@ def both_scores(ranking, other):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Results of three variants: clip without an uncertainty, and one with a single seed and a name full of traps."""
+    """Results of three variants: one has no uncertainty, one a single seed and a name that needs escaping."""
     folder = tmp_path_factory.mktemp("results")
     for variant, recalls in RECALLS.items():
         for seed, recall in enumerate(recalls):
@@ -143,10 +143,17 @@ def blocks_of(folder):
     return evaluations.read(folder / "shapes")
 
 
+def tables_of(*blocks):
+    """The tables of blocks by name, in order; each name occurs once."""
+    tables = [table for block in blocks for table in block.tables]
+    by_name = {table.name: table for table in tables}
+    assert len(by_name) == len(tables)
+    return by_name
+
+
 def table_of(folder, name):
-    """The one table of its name in a folder of results."""
-    (found,) = [table for block in blocks_of(folder) for table in block.tables if table.name == name]
-    return found
+    """The table with this name in a folder of results."""
+    return tables_of(*blocks_of(folder))[name]
 
 
 def rows_of(table):
@@ -154,7 +161,7 @@ def rows_of(table):
 
 
 def mean(table, row, key):
-    """The number in a table's cell, None where there is none."""
+    """The mean in a table's cell, None without one."""
     cell = rows_of(table)[row].cells.get(key)
     return cell and cell.mean
 
@@ -170,17 +177,16 @@ def csv_of(folder):
 
 
 def fails(folder, capsys, *more, dataset="shapes"):
-    """Run the script, and return the one sentence with which it ends."""
+    """Run report.py; returns the one sentence of its error."""
     with pytest.raises(SystemExit) as error:
         report.main(["--dataset", dataset, "--results", str(folder), *more])
-    said = capsys.readouterr().err
-    assert error.value.code == 2 and said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1
+    return message
 
 
 def test_mean_and_deviation_are_those_over_seeds(block):
-    recall = block.tables[0]
-    rows = rows_of(recall)
+    rows = rows_of(tables_of(block)["recall"])
     assert list(rows) == ["clip", "a_b+50%", "pfe", "Bayes-optimal"]  # without an uncertainty first, then by name
     cell = rows["pfe"].cells["text_to_image_r1"]
     assert cell.mean == pytest.approx(25) and cell.sd == pytest.approx(15)  # of 10, 40, 25
@@ -189,14 +195,14 @@ def test_mean_and_deviation_are_those_over_seeds(block):
     assert [row.seeds for row in rows.values()] == [3, 1, 3, None] and block.summary == "mean ± s.d. over 1 to 3 seeds"
 
 
-def test_best_is_the_highest_but_the_lowest_s_and_every_tie(block):
-    recall, uncertainty = block.tables[:2]
+def test_best_is_the_highest_value_or_the_lowest_s_and_includes_ties(block):
+    recall, uncertainty = (tables_of(block)[name] for name in ("recall", "uncertainty"))
 
     def best(table, key):
         return {row.name for row in rows_of(table).values() if key in row.cells and row.cells[key].best}
 
     assert best(recall, "text_to_image_r1") == {"a_b+50%"} and best(recall, "image_to_text_r1") == set()
-    # Among queries' own uncertainties; clip's three confidences, which need the gallery, are all alike.
+    # Only query-only uncertainties compete; clip's three confidences need the gallery.
     assert best(uncertainty, "text_to_image_s") == best(uncertainty, "text_to_image_minus_s_r2") == {"pfe"}
     assert best(uncertainty, "text_to_image_r2") == set()
     assert not any(cell.best for cell in rows_of(recall)["Bayes-optimal"].cells.values())
@@ -209,7 +215,7 @@ def test_alone_nothing_is_best(tmp_path):
     assert cells and not any(cell.best for cell in cells) and block.summary == "one seed"
 
 
-def test_what_prints_alike_ties(tmp_path):
+def test_values_that_print_alike_tie(tmp_path):
     for variant, recall in (("a", 0.3), ("b", 0.3004), ("c", 0.299)):
         write(tmp_path, variant, 0, recall)
     rows = rows_of(table_of(tmp_path, "recall")).values()
@@ -222,18 +228,20 @@ def test_zero_has_no_sign(value, text):
 
 
 def markdown_tables(folder):
-    """The tables of a report in Markdown: each a list of lines, which all have as many cells."""
-    found = [part.strip().splitlines() for part in text_of(folder, "table.md").split("\n\n") if part.startswith("|")]
-    assert all(len({line.replace("\\|", "").count("|") for line in lines}) == 1 for lines in found)
-    return found
+    """The Markdown tables of a report, each a list of lines with the same number of cells."""
+    parts = [part.strip().splitlines() for part in text_of(folder, "table.md").split("\n\n") if part.startswith("|")]
+    assert all(len({line.replace("\\|", "").count("|") for line in lines}) == 1 for lines in parts)
+    return parts
 
 
 def test_markdown(folder):
-    recall, uncertainty = markdown_tables(folder)[:2]
-    clip, trap, _, limit = recall[2:]
+    names = list(tables_of(*blocks_of(folder)))
+    assert names[:3] == ["gains", "recall", "uncertainty"]
+    recall, uncertainty = markdown_tables(folder)[1:3]
+    clip, escaped, _, limit = recall[2:]
     assert clip.startswith("| [clip](<tiny/clip>) | 3 | 25.0 ± 5.0 |")
     assert limit.startswith(f"| *Bayes-optimal* |  | 50.0 {f'| {NONE} ' * 3}|") and "**" not in limit
-    assert "a\\_b+50%" in trap and "(<tiny/a_b+50%>)" in trap
+    assert "a\\_b+50%" in escaped and "(<tiny/a_b+50%>)" in escaped
     entropy, _, _, _, pfe, limit = uncertainty[2:]
     assert entropy.startswith("| [clip, entropy](<tiny/clip>) | 3 | entropy | -0.900 ± 0.000 |")
     assert pfe.endswith("| query caption | **-0.900** ± 0.100 | 0.500 ± 0.000 | **0.450** ± 0.050 |")
@@ -256,34 +264,34 @@ def test_latex_escapes_balances_and_fits(folder):
 
 
 def test_csv_holds_the_exact_numbers(folder):
-    found = csv_of(folder)
+    lines = csv_of(folder)
     assert text_of(folder, "table.csv").startswith("evaluated_on,backbone,task,table,row,variant,seeds,column,mean,sd,")
     for variant, recalls in RECALLS.items():
         percent = [100 * recall for recall in recalls]
-        line = found["recall", variant, "text_to_image_r1"]
+        line = lines["recall", variant, "text_to_image_r1"]
         assert float(line["mean"]) == statistics.fmean(percent)
         assert float(line["sd"]) == statistics.stdev(percent) if len(recalls) > 1 else line["sd"] == ""
-    assert found["recall", "Bayes-optimal", "text_to_image_r1"]["seeds"] == ""
-    assert float(found["uncertainty", "pfe", "text_to_image_s"]["mean"]) == statistics.fmean(UNCERTAIN["pfe"])
-    assert found["uncertainty", "clip, top score", "image_to_text_levels_by"]["text"] == "top score"
-    # What only the CSV has room for.
-    assert float(found["recall", "pfe", "text_to_image_median_rank"]["mean"]) == 7
-    assert float(found["uncertainty", "pfe", "text_to_image_s_low"]["mean"]) == -1
-    assert float(found["selective", "clip", "image_to_text_margin_auroc"]["mean"]) == 0.875
-    assert float(found["calibration", "pfe", "image_to_text_nll_scaled"]["mean"]) == 1
-    assert {line["variant"] for line in found.values()} == {*RECALLS, ""}
+    assert lines["recall", "Bayes-optimal", "text_to_image_r1"]["seeds"] == ""
+    assert float(lines["uncertainty", "pfe", "text_to_image_s"]["mean"]) == statistics.fmean(UNCERTAIN["pfe"])
+    assert lines["uncertainty", "clip, top score", "image_to_text_levels_by"]["text"] == "top score"
+    # Columns of the CSV alone.
+    assert float(lines["recall", "pfe", "text_to_image_median_rank"]["mean"]) == 7
+    assert float(lines["uncertainty", "pfe", "text_to_image_s_low"]["mean"]) == -1
+    assert float(lines["selective", "clip", "image_to_text_margin_auroc"]["mean"]) == 0.875
+    assert float(lines["calibration", "pfe", "image_to_text_nll_scaled"]["mean"]) == 1
+    assert {line["variant"] for line in lines.values()} == {*RECALLS, ""}
 
 
 def test_terminal_shows_aligned_tables(block):
-    said = formats.to_text([block])
-    row = next(line for line in said.splitlines() if line.startswith("pfe") and "25.0" in line)
-    head = next(line for line in said.splitlines() if "R@1" in line and "R@5" in line)
+    text = formats.to_text([block])
+    row = next(line for line in text.splitlines() if line.startswith("pfe") and "25.0" in line)
+    head = next(line for line in text.splitlines() if "R@1" in line and "R@5" in line)
     assert row.index("25.0 ± 15.0") + len("25.0 ± 15.0") == head.index("R@1") + len("R@1")
-    assert "-0.900 ± 0.100*" in said and max(map(len, said.splitlines())) <= formats.TERMINAL
-    said.encode("cp1252")  # a Windows terminal prints it
+    assert "-0.900 ± 0.100*" in text and max(map(len, text.splitlines())) <= formats.TERMINAL
+    text.encode("cp1252")  # a Windows terminal prints it
 
 
-def test_a_table_too_wide_stands_in_panels_of_whole_groups():
+def test_a_wide_table_is_split_into_panels_of_whole_groups():
     def column(number, group):
         return tables.Column(f"{group}{number}", group, f"title {number}", 1, None)
 
@@ -311,10 +319,10 @@ def test_either_score_fills_the_column_of_its_name(tmp_path):
     assert [cells["likelihood"][key].mean for key in keys] == pytest.approx([40, 30])
     assert [cells["cosine"][key].best for key in keys] == [False, True]
     assert [cells["Bayes-optimal"][key].mean for key in keys] == pytest.approx([50, 50])
-    assert not any(key in cells[name] for key in keys for name in ("one", "seeds"))  # of no or of one seed only
+    assert not any(key in cells[name] for key in keys for name in ("one", "seeds"))  # a seed lacks the other score
 
 
-def test_uncertainty_says_whose_levels_they_are(tmp_path):
+def test_uncertainty_names_what_defines_the_levels(tmp_path):
     write(tmp_path, "clip", 0, 0.3)
     write(tmp_path, "asymmetric", 0, 0.3, -0.5, to_text=make_side(0.5, -0.25, "retrieved", count=5))
     write(tmp_path, "symmetric", 0, 0.3, -0.5)
@@ -331,7 +339,7 @@ def test_uncertainty_says_whose_levels_they_are(tmp_path):
     assert heads == ["image→text"] * 4 + ["text→image"] * 4  # side by side, as in the paper
 
 
-def test_equal_uncertainty_is_said_and_has_no_figures(tmp_path):
+def test_constant_uncertainty_has_a_note_and_no_figures(tmp_path):
     flat = make_side(0.5, -0.5, constant=True, count=5)
     write(tmp_path, "pfe", 0, 0.3, -0.5, to_text=flat)
     write(tmp_path, "prolip", 0, 0.3, -0.5)
@@ -344,7 +352,7 @@ def test_equal_uncertainty_is_said_and_has_no_figures(tmp_path):
     assert any(line.split()[:6] == ["pfe", "query", "image", *[NONE] * 3] for line in lines)
 
 
-def test_selective_names_two_families_apart(tmp_path):
+def test_selective_separates_both_families(tmp_path):
     write(tmp_path, "clip", 0, 0.3)
     write(tmp_path, "asymmetric", 0, 0.3, -0.5, to_text=make_side(0.5, -0.25, "retrieved", count=5))
     table = table_of(tmp_path, "selective")
@@ -360,16 +368,16 @@ def test_selective_names_two_families_apart(tmp_path):
     assert mean(table, "clip", "text_to_image_query_auroc") is None
     assert mean(table, "clip", "text_to_image_entropy_of_surest_90") == pytest.approx(70)
     assert mean(table, "asymmetric", "image_to_text_retrieved_auroc") == 0.625  # in the CSV
-    # The uncertainty of what was retrieved is not known from the query alone.
+    # The uncertainty of a retrieved caption depends on the gallery.
     assert mean(table, "asymmetric", "image_to_text_query_auroc") is None
-    assert "Bayes-optimal" not in rows_of(table)  # the best method's confidence is not known
+    assert "Bayes-optimal" not in rows_of(table)  # it has no confidence
 
 
 def test_where_all_answers_are_wrong_there_is_no_auroc(tmp_path):
     result = make_result("lost", 0, 0.0, -0.5)
     for side in RETRIEVAL:
-        for found in result[side]["uncertainty"].values():
-            found |= dict.fromkeys(("auroc", "aupr", "s", "r2", "minus_s_r2"))
+        for uncertainty in result[side]["uncertainty"].values():
+            uncertainty |= dict.fromkeys(("auroc", "aupr", "s", "r2", "minus_s_r2"))
     save(tmp_path, result)
     titles = {column.title for column in table_of(tmp_path, "selective").columns}
     assert "AURC" in titles and not titles & {"AUROC", "AUPR"}
@@ -411,14 +419,14 @@ def test_levels_with_their_limits(tmp_path):
 
 def test_sizes_of_levels_differ_by_one_at_most(tmp_path):
     result = make_result("pfe", 0, 0.3, -0.5)
-    for found in result["text_to_image"]["uncertainty"].values():
-        found["levels"]["count"] = [26, 25, 25, 25]
+    for uncertainty in result["text_to_image"]["uncertainty"].values():
+        uncertainty["levels"]["count"] = [26, 25, 25, 25]
     save(tmp_path, result)
     assert "of 25 or 26 captions and of 5 images" in table_of(tmp_path, "levels").note
 
 
 def coco_figures():
-    """A result's `coco` with 10 % text->image and 30 % image->text throughout."""
+    """The entry `coco` of a result: 10 % for every figure of text->image, 30 % for image->text."""
     names = [f"{name}_r{k}" for name in ("coco_1k", "coco_5k", "cxc") for k in (1, 5, 10)]
     names += ["eccv_r1", "eccv_map_at_r", "eccv_rprecision"]
     figures = {name: {"text_to_image": 0.1, "image_to_text": 0.3} for name in names}
@@ -427,7 +435,7 @@ def coco_figures():
 
 @pytest.fixture
 def karpathy(tmp_path, monkeypatch):
-    """Results on the data set and backbone that papers report."""
+    """Results on a data set and backbone with published figures."""
     monkeypatch.setitem(globals(), "BACKBONE", "ViT-B-32-quickgelu")
     monkeypatch.setitem(globals(), "DATA", "coco-karpathy")
     write(tmp_path, "clip", 0, 0.304, **coco_figures())
@@ -437,9 +445,9 @@ def karpathy(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_published_figures_stand_beside_ones_own(karpathy):
+def test_published_figures_stand_beside_measured_ones(karpathy):
     (block,) = blocks_of(karpathy)
-    recall, uncertainty, *_ = block.tables
+    recall, uncertainty = (tables_of(block)[name] for name in ("recall", "uncertainty"))
     heads = [name for name, _ in tables.spans([column.group for column in recall.columns if column.published])]
     assert heads == [
         f"published ({source}), {side}, %" for source in ("open_clip", "GroVE") for side in ("text→image", "image→text")
@@ -449,11 +457,11 @@ def test_published_figures_stand_beside_ones_own(karpathy):
     assert mean(recall, "pfe", "published_open_clip_text_to_image_r1") is None
     assert mean(recall, "pfe", "published_grove_text_to_image_r1") == 21.9
 
-    # One paper's figure is not another's: of one method, backbone and data set.
+    # Papers differ on the same method, backbone and data set.
     key = "image_to_text_minus_s_r2"
     assert mean(uncertainty, "probvlm", f"published_probvlm_{key}") == 0.93
     assert mean(uncertainty, "probvlm", f"published_grove_{key}") == 0.14
-    assert mean(uncertainty, "probvlm+reference", f"published_grove_{key}") is None  # what another suite computes
+    assert mean(uncertainty, "probvlm+reference", f"published_grove_{key}") is None  # not in the paper
     assert mean(uncertainty, "clip, top score", f"published_grove_{key}") == 0.51
     others = ("clip, entropy", "prolip", "probvlm+infonce")  # no paper trains ProbVLM by the unified objective
     assert [mean(uncertainty, row, f"published_grove_{key}") for row in others] == [None] * 3
@@ -471,11 +479,11 @@ def test_published_figures_stand_beside_ones_own(karpathy):
 
 def test_eccv_averages_both_directions(karpathy):
     table = table_of(karpathy, "eccv")
-    own = ("eccv_map_at_r", "eccv_rprecision", "eccv_r1", "cxc_r1", "coco_5k_r1", "coco_1k_r1")
-    assert [mean(table, "clip", key) for key in own] == pytest.approx([20] * 6)
+    keys = ("eccv_map_at_r", "eccv_rprecision", "eccv_r1", "cxc_r1", "coco_5k_r1", "coco_1k_r1")
+    assert [mean(table, "clip", key) for key in keys] == pytest.approx([20] * 6)
     assert [mean(table, "clip", key) for key in ("coco_5k_rsum", "coco_1k_rsum")] == [300, 400]
-    found = {key: mean(table, "pcmepp", f"published_pcme___{key}") for key in (*own[:5], "coco_1k_rsum")}
-    assert list(found.values()) == [40.1, 49.7, 83.1, 56.8, 55.1, 537.0]
+    printed = {key: mean(table, "pcmepp", f"published_pcme___{key}") for key in (*keys[:5], "coco_1k_rsum")}
+    assert list(printed.values()) == [40.1, 49.7, 83.1, 56.8, 55.1, 537.0]
     assert mean(table, "clip", "published_eccv_caption_eccv_map_at_r") == 26.75
     assert mean(table, "probvlm", "published_pcme___eccv_r1") is None
 
@@ -488,7 +496,7 @@ def test_coco_1k_alone(tmp_path):
 
 def test_nothing_published_no_column(folder, block):
     assert not any(column.published for table in block.tables for column in table.columns)
-    assert "published" not in text_of(folder, "table.md") and "eccv" not in {table.name for table in block.tables}
+    assert "published" not in text_of(folder, "table.md") and "eccv" not in tables_of(block)
 
 
 def entries(table):
@@ -496,12 +504,12 @@ def entries(table):
             for entry in published.entries() if entry["table"] == table]  # fmt: skip
 
 
-def test_published_figures_are_of_what_there_is():
-    known = {table.name: {column.key for column in (*table.columns, *table.hidden)} for table in every_table()}
+def test_published_figures_name_existing_tables_columns_and_backbones():
+    keys = {table.name: {column.key for column in (*table.columns, *table.hidden)} for table in every_table()}
     for entry in published.entries():
         trend = {"levels"} if entry["table"] == "uncertainty" else set()
         assert set(entry) == {"source", "note", "table", "data", "backbones", "columns", "rows"} | trend
-        assert set(entry["columns"]) <= known[entry["table"]]
+        assert set(entry["columns"]) <= keys[entry["table"]]
         assert all(len(row) == len(entry["columns"]) for row in entry["rows"].values())
         assert all((HOME / "configs" / "backbones" / f"{name}.yaml").is_file() for name in entry["backbones"])
     text = published.FILE.read_text(encoding="utf-8")
@@ -509,7 +517,7 @@ def test_published_figures_are_of_what_there_is():
 
 
 def every_table():
-    """All tables of results that have every figure."""
+    """All tables of results with every optional entry."""
     for task in TASKS:
         coco = {**coco_figures(), "hierarchy": chains(falling_steps=0.9), **both_scores("similarity", 0.2)}
         more = coco if task == "retrieval" else {}
@@ -518,17 +526,17 @@ def every_table():
 
 
 MISPRINTED = {("ProbVLM", "coco-karpathy", "ttda", "text_to_image")}  # 0.00, although 0.10 * 0.26 is 0.03
-# What is cut off in print, and of means over runs how far their product may lie from that of the runs.
+# Tolerance beyond rounding: over several runs, the mean of a product is not the product of the means.
 SLACK = {"ProbVLM": 0.0, "GroVE": 0.03}
 
 
 @pytest.mark.parametrize("entry", entries("uncertainty"))
 def test_published_trends_agree_with_themselves(entry):
     for method, values in entry["rows"].items():
-        found = dict(zip(entry["columns"], values, strict=True))
+        printed = dict(zip(entry["columns"], values, strict=True))
         for side in RETRIEVAL:
-            if f"{side}_s" in found:
-                s, r2, both = (found[f"{side}_{key}"] for key in ("s", "r2", "minus_s_r2"))
+            if f"{side}_s" in printed:
+                s, r2, both = (printed[f"{side}_{key}"] for key in ("s", "r2", "minus_s_r2"))
                 near = abs(-s * r2 - both) <= 0.01 * (1 + abs(s) + abs(r2)) + SLACK[entry["source"]]
                 assert near != ((entry["source"], entry["data"], method, side) in MISPRINTED), method
 
@@ -536,21 +544,23 @@ def test_published_trends_agree_with_themselves(entry):
 @pytest.mark.parametrize("entry", entries("recall"))
 def test_published_recall_rises_with_k(entry):
     for values in entry["rows"].values():
-        found = dict(zip(entry["columns"], values, strict=True))
+        printed = dict(zip(entry["columns"], values, strict=True))
         for side in RETRIEVAL:
-            recalls = [found[f"{side}_r{k}"] for k in (1, 5, 10) if f"{side}_r{k}" in found]
+            recalls = [printed[f"{side}_r{k}"] for k in (1, 5, 10) if f"{side}_r{k}" in printed]
             assert recalls == sorted(recalls) and recalls[0] > 0 and recalls[-1] <= 100
 
 
 def test_zero_shot_figures_of_two_sources_agree():
-    """COCO 5K R@1 of CLIP ViT-B/32: open_clip's both directions averaged are what PCME++ and ECCV Caption have."""
-    found = [entry for entry in published.entries() if entry["data"] == "coco-karpathy" and "clip" in entry["rows"]]
-    found = {e["source"]: dict(zip(e["columns"], e["rows"]["clip"], strict=True)) for e in found
-             if e["backbones"] == ["ViT-B-32-quickgelu"]}  # fmt: skip
-    both = (found["open_clip"]["text_to_image_r1"] + found["open_clip"]["image_to_text_r1"]) / 2
-    assert both == pytest.approx(found["ECCV Caption"]["coco_5k_r1"], abs=0.01)
+    """COCO 5K R@1 of CLIP ViT-B/32: the mean of open_clip's two directions is the R@1 of PCME++ and ECCV Caption."""
+    sources = {
+        entry["source"]: dict(zip(entry["columns"], entry["rows"]["clip"], strict=True))
+        for entry in published.entries()
+        if (entry["data"], entry["backbones"]) == ("coco-karpathy", ["ViT-B-32-quickgelu"]) and "clip" in entry["rows"]
+    }
+    mean_r1 = (sources["open_clip"]["text_to_image_r1"] + sources["open_clip"]["image_to_text_r1"]) / 2
+    assert mean_r1 == pytest.approx(sources["ECCV Caption"]["coco_5k_r1"], abs=0.01)
     for key in ("eccv_map_at_r", "eccv_rprecision", "cxc_r1", "coco_5k_r1"):
-        assert found["PCME++"][key] == pytest.approx(found["ECCV Caption"][key], abs=0.051)
+        assert sources["PCME++"][key] == pytest.approx(sources["ECCV Caption"][key], abs=0.051)
 
 
 def test_classification(tmp_path):
@@ -582,14 +592,14 @@ def test_calibration(tmp_path):
     write(tmp_path, "clip", 0, 0.3)
     table = table_of(tmp_path, "calibration")
     heads = [name for name, _ in tables.spans([column.group for column in table.columns])]
-    assert heads == ["as it is", "temperature-scaled"]
+    assert heads == ["as the method gives it", "temperature-scaled"]
     keys = ["ece_15", "ece_20", "adaptive_ece", "nll", "brier"]
     assert [column.key for column in table.columns[:5]] == [f"text_to_image_{key}" for key in keys]
     assert [mean(table, "clip", f"text_to_image_{key}") for key in keys] == [ERRORS[key] for key in keys]
     assert mean(table, "clip", "image_to_text_ece_15_scaled") == 0.1
 
 
-def test_hierarchy_has_each_free_baseline_once(tmp_path):
+def test_hierarchy_lists_each_training_free_baseline_once(tmp_path):
     write(tmp_path, "clip", 0, task="hierarchy")
     for seed, steps in enumerate((0.9, 0.7)):
         write(tmp_path, "pfe", seed, s=-steps, task="hierarchy")
@@ -602,43 +612,44 @@ def test_hierarchy_has_each_free_baseline_once(tmp_path):
     assert "| *few words* |  | 100.0 | 50.0 |" in text_of(tmp_path, "table.md")
 
 
-def test_chains_of_a_retrieval_stand_in_a_table_of_their_own(tmp_path):
+def test_chains_of_a_retrieval_have_a_separate_table(tmp_path):
     write(tmp_path, "pfe", 0, 0.2, -0.5, hierarchy=chains(falling_steps=0.9))
     names = [table.name for table in blocks_of(tmp_path)[0].tables]
     assert names == ["recall", "uncertainty", "levels", "selective", "calibration", "hierarchy"]
 
 
-def test_rows_of_the_unified_objective_stand_apart_below(tmp_path):
+def test_rows_of_the_unified_objective_form_a_group_below(tmp_path):
     native, unified = ["clip", "pfe", "prolip"], ["pfe+infonce", "prolip+infonce"]
     for i, variant in enumerate((*native, *unified)):
         write(tmp_path, variant, 0, 0.3 + i / 100, -0.5, truth=True)
     (block,) = blocks_of(tmp_path)
-    recall = block.tables[0]
+    recall = tables_of(block)["recall"]
     assert [(title, [row.name for row in rows]) for title, rows in recall.groups] == [
         ("", native),
         (columns.UNIFIED, unified),
         ("", ["Bayes-optimal"]),
     ]
-    # The best is the best of all.
+    # The best value is over both groups.
     assert [row.name for row in rows_of(recall).values() if row.cells["text_to_image_r1"].best] == [unified[-1]]
 
     report.write_tables(tmp_path / "shapes", blocks_of(tmp_path))
-    found = markdown_tables(tmp_path)
-    assert len(found) == len(block.tables)
-    for lines in found:
-        at = lines.index(next(line for line in lines if line.startswith(f"| *{columns.UNIFIED}* |")))
-        assert "[prolip" in lines[at - 1] and "[pfe+infonce](" in lines[at + 1]
+    markdown = markdown_tables(tmp_path)
+    assert len(markdown) == len(block.tables)
+    for lines in markdown:
+        heading = lines.index(next(line for line in lines if line.startswith(f"| *{columns.UNIFIED}* |")))
+        assert "[prolip" in lines[heading - 1] and "[pfe+infonce](" in lines[heading + 1]
 
-    said = formats.to_text([block]).splitlines()
-    above = [i for i, line in enumerate(said) if line == f"{columns.UNIFIED}:"]
-    assert len(above) >= len(found) - len(formats.LONG) and all(said[i + 1].startswith("pfe+infonce ") for i in above)
+    printed = formats.to_text([block]).splitlines()
+    above = [i for i, line in enumerate(printed) if line == f"{columns.UNIFIED}:"]
+    assert len(above) >= len(markdown) - len(formats.LONG)
+    assert all(printed[i + 1].startswith("pfe+infonce ") for i in above)
 
     for table in text_of(tmp_path, "table.tex").split(r"\begin{tabular}")[1:]:
         lines = table.splitlines()
-        at = next(i for i, line in enumerate(lines) if columns.UNIFIED in line)
-        assert lines[at - 1] == r"\midrule" and lines[at - 2].startswith("prolip")
-        assert lines[at].endswith(rf"{{\emph{{{columns.UNIFIED}}}}} \\")
-        assert lines[at + 1].startswith("pfe+infonce &")
+        heading = next(i for i, line in enumerate(lines) if columns.UNIFIED in line)
+        assert lines[heading - 1] == r"\midrule" and lines[heading - 2].startswith("prolip")
+        assert lines[heading].endswith(rf"{{\emph{{{columns.UNIFIED}}}}} \\")
+        assert lines[heading + 1].startswith("pfe+infonce &")
 
 
 @pytest.mark.parametrize("variants", [("clip", "pfe"), ("clip+infonce", "pfe+infonce")])
@@ -650,7 +661,7 @@ def test_one_objective_alone_needs_no_heading(tmp_path, variants):
     assert not any(columns.UNIFIED in text_of(tmp_path, name) for name in ("table.md", "table.tex"))
 
 
-def test_rows_say_what_was_seen_in_training(tmp_path):
+def test_rows_name_the_number_of_images_seen_in_training(tmp_path):
     write(tmp_path, "pfe", 0, 0.3, -0.5, seen_in_training=1200)
     assert list(rows_of(table_of(tmp_path, "recall"))) == ["pfe (trained on 1,200 of the images)"]
 
@@ -665,7 +676,7 @@ def test_the_same_bytes_each_time(folder, capsys):
     assert capsys.readouterr().out.endswith(f"\n\n{folder / 'shapes' / 'report.html'}\n")
 
 
-def test_without_truth_nothing_is_said_of_limits(tmp_path):
+def test_without_ground_truth_there_are_no_limits(tmp_path):
     write(tmp_path, "pfe", 0, 0.3, -0.5)
     write(tmp_path, "clip", 0, 0.3)
     report.write_tables(tmp_path / "shapes", blocks_of(tmp_path))
@@ -674,7 +685,7 @@ def test_without_truth_nothing_is_said_of_limits(tmp_path):
     assert "truth" not in {table.name for table in blocks_of(tmp_path)[0].tables}
 
 
-def test_other_data_backbones_and_tasks_stand_apart(tmp_path):
+def test_each_data_set_backbone_and_task_has_a_block(tmp_path):
     others = (("coco", "tiny", 4), ("shapes", "tiny", 4), ("shapes", "large", 5))
     for evaluated_on, backbone, levels in others:
         result = make_result("clip", 0, 0.3, evaluated_on=evaluated_on, levels=levels)
@@ -683,7 +694,7 @@ def test_other_data_backbones_and_tasks_stand_apart(tmp_path):
     write(tmp_path, "clip", 0, 0.5, task="classification", evaluated_on="cifar10")
     write(tmp_path, "clip", 0, task="hierarchy")
     blocks = blocks_of(tmp_path)
-    # What was trained on comes first.
+    # The data set trained on comes first.
     assert [block.title for block in blocks] == [
         "shapes, large: retrieval", "shapes, tiny: retrieval", "shapes, tiny: hierarchy",
         "cifar10, tiny: classification", "coco, tiny: retrieval",
@@ -695,12 +706,10 @@ def test_other_data_backbones_and_tasks_stand_apart(tmp_path):
     assert report.suffixes(blocks[:1]) == [""]
 
 
-def test_no_results_names_the_command_and_what_there_is(tmp_path, capsys):
-    said = fails(tmp_path, capsys)
-    assert (
-        "run `python eval.py --dataset shapes --method METHOD` or, of classes, active_learning.py first" in said
-        and "nor of any other" in said
-    )
+def test_an_error_without_results_names_the_command_and_the_available_results(tmp_path, capsys):
+    message = fails(tmp_path, capsys)
+    command = "run `python eval.py --dataset shapes --method METHOD` or, for classes, active_learning.py first"
+    assert command in message and "nor of any other" in message
     write(tmp_path, "clip", 0, 0.3)
     assert "of backbone 'huge', but of tiny" in fails(tmp_path, capsys, "--backbone", "huge")
     (tmp_path / "empty").mkdir()
@@ -710,7 +719,7 @@ def test_no_results_names_the_command_and_what_there_is(tmp_path, capsys):
 
 
 def spoiled():
-    """Files that eval.py did not write: of another program, cut short, or changed by hand."""
+    """Contents that eval.py does not write: of another program, truncated, or edited by hand."""
     yield from (
         "",
         "{",
@@ -749,30 +758,30 @@ def test_damaged_or_foreign_result_is_named(tmp_path, capsys, damage):
     assert f"{path} is damaged or not a result of eval.py" in fails(tmp_path, capsys)
 
 
-def test_a_result_under_another_tasks_name_is_named(tmp_path, capsys):
+def test_a_result_under_the_file_name_of_another_task_is_named(tmp_path, capsys):
     path = write(tmp_path, "clip", 0, 0.3)
     other = path.rename(path.with_name("shapes-classification.json"))
     assert f"{other} is damaged or not" in fails(tmp_path, capsys)
 
 
-def test_a_result_of_before_is_refused(tmp_path, capsys):
+def test_a_result_of_an_earlier_format_is_refused(tmp_path, capsys):
     path = write(tmp_path, "clip", 0, 0.3)
     old = {"variant": "clip", "evaluated_on": "shapes", "config": {}, "text_to_image": {"recall": {"1": 0.3}}}
     path.write_text(json.dumps(old))
-    said = fails(tmp_path, capsys)
-    assert str(path) in said and "earlier" in said and "evaluate again" in said
+    message = fails(tmp_path, capsys)
+    assert str(path) in message and "earlier" in message and "evaluate again" in message
 
 
 @pytest.mark.parametrize(
     "changes", [{"levels": 5}, {"fingerprint": "g"}, {"drop_remainder": True}, {"levels_by": "sum"}]
 )
-def test_what_does_not_fit_one_table_is_named(tmp_path, capsys, changes):
+def test_results_that_do_not_fit_one_table_are_named(tmp_path, capsys, changes):
     paths = [write(tmp_path, "pcmepp", 0, 0.3, -0.5), write(tmp_path, "pfe", 0, 0.3, -0.5, **changes)]
-    said = fails(tmp_path, capsys)
-    assert all(str(path) in said for path in paths) and "different" in said
+    message = fails(tmp_path, capsys)
+    assert all(str(path) in message for path in paths) and "different" in message
 
 
-def test_without_an_uncertainty_there_is_no_choice_of_levels(tmp_path):
+def test_levels_by_need_not_agree_without_an_uncertainty(tmp_path):
     write(tmp_path, "clip", 0, 0.3)
     write(tmp_path, "pfe", 0, 0.3, -0.5, levels_by="sum")
     assert len(blocks_of(tmp_path)) == 1
@@ -783,8 +792,8 @@ def test_seeds_of_one_variant_differ_in_the_seed_alone(tmp_path, capsys):
     result = json.loads(second.read_text())
     for change, reason in (({"seed": 0}, "the same seed"), ({"train": {"batch_size": 8, "epochs": 3}}, "train.epochs")):
         second.write_text(json.dumps(result | {"config": result["config"] | change}))
-        said = fails(tmp_path, capsys)
-        assert reason in said and str(first) in said and str(second) in said
+        message = fails(tmp_path, capsys)
+        assert reason in message and str(first) in message and str(second) in message
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK", None])
@@ -796,7 +805,7 @@ def test_damaged_arrays_are_named(tmp_path, damage):
         _ = run.arrays
 
 
-def test_arrays_of_something_else_are_named(tmp_path):
+def test_arrays_without_an_expected_entry_are_named(tmp_path):
     path = write(tmp_path, "pfe", 0, 0.3, -0.5).with_suffix(".npz")
     np.savez_compressed(path, weight=np.zeros(3))
     (run,) = blocks_of(tmp_path)[0].results["pfe"]

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from metrics.comparison import PairedBootstrap, PairedDifference, holm, paired_difference
-from reporting.runs import baseline_of, seeds_of
-from reporting.tables import Cell, Column, Row, make
+from reporting.runs import baseline_of
+from reporting.tables import Cell, Column, make
+from reporting.tables.columns import rows_of
 from reporting.words import MINUS, RETRIEVAL
 
 LEVEL = 0.05
@@ -113,10 +114,7 @@ def gains(block):
                 text = f"{printed[0]} [{printed[1]}, {printed[2]}]{mark}"
                 cells[variant] |= {f"{key}_less": Cell(mean, text=text), f"{key}_low": Cell(low)}
                 cells[variant] |= {f"{key}_high": Cell(high), f"{key}_adjusted_p": Cell(gain.adjusted)}
-    rows = [
-        Row(variant, runs[0].path.parent.parent, seeds_of(runs), cells[variant], variant)
-        for variant, runs in block.results.items()
-    ]
+    groups = rows_of(block, columns, cells=lambda runs, _: cells[runs[0].values["variant"]])
     note = (
         "In brackets: the 95 % bootstrap interval of the difference over images, each drawn with all its captions."
         f" {REAL}: p < {LEVEL} after Holm's adjustment over the rows. This is the sampling error of the images; the"
@@ -124,4 +122,4 @@ def gains(block):
     )
     if "image_of_text" not in block.results[base][0].arrays:
         note += " These results do not hold which captions share an image, so captions were drawn singly."
-    return make("gains", f"Against {base}", columns, [("", rows)], note)
+    return make("gains", f"Against {base}", columns, groups, note)
