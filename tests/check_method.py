@@ -51,144 +51,6 @@ class DoesNotApply(Exception):
     """A check has nothing to check, for the reason given."""
 
 
-class Case(NamedTuple):
-    """A method with one of its presets."""
-
-    method: str
-    preset: str = "default"
-
-    @property
-    def config(self):
-        return load_config("shapes", self.method, preset=self.preset)
-
-    @property
-    def contract(self):
-        """The YAML's section `contract`; raises UserError for an unknown key or value in it."""
-        contract, where = contract_of(*self), f"configs/methods/{self.method}.yaml: contract"
-        for name, value in contract.items():
-            if name == "wider" and isinstance(value, dict):
-                for part, change in value.items():
-                    one_of(f"{where}: wider: {part}", change, CHANGES, UserError)
-            elif name not in CHECKS:
-                raise UserError(f"{where} has no key '{name}'; it has wider, {', '.join(CHECKS)}.")
-            elif not (isinstance(value, str) and value):
-                raise UserError(f"{where}: {name} must be the reason why it does not apply, not {value!r}.")
-        return contract
-
-    def construct(self, seed=0, mean=""):
-        """Construct the adaptor from its YAML, in evaluation mode."""
-        torch.manual_seed(seed)
-        return make_adaptor(load_config("shapes", self.method, preset=self.preset, mean=mean), DIM).eval()
-
-    def build(self, mean=""):
-        """Construct the adaptor and prepare it with the drawn pairs."""
-        adaptor = self.construct(mean=mean)
-        adaptor.prepare(drawn_pairs(), quiet=True)
-        return adaptor
-
-
-class Drawn(Pairs):
-    """Random pairs as if they were cached, each image with one caption or more, and what the last maps were given.
-
-    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: makes it a sigmoid model.
-    """
-
-    def __init__(self, image, text, widths=(30, 20), bias=True, logit_bias=None, seed=0):
-        rng = np.random.default_rng(seed)
-        self.folder, self.command = Path("drawn"), "python cache_embeddings.py"
-        self.image, self.text, dim = image, text, image.shape[1]
-        self.image_id, self.image_of_text = np.arange(len(image)) + 1000, np.arange(len(text)) % len(image)
-        self.arrays, self.projection = {}, {}
-        for side, rows, width in zip(("image", "text"), (image, text), widths):
-            self.arrays[f"{side}_pooled"] = rng.standard_normal((len(rows), width)).astype(rows.dtype)
-            self.projection[f"{side}_weight"] = rng.standard_normal((dim, width))
-            if bias:
-                self.projection[f"{side}_bias"] = rng.standard_normal(dim)
-        self.meta = {"dim": dim, "features": "pooled", "logit_scale": 20.0, "logit_bias": logit_bias}
-        self.meta |= {"id_space": "drawn", "encoder_fingerprint": "drawn"}
-
-    def _array(self, name):
-        return self.arrays[name]
-
-
-def drawn_pairs():
-    """Draw N images and M captions, the first N of which match the images in order."""
-    generator = torch.Generator().manual_seed(0)
-    return Drawn(*(3 * torch.randn(count, DIM, generator=generator).numpy() for count in (N, M)))
-
-
-def inputs(adaptor):
-    """Return what the adaptor is fed of the drawn images and captions: (N, DIM), (M, DIM), pooled features beside."""
-    pairs = drawn_pairs()
-    return [torch.from_numpy(pairs.fed(side, adaptor.pooled)[:]) for side in ("image", "text")]
-
-
-def outputs(adaptor, image, text):
-    """Compute all that an evaluation uses, by name: fields of both embeddings, and scores."""
-    adapted = {"images": adaptor.adapt_image(image), "captions": adaptor.adapt_text(text)}
-    results = {
-        f"{field} of {side}": value.detach()
-        for side, embedding in adapted.items()
-        for field, value in embedding._asdict().items()
-        if value is not None
-    }
-    return results | {name: getattr(adaptor, name)(*adapted.values()).detach() for name in SCORES}
-
-
-def uncertainties(adaptor):
-    """Compute the uncertainties of the drawn images and captions, by name; only of those that have one."""
-    image, text = inputs(adaptor)
-    both = {"images": adaptor.adapt_image(image).uncertainty, "captions": adaptor.adapt_text(text).uncertainty}
-    return {side: uncertainty for side, uncertainty in both.items() if uncertainty is not None}
-
-
-def require(condition, saw):
-    """Fail the check, with what it saw, unless the condition holds."""
-    if not condition:
-        raise AssertionError(saw)
-
-
-def require_equal(results, wanted, tolerance=0.0):
-    """Require that outputs differ by at most `tolerance`, which is relative for values above 1."""
-    for name, want in wanted.items():
-        result, want = results[name].cpu().double(), want.cpu().double()
-        equal = (result - want).abs() <= tolerance * want.abs().clamp_min(1)
-        require(equal.all(), f"{name} differs in {(~equal).sum()} of {equal.numel()} values")
-
-
-def require_finite(values):
-    """Require that the named tensors are finite."""
-    names = [name for name, value in values.items() if not torch.isfinite(value).all()]
-    require(not names, f"{listed(names)} not finite")
-
-
-def listed(names, most=3):
-    """Join names, the first few of many."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
-def take_steps(adaptor, loss_name):
-    """Train on the drawn pairs for a dozen steps; returns the loss at each. Raises DoesNotApply without parameters."""
-    require_parameters(adaptor)
-    optimizer = torch.optim.Adam(adaptor.train().parameters(), lr=1e-3)
-    image, text = inputs(adaptor)
-    losses = []
-    for _ in range(12):
-        loss = getattr(adaptor, loss_name)(image, text[:N])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    adaptor.eval()
-    return losses
-
-
-def require_parameters(adaptor):
-    if not any(p.requires_grad for p in adaptor.parameters()):
-        raise DoesNotApply("it has no parameters to train")
-
-
 # The checks. The docstring says what a check wants; a failure prints it before what the check saw.
 
 
@@ -216,10 +78,6 @@ def shapes(case):
         require_shape(name, getattr(adaptor, name)(image, text[:N]), ())
 
 
-def require_shape(name, value, shape):
-    require(value.shape == shape, f"{name} {tuple(value.shape)} instead of {shape}")
-
-
 def finite(case):
     """Embeddings, scores, losses and their gradients are finite."""
     finite_with(case, 1)
@@ -238,23 +96,6 @@ def tiny(case):
 def huge(case):
     """All stay finite with an image and a caption whose embedding is 10,000 times as long as the others."""
     finite_with(case, 1e4)
-
-
-def finite_with(case, factor):
-    """Require finite results with the first image and the first caption multiplied by `factor`."""
-    adaptor = case.build()
-    image, text = inputs(adaptor)
-    image[0] *= factor
-    text[0] *= factor
-    require_finite(outputs(adaptor, image, text))
-    for name in LOSSES:
-        loss = getattr(adaptor, name)(image, text[:N])
-        require_finite({name: loss})
-        adaptor.zero_grad()
-        if loss.requires_grad:
-            loss.backward()
-        gradients = {f"gradient of {name} by {part}": p.grad for part, p in adaptor.named_parameters()}
-        require_finite({name: gradient for name, gradient in gradients.items() if gradient is not None})
 
 
 def independent(case):
@@ -345,24 +186,6 @@ def means(case):
             mean_trains(case, mean, name)
 
 
-def mean_trains(case, mean, loss_name):
-    """Require that one kind of mean starts where it must, and that one of the losses trains it."""
-    adaptor = case.build(mean)
-    text = inputs(adaptor)[1]
-
-    def direction():
-        return F.normalize(adaptor.adapt_text(text).mean.detach(), dim=-1)
-
-    first = direction()
-    losses = take_steps(adaptor, loss_name)
-    kept = torch.allclose(first, F.normalize(text[:, :DIM], dim=-1), atol=1e-5)
-    stays = torch.allclose(direction(), first, atol=1e-5)
-    which = f"with --mean {mean} and {loss_name}"
-    require(losses[-1] < losses[0], f"{which} the loss goes from {losses[0]:.6g} to {losses[-1]:.6g}")
-    require(kept == (mean != "learned"), f"{which} means start {'at' if kept else 'away from'} the embeddings")
-    require(stays == (mean == "frozen"), f"{which} means {'stay' if stays else 'move'}")
-
-
 def sign(case):
     """Every uncertainty rises when the change that the YAML calls `wider` is made."""
     adaptor = case.build()
@@ -371,9 +194,8 @@ def sign(case):
         raise DoesNotApply("it has no uncertainty")
     changes = case.contract.get("wider", {})
     if not changes:
-        learned = any(uncertainty.requires_grad for uncertainty in before.values())
-        require(not learned, "a learned uncertainty, and no contract: {wider: {head: raised}} or the like in the YAML")
-        raise DoesNotApply("no parameter is part of its uncertainty")
+        require(not depends_on_state(adaptor), "a learned uncertainty, and no `contract: {wider: ...}` in the YAML")
+        raise DoesNotApply("no parameter and no buffer has a part in its uncertainty")
     for name, change in changes.items():
         change_part(adaptor, name, CHANGES[change])
     after = uncertainties(adaptor)
@@ -382,22 +204,9 @@ def sign(case):
         require(rises == len(uncertainty), f"it rises for {rises} of {len(uncertainty)} {side}")
 
 
-def change_part(adaptor, name, change):
-    """Change what lies at a dotted name of an adaptor: the output of a module, a tensor, or a number."""
-    owner, _, attribute = name.rpartition(".")
-    owner = adaptor.get_submodule(owner)
-    part = getattr(owner, attribute)
-    if isinstance(part, torch.nn.Module):
-        part.register_forward_hook(lambda module, arguments, output: change(output))
-    elif isinstance(part, torch.Tensor):
-        part.data = change(part.data)
-    else:
-        setattr(owner, attribute, change(part))
-
-
 def ordered(case):
     """Trained shortly on `shapes`, captions' uncertainty has a Spearman correlation of 0.8 with true ambiguity."""
-    if case.preset != "default" or not case.config.ordered:
+    if case.preset != "default" or not case.config().ordered:
         raise DoesNotApply("its YAML does not say `ordered: true` of this preset")
     run = ["--dataset", "shapes", "--method", case.method, "--device", "cpu", "--quiet"]
     short = ["--val-fraction", "0", "--set", "train.epochs=20", "train.batch_size=256", "optim.lr=2e-3"]
@@ -411,38 +220,6 @@ def ordered(case):
     require("query" in uncertainty, "captions without uncertainty")
     spearman = uncertainty["query"]["spearman"]
     require(spearman >= SPEARMAN, f"{spearman:.3f}{', an order upside down' if spearman < 0 else ''}")
-
-
-@functools.cache
-def small_world():
-    """Cache a small `shapes` with the built-in backbone; returns its folder, which the end of the process removes."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    size = ["data.options.train_images=300", "data.options.val_images=100"]
-    flags = ["--dataset", "shapes", "--features", "pooled", "--device", "cpu", "--quiet"]
-    with working_in(folder):
-        call(cache_embeddings, *flags, "--set", *size)
-    return folder
-
-
-@contextlib.contextmanager
-def working_in(folder):
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def call(script, *arguments):
-    """Call a script's main without its output; raises AssertionError with the sentence that it ends on."""
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            script.main(list(arguments))
-    except SystemExit:
-        raise AssertionError(output.getvalue().strip()) from None
 
 
 # In this order: without the first three the others say nothing.
@@ -481,6 +258,241 @@ def run_contract(case):
             break
 
 
+# What the checks use.
+
+
+class Case(NamedTuple):
+    """A method with one of its presets."""
+
+    method: str
+    preset: str = "default"
+
+    def config(self, mean=""):
+        """Resolve the configuration that a run on `shapes` has."""
+        return load_config("shapes", self.method, preset=self.preset, mean=mean)
+
+    @property
+    def contract(self):
+        """The YAML's section `contract`; raises UserError for an unknown key or value in it."""
+        contract, where = contract_of(*self), f"configs/methods/{self.method}.yaml: contract"
+        for name, value in contract.items():
+            if name == "wider" and isinstance(value, dict):
+                for part, change in value.items():
+                    one_of(f"{where}: wider: {part}", change, CHANGES, UserError)
+            elif name not in CHECKS:
+                raise UserError(f"{where} has no key '{name}'; it has wider, {', '.join(CHECKS)}.")
+            elif not (isinstance(value, str) and value):
+                raise UserError(f"{where}: {name} must be the reason why it does not apply, not {value!r}.")
+        return contract
+
+    def construct(self, seed=0, mean=""):
+        """Construct the adaptor from its YAML, in evaluation mode."""
+        torch.manual_seed(seed)
+        return make_adaptor(self.config(mean), DIM).eval()
+
+    def build(self, mean=""):
+        """Construct the adaptor and prepare it with the drawn pairs."""
+        adaptor = self.construct(mean=mean)
+        adaptor.prepare(drawn_pairs(), quiet=True)
+        return adaptor
+
+
+class Drawn(Pairs):
+    """Random pairs as if they were cached, each image with one caption or more, and what the last maps were given.
+
+    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: makes it a sigmoid model.
+    """
+
+    def __init__(self, image, text, widths=(30, 20), bias=True, logit_bias=None, seed=0):
+        rng = np.random.default_rng(seed)
+        self.folder, self.command = Path("drawn"), "python cache_embeddings.py"
+        self.image, self.text, dim = image, text, image.shape[1]
+        self.image_id, self.image_of_text = np.arange(len(image)) + 1000, np.arange(len(text)) % len(image)
+        self.arrays, self.projection = {}, {}
+        for side, rows, width in zip(("image", "text"), (image, text), widths):
+            self.arrays[f"{side}_pooled"] = rng.standard_normal((len(rows), width)).astype(rows.dtype)
+            self.projection[f"{side}_weight"] = rng.standard_normal((dim, width))
+            if bias:
+                self.projection[f"{side}_bias"] = rng.standard_normal(dim)
+        self.meta = {"dim": dim, "features": "pooled", "logit_scale": 20.0, "logit_bias": logit_bias}
+        self.meta |= {"id_space": "drawn", "encoder_fingerprint": "drawn"}
+
+    def _array(self, name):
+        return self.arrays[name]
+
+
+def drawn_pairs():
+    """Draw N images and M captions, the first N of which match the images in order."""
+    generator = torch.Generator().manual_seed(0)
+    return Drawn(*(3 * torch.randn(count, DIM, generator=generator).numpy() for count in (N, M)))
+
+
+def inputs(adaptor):
+    """Return what the adaptor is fed of the drawn images and captions: (N, DIM), (M, DIM), pooled features beside."""
+    pairs = drawn_pairs()
+    return [torch.from_numpy(pairs.fed(side, adaptor.pooled)[:]) for side in ("image", "text")]
+
+
+def outputs(adaptor, image, text):
+    """Compute all that an evaluation uses, by name: fields of both embeddings, and scores."""
+    adapted = {"images": adaptor.adapt_image(image), "captions": adaptor.adapt_text(text)}
+    results = {
+        f"{field} of {side}": value.detach()
+        for side, embedding in adapted.items()
+        for field, value in embedding._asdict().items()
+        if value is not None
+    }
+    return results | {name: getattr(adaptor, name)(*adapted.values()).detach() for name in SCORES}
+
+
+def uncertainties(adaptor):
+    """Compute the uncertainties of the drawn images and captions, by name; only of those that have one."""
+    image, text = inputs(adaptor)
+    adapted = {"images": adaptor.adapt_image(image), "captions": adaptor.adapt_text(text)}
+    return {side: e.uncertainty.detach() for side, e in adapted.items() if e.uncertainty is not None}
+
+
+def require(condition, saw):
+    """Fail the check, with what it saw, unless the condition holds."""
+    if not condition:
+        raise AssertionError(saw)
+
+
+def require_equal(results, wanted, tolerance=0.0):
+    """Require that outputs differ by at most `tolerance`, which is relative for values above 1."""
+    for name, want in wanted.items():
+        result, want = results[name].cpu().double(), want.cpu().double()
+        equal = (result - want).abs() <= tolerance * want.abs().clamp_min(1)
+        require(equal.all(), f"{name} differs in {(~equal).sum()} of {equal.numel()} values")
+
+
+def require_finite(values):
+    """Require that the named tensors are finite."""
+    names = [name for name, value in values.items() if not torch.isfinite(value).all()]
+    require(not names, f"{listed(names)} not finite")
+
+
+def listed(names, most=3):
+    """Join names, the first few of many."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def take_steps(adaptor, loss_name):
+    """Train on the drawn pairs for a dozen steps; returns the loss at each. Raises DoesNotApply without parameters."""
+    require_parameters(adaptor)
+    optimizer = torch.optim.Adam(adaptor.train().parameters(), lr=1e-3)
+    image, text = inputs(adaptor)
+    losses = []
+    for _ in range(12):
+        loss = getattr(adaptor, loss_name)(image, text[:N])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    adaptor.eval()
+    return losses
+
+
+def require_parameters(adaptor):
+    if not any(p.requires_grad for p in adaptor.parameters()):
+        raise DoesNotApply("it has no parameters to train")
+
+
+def require_shape(name, value, shape):
+    require(value.shape == shape, f"{name} {tuple(value.shape)} instead of {shape}")
+
+
+def finite_with(case, factor):
+    """Require finite results with the first image and the first caption multiplied by `factor`."""
+    adaptor = case.build()
+    image, text = inputs(adaptor)
+    image[0] *= factor
+    text[0] *= factor
+    require_finite(outputs(adaptor, image, text))
+    for name in LOSSES:
+        loss = getattr(adaptor, name)(image, text[:N])
+        require_finite({name: loss})
+        adaptor.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+        gradients = {f"gradient of {name} by {part}": p.grad for part, p in adaptor.named_parameters()}
+        require_finite({name: gradient for name, gradient in gradients.items() if gradient is not None})
+
+
+def mean_trains(case, mean, loss_name):
+    """Require that one kind of mean starts where it must, and that one of the losses trains it."""
+    adaptor = case.build(mean)
+    text = inputs(adaptor)[1]
+
+    def direction():
+        return F.normalize(adaptor.adapt_text(text).mean.detach(), dim=-1)
+
+    first = direction()
+    losses = take_steps(adaptor, loss_name)
+    kept = torch.allclose(first, F.normalize(text[:, :DIM], dim=-1), atol=1e-5)
+    stays = torch.allclose(direction(), first, atol=1e-5)
+    given = f"with --mean {mean} and {loss_name}"
+    require(losses[-1] < losses[0], f"{given} the loss goes from {losses[0]:.6g} to {losses[-1]:.6g}")
+    require(kept == (mean != "learned"), f"{given} means start {'at' if kept else 'away from'} the embeddings")
+    require(stays == (mean == "frozen"), f"{given} means {'stay' if stays else 'move'}")
+
+
+def depends_on_state(adaptor):
+    """Whether other parameters and buffers change the uncertainties; adds 0.1 to all that are no whole numbers."""
+    before = uncertainties(adaptor)
+    for value in adaptor.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.1)
+    after = uncertainties(adaptor)
+    return any((after[side] != before[side]).any() for side in before)
+
+
+def change_part(adaptor, name, change):
+    """Change what lies at a dotted name of an adaptor: the output of a module, a tensor, or a number."""
+    owner, _, attribute = name.rpartition(".")
+    owner = adaptor.get_submodule(owner)
+    part = getattr(owner, attribute)
+    if isinstance(part, torch.nn.Module):
+        part.register_forward_hook(lambda module, arguments, output: change(output))
+    elif isinstance(part, torch.Tensor):
+        part.data = change(part.data)
+    else:
+        setattr(owner, attribute, change(part))
+
+
+@functools.cache
+def small_world():
+    """Cache a small `shapes` with the built-in backbone; returns its folder, which the end of the process removes."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    size = ["data.options.train_images=300", "data.options.val_images=100"]
+    flags = ["--dataset", "shapes", "--features", "pooled", "--device", "cpu", "--quiet"]
+    with working_in(folder):
+        call(cache_embeddings, *flags, "--set", *size)
+    return folder
+
+
+@contextlib.contextmanager
+def working_in(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def call(script, *arguments):
+    """Call a script's main without its output; raises AssertionError with the sentence that it ends on."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            script.main(list(arguments))
+    except SystemExit:
+        raise AssertionError(output.getvalue().strip()) from None
+
+
 @exits_cleanly()
 def main(argv=None):
     parser = make_parser(__doc__)
@@ -490,9 +502,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     methods = [args.method] if args.method else known("methods")
     cases = [Case(method, preset) for method in methods for preset in presets_of(method)]
-    presets = list(dict.fromkeys(case.preset for case in cases))
     if args.preset:
-        one_of("--preset", args.preset, presets, UserError)
+        one_of("--preset", args.preset, list(dict.fromkeys(case.preset for case in cases)), UserError)
     width = max(len(" ".join(case)) for case in cases)
     failed = False
     for case in cases:

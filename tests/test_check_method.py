@@ -232,6 +232,19 @@ class Precision(Sound):
         return 1 / super().uncertainty(text)
 
 
+@breaks("sign", "a learned uncertainty, and no `contract", text="")
+class LearnsInPrepare(Adaptor):
+    def __init__(self, dim: int):
+        super().__init__(temperature="exp")
+        self.register_buffer("mean_length", torch.zeros(()))
+
+    def prepare(self, pairs, quiet=False):
+        self.mean_length.fill_(torch.as_tensor(pairs.text).norm(dim=-1).mean())
+
+    def adapt_text(self, text):
+        return super().adapt_text(text)._replace(uncertainty=text.norm(dim=-1) / self.mean_length)
+
+
 @breaks("ordered", r"-0\.\d+, an order upside down", "ordered: true\n")
 class ShortIsUncertain(Adaptor):
     """On `shapes` vague captions have long embeddings: this order is upside down."""
@@ -246,7 +259,7 @@ class ShortIsUncertain(Adaptor):
 FAULTS += [
     ("Missing", SOUND, "constructs", "cannot be imported"),
     ("Sound", "train: {epochs: many}\n", "constructs", "epochs must be int, not 'many'"),
-    ("Sound", "", "sign", "a learned uncertainty, and no contract"),
+    ("Sound", "", "sign", "a learned uncertainty, and no `contract"),
     ("Sound", "contract: {wider: {heads: raised}}\n", "sign", "has no attribute 'heads'"),
     ("Sound", with_excuse("zero: divides by the length"), "zero", r"\(divides by the length\), but it passes"),
 ]
