@@ -1,8 +1,9 @@
 # make demo      cache, train, evaluate and report on the built-in data set
-# make bayesvlm  the same of BayesVLM: classes on backgrounds that are new, and which images to label
+# make bayesvlm  BayesVLM on the built-in data: classes on familiar and new backgrounds, active learning
 # make test      lint and every test
 # make bench     speed and memory, each beside a textbook baseline
-# Each sets up .venv by itself.
+# make docs      docs/map.md anew
+# Each sets up .venv first.
 
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -10,10 +11,11 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test lint bench
+.PHONY: demo bayesvlm test lint bench docs
 
+# Two processes share the device: adaptors this small do not fill a second core.
 demo: $(CACHE)
-	$(PY) reproduce.py --datasets shapes --methods all --seeds 0 --score both --overwrite
+	$(PY) reproduce.py --datasets shapes --methods all --seeds 0 --score both --devices auto auto --overwrite
 
 $(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
 	$(PY) cache_embeddings.py --dataset shapes --features pooled --overwrite
@@ -35,11 +37,14 @@ embeddings/%/shapes-tiny/shifted-test/meta.json: $(wildcard configs/backbones/sh
 	touch $@
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+docs: .venv/demo
+	$(PY) docs/make_map.py
 
 bench: .venv/dev
 	$(PY) -m benchmarks.run

@@ -14,6 +14,7 @@ import torch
 
 from datasets.embeddings import encoder_fingerprint
 from models.backbones import make_backbone
+from models.backbones.last_map import join
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import Encoder
@@ -57,8 +58,7 @@ def encode(kind, items, backbone, pooled):
     if not pooled:
         return backbone.encode_images(items) if kind == "image" else backbone.encode_texts(items)
     output = backbone.pooled_images(items) if kind == "image" else backbone.pooled_texts(items)
-    ones = [] if backbone.projection[kind].bias is None else [torch.ones_like(output.embedding[:, :1])]
-    return torch.cat([output.embedding, output.pooled, *ones], dim=1)
+    return join(output.embedding, output.pooled, backbone.projection[kind].bias is not None)
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Where the time of caching goes: `python -m benchmarks.caching [--images FOLDER] [--backbone NAME]`.
 
-Decoding, the transform and the encoders apart, then the whole, beside the textbook loop in the same run: one process
-that opens, transforms and encodes batch by batch and gives every caption all 77 tokens. From the parts follows where
-the bound is: how many workers keep the encoder busy, and what it waits for with fewer.
+Measures decoding, the transform and the encoders each alone, then caching as a whole beside a textbook loop in the same
+run: one process that opens, transforms and encodes batch by batch, with captions padded to 77 tokens. The parts show
+what bounds the whole, and how many workers keep the encoder busy.
 """
 
 import argparse
@@ -31,7 +31,7 @@ REPEATS = 3
 
 
 class Folder(Source):
-    """Image files, a caption each."""
+    """Image files with one caption each."""
 
     def __init__(self, files):
         self.files = files
@@ -44,7 +44,7 @@ class Folder(Source):
 
 
 def photographs(folder, count):
-    """Save smooth noise as JPEGs of COCO's size, 640 x 480 and about 100 kB, where no real images are at hand."""
+    """Save smooth noise as JPEGs of COCO's size, 640 x 480 and about 100 kB, in place of real images."""
     rng = np.random.default_rng(0)
     for row in range(count):
         coarse = PIL.Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480))
@@ -63,7 +63,7 @@ def cached(source, backbone, workers, kind):
 
 
 def textbook(source, backbone, normalized, kind):
-    """What a first script does: open, transform, encode; captions padded to the window."""
+    """Encode as a first script does: open, transform, encode; captions padded to the window."""
     size = backbone.config.batch_size
     with torch.inference_mode():
         if kind == "images":
@@ -80,8 +80,8 @@ def textbook(source, backbone, normalized, kind):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="folder of JPEGs; by default drawn ones of COCO's size")
-    parser.add_argument("--count", type=int, default=256, help="how many of them")
+    parser.add_argument("--images", help="folder of JPEGs; by default random ones of COCO's size")
+    parser.add_argument("--count", type=int, default=256, help="number of images")
     parser.add_argument("--backbone", default="ViT-B-32-random")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--workers", type=int, default=usable_cores())
@@ -101,10 +101,10 @@ def main(argv=None):
 def measure(source, backbone, workers, device):
     files = [image.path for image in source.images("")]
     contents = [file.read_bytes() for file in files]
-    some = contents[:64]
-    pictures = [PIL.Image.open(io.BytesIO(content)).convert("RGB") for content in some]
+    sample = contents[:64]
+    pictures = [PIL.Image.open(io.BytesIO(content)).convert("RGB") for content in sample]
     pixels = torch.stack([backbone.transform(picture) for picture in pictures])
-    tokens = backbone.tokenize([CAPTION.format(row) for row in range(len(some))])
+    tokens = backbone.tokenize([CAPTION.format(row) for row in range(len(sample))])
     transform = backbone.transform
 
     mean, std = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
@@ -122,14 +122,14 @@ def measure(source, backbone, workers, device):
         f"{len(files)} JPEGs of {np.mean([len(c) for c in contents]) / 1000:.0f} kB,",
         "items per second:",
     )
-    decode = rate(lambda: [PIL.Image.open(io.BytesIO(c)).convert("RGB") for c in some], len(some))
+    decode = rate(lambda: [PIL.Image.open(io.BytesIO(c)).convert("RGB") for c in sample], len(sample))
     print(f"  decode, one process             {decode:9.1f}")
-    print(f"  transform, one process          {rate(lambda: [transform(p) for p in pictures], len(some)):9.1f}")
-    both = rate(lambda: [transform(PIL.Image.open(io.BytesIO(c))) for c in some], len(some))
+    print(f"  transform, one process          {rate(lambda: [transform(p) for p in pictures], len(sample)):9.1f}")
+    both = rate(lambda: [transform(PIL.Image.open(io.BytesIO(c))) for c in sample], len(sample))
     print(f"  both, one process               {both:9.1f}")
-    encode = rate(lambda: backbone.encode_images(pixels), len(some))
+    encode = rate(lambda: backbone.encode_images(pixels), len(sample))
     print(f"  encode images                   {encode:9.1f}  ({backbone.config.model}, {backbone.precision})")
-    print(f"  encode captions                 {rate(lambda: backbone.encode_tokens(tokens), len(some)):9.1f}")
+    print(f"  encode captions                 {rate(lambda: backbone.encode_tokens(tokens), len(sample)):9.1f}")
     for kind in ("images", "captions"):
         calls = (
             functools.partial(cached, source, backbone, workers, kind),
@@ -138,9 +138,9 @@ def measure(source, backbone, workers, device):
         times = [[seconds(call, device) for call in calls] for _ in range(REPEATS)]  # interleaved
         ours, theirs = (len(files) / statistics.median(column) for column in zip(*times, strict=True))
         print(f"  whole, {kind:8}                 {ours:9.1f}  textbook loop {theirs:9.1f}: {ours / theirs:.1f} times")
-    at_no_cost = copy.copy(backbone)
-    at_no_cost.encode_images = lambda pixels: torch.ones(len(pixels), backbone.dim)
-    most = rate(lambda: cached(source, at_no_cost, workers, "images"), len(files))
+    free = copy.copy(backbone)  # encodes at no cost
+    free.encode_images = lambda pixels: torch.ones(len(pixels), backbone.dim)
+    most = rate(lambda: cached(source, free, workers, "images"), len(files))
     share = 100 * most / (max(1, workers) * both)
     print(f"  whole, encoded at no cost       {most:9.1f}  {share:.0f} % of {max(1, workers)} x both")
     if device.type == "cpu":

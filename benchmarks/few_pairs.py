@@ -1,9 +1,10 @@
-"""Few pairs, as a user brings them: every method on five random splits of one .npz of embeddings.
+"""Few pairs, as in a user's own data: every method on five random splits of one .npz of embeddings.
 
     python -m benchmarks.few_pairs ../shared/data/coco500_vitb16.npz
 
-caches, trains and evaluates through the scripts in the current folder, skips what is done there, and prints Markdown:
-means over the splits, by images, of R@1 and of the AUROC with which an uncertainty tells right answers from wrong.
+calls the scripts to cache, train and evaluate in the current folder, skips results that exist there, and prints
+Markdown: means and standard deviations over the splits, which are by images, of R@1 and of the AUROC with which an
+uncertainty detects wrong answers.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from utils.config import known, load_config, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
 SPLITS = 5
-COLUMNS = {  # the score that a figure is of, and where it stands in that score's part of a result
+COLUMNS = {  # title: the score, and the path of keys in that score's part of a result
     "R@1 by cosine": ("similarity", "recall", "1"),
     "by likelihood": ("log_likelihood", "recall", "1"),
     "query-only": (None, "uncertainty", "query", "auroc"),
@@ -35,41 +36,44 @@ COLUMNS = {  # the score that a figure is of, and where it stands in that score'
 
 
 def run(script, *argv):
-    """Call a script's main without its output."""
+    """Call a script's main and discard its output."""
     with contextlib.redirect_stdout(io.StringIO()):
-        script.main([*map(str, argv)])
+        script.main([str(argument) for argument in argv])
 
 
 def result(method, mean, split, settings):
-    """Train and evaluate one method on one split, unless that is done; returns the result file's values."""
-    name = f"--dataset embeddings --method {method} --tag split{split}".split()
-    name += ["--mean", mean] if mean else []
+    """Train and evaluate one method on one split, unless the result exists; returns the result file's values."""
+    flags = ["--dataset", "embeddings", "--method", method, "--tag", f"split{split}", "--quiet"]
+    if mean:
+        flags += ["--mean", mean]
     config = load_config("embeddings", method, mean=mean, tag=f"split{split}")
-    path = config.result("embeddings" + f"+test{split}" * (split > 0), "retrieval")  # test0 is the default
+    # test0 is the default split, which a result's name leaves out.
+    path = config.result("embeddings" if split == 0 else f"embeddings+test{split}", "retrieval")
     if not path.is_file():
-        run(train, *name, "--quiet", "--set", f"data.train_split=train{split}", *settings)
-        run(evaluation, *name, "--quiet", "--split", f"test{split}", "--score", "both")
+        run(train, *flags, "--set", f"data.train_split=train{split}", *settings)
+        run(evaluation, *flags, "--split", f"test{split}", "--score", "both")
     return json.loads(path.read_text())
 
 
 def figures(values, side):
-    """One row of figures of one result."""
-    scores = {part["score"]: part[side] for part in (values, values["other_score"])} | {None: values[side]}
-    found = []
-    for score, *place in COLUMNS.values():
-        value = scores[score]
-        for name in place:
-            value = (value or {}).get(name)
-        found.append(value)
-    return [np.nan if value is None else value for value in found]
+    """The figures of one result, one for each of COLUMNS; NaN where the result has none."""
+    other = values["other_score"]
+    parts = {values["score"]: values[side], other["score"]: other[side], None: values[side]}
+    row = []
+    for score, *path in COLUMNS.values():
+        value = parts[score]
+        for key in path:
+            value = (value or {}).get(key)
+        row.append(np.nan if value is None else value)
+    return row
 
 
 @exits_cleanly()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="an .npz of embeddings: see datasets/arrays.py")
-    parser.add_argument("--methods", nargs="+", help="by default all that need embeddings alone")
-    parser.add_argument("--means", nargs="+", default=["frozen", "residual"], help="of frozen, residual, learned")
+    parser.add_argument("--methods", nargs="+", help="by default all that need no pooled features")
+    parser.add_argument("--means", nargs="+", default=["frozen", "residual"], help="any of frozen, residual, learned")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for train.py")
     args = parser.parse_args(argv)
     if not args.file.is_file():
@@ -80,12 +84,12 @@ def main(argv=None):
     rows = {}
     for method in args.methods or all_methods:
         for mean in args.means if "mean" in load_config("embeddings", method).model else [""]:  # plain CLIP has none
-            found = [result(method, mean, split, args.set) for split in range(SPLITS)]
-            rows[f"{method}, {mean}" if mean else method] = found
+            results = [result(method, mean, split, args.set) for split in range(SPLITS)]
+            rows[f"{method}, {mean}" if mean else method] = results
     for side, title in RETRIEVAL.items():
         print(f"\n| {title} | {' | '.join(COLUMNS)} |\n|:--|{'--:|' * len(COLUMNS)}")
-        for name, found in rows.items():
-            columns = np.array([figures(values, side) for values in found]).T
+        for name, results in rows.items():
+            columns = np.array([figures(values, side) for values in results]).T
             cells = [NONE if np.isnan(x).any() else f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in columns]
             print(f"| {name} | {' | '.join(cells)} |")
 

@@ -1,8 +1,8 @@
-"""Speed and memory beside a textbook baseline, both in the same run: `python -m benchmarks.run [CASE ...]`.
+"""Speed and memory of each case beside a textbook baseline in the same run: `python -m benchmarks.run [CASE ...]`.
 
-Times are medians of interleaved repeats. Memory is the growth of a fresh process's peak resident set over what it held
-before the call. Where the textbook's form has time for a part of the work only, its time is extrapolated, and said so.
-Ratios hold across machines; seconds do not. RESULTS.md records what was seen.
+Times are medians of interleaved repeats. Memory is the growth of a fresh process's peak resident set during the call.
+Where the baseline runs on only a part of the work, its time is extrapolated and the output says so. Ratios hold across
+machines; seconds do not. RESULTS.md records results.
 """
 
 import argparse
@@ -80,33 +80,39 @@ def normalizers(device):
 
 
 def evaluation(device):
-    """R@1/5/10 and R@1 by level both ways at COCO's size, 5,000 x 25,014, D = 512: in tiles, against one matrix."""
+    """R@1/5/10 and R@1 by level, both directions, COCO's size (5,000 x 25,014), D = 512: tiles, against one matrix."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(5000, 512, generator=generator), dim=-1)
     row_of = torch.arange(25_014) % 5000
     text = F.normalize(image[row_of] + 8 * torch.randn(25_014, 512, generator=generator) / 512**0.5, dim=-1)
-    doubt = [torch.rand(count, generator=generator).to(device) for count in (len(text), len(image))]
+    uncertainties = [torch.rand(count, generator=generator).to(device) for count in (len(text), len(image))]
     image, text, owner = image.to(device), text.to(device), row_of.numpy()
     caption = np.arange(len(text))
 
-    def by_level(doubt, hit):
-        return [float(hit[rows].mean()) for rows in uncertainty.levels(doubt.cpu().numpy(), 10)]
+    def by_level(values, hit):
+        return [float(hit[rows].mean()) for rows in uncertainty.levels(values.cpu().numpy(), 10)]
 
     def ours():
         t2i = retrieval.rank(lambda rows: text[rows] @ image.T, len(image), caption, owner)
         i2t = retrieval.rank(lambda rows: image[rows] @ text.T, len(text), owner, caption)
         recalls = [float(retrieval.recall_at(ranking, k).mean()) for ranking in (t2i, i2t) for k in (1, 5, 10)]
-        levels = [by_level(*both) for both in zip(doubt, (retrieval.recall_at(x, 1) for x in (t2i, i2t)), strict=True)]
-        return recalls + levels[0] + levels[1]
+        of_text, of_image = uncertainties
+        return [
+            *recalls,
+            *by_level(of_text, retrieval.recall_at(t2i, 1)),
+            *by_level(of_image, retrieval.recall_at(i2t, 1)),
+        ]
 
     def textbook():
         score = image @ text.T
-        own = row_of.to(device)
-        t2i = score.T.argsort(dim=1, descending=True)[:, :10] == own[:, None]
-        i2t = own[score.argsort(dim=1, descending=True)[:, :10]] == torch.arange(len(image), device=device)[:, None]
+        target = row_of.to(device)
+        t2i = score.T.argsort(dim=1, descending=True)[:, :10] == target[:, None]
+        i2t = target[score.argsort(dim=1, descending=True)[:, :10]] == torch.arange(len(image), device=device)[:, None]
         recalls = [hits[:, :k].any(dim=1).float().mean().item() for hits in (t2i, i2t) for k in (1, 5, 10)]
-        parts = [hits[u.argsort(), 0].float().tensor_split(10) for u, hits in zip(doubt, (t2i, i2t), strict=True)]
-        return recalls + [part.mean().item() for side in parts for part in side]
+        levels = []
+        for values, hits in zip(uncertainties, (t2i, i2t), strict=True):
+            levels += [part.mean().item() for part in hits[values.argsort(), 0].float().tensor_split(10)]
+        return recalls + levels
 
     return ours, textbook
 
@@ -139,7 +145,7 @@ def captions(device):
     from models.backbones.openclip import Backbone
 
     config = load_backbone("ViT-B-32-random")
-    config.precision = "float32"  # as the textbook's
+    config.precision = "float32"  # as in the baseline
     backbone = Backbone(config, device)
     texts = [f"two dogs run over a green field in the rain {number}" for number in range(64)]
 
@@ -154,7 +160,7 @@ def b_factor(device):
     """BayesVLM's B factor: 2,048 items against 8,192 candidates, D = 512, by matrix products, against item by item."""
     generator = torch.Generator().manual_seed(0)
     few = 10 * F.normalize(torch.randn(2048 // PARTS["b_factor"], 512, generator=generator), dim=-1).to(device)
-    # The same few items over and over: the sum over all is known from those that the textbook's form has the time for.
+    # The items repeat, so the baseline's sum over one copy is the whole sum up to a factor, which `normed` removes.
     source = few.repeat(PARTS["b_factor"], 1)
     target = torch.randn(8192, 512, generator=generator).to(device)
 
@@ -178,12 +184,12 @@ def b_factor(device):
 
 
 CASES = {case.__name__: case for case in (batches, normalizers, evaluation, pairwise, captions, b_factor)}
-MEMORY = ("evaluation", "pairwise", "b_factor")  # cases whose memory is of interest, too
-PARTS = {"b_factor": 256}  # of how many equal parts of the work the textbook's form does one: its time is extrapolated
+MEMORY = ("evaluation", "pairwise", "b_factor")  # cases whose memory is measured, too
+PARTS = {"b_factor": 256}  # the baseline does one of so many equal parts of the work: its time is extrapolated
 
 
 def machine(device):
-    """Say what is measured on."""
+    """Describe the machine that the benchmark runs on."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
 
@@ -200,10 +206,10 @@ def seconds(call, device):
     return time.perf_counter() - started
 
 
-def resident(what):
-    """Memory of this process in MB: VmRSS now, VmHWM at its peak. (What getrusage calls the peak, a child inherits.)"""
+def resident(field):
+    """Memory of this process in MB; field: VmRSS (now) or VmHWM (peak). A child inherits the peak of getrusage."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{what}:")[1].split()[0]) / 1024
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def peak_growth(name, which, device):
@@ -214,7 +220,7 @@ def peak_growth(name, which, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; by default all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"any of {', '.join(CASES)}; by default all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", choices=["ours", "textbook"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -237,7 +243,7 @@ def main(argv=None):
     print(f"{machine(device)}, medians of {REPEATS}")
     for case in args.cases or CASES:
         ours, textbook = CASES[case](device)
-        result, expected = ours(), textbook()  # the first calls, untimed, show that both do the same
+        result, expected = ours(), textbook()  # the first calls, untimed, check that both give the same
         if result is not None:
             torch.testing.assert_close(torch.as_tensor(result), torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
         times = [(seconds(ours, device), seconds(textbook, device)) for _ in range(REPEATS)]
@@ -246,11 +252,11 @@ def main(argv=None):
         slow *= parts
         memory = [peak_growth(case, which, device) for which in ("ours", "textbook")] if case in MEMORY else None
         print(f"\n{case}: {CASES[case].__doc__}")
-        how = f" ({parts} times {1000 * slow / parts:.1f} ms, for a sample of 1/{parts})" if parts > 1 else ""
-        print(f"  {1000 * fast:9.1f} ms, textbook {1000 * slow:9.1f} ms{how}: {slow / fast:.1f} times as fast")
+        note = f" ({parts} times {1000 * slow / parts:.1f} ms, for a sample of 1/{parts})" if parts > 1 else ""
+        print(f"  {1000 * fast:9.1f} ms, textbook {1000 * slow:9.1f} ms{note}: {slow / fast:.1f} times as fast")
         if memory:
             ratio = memory[1] / max(memory[0], 1)
-            print(f"  {memory[0]:9.0f} MB, textbook {memory[1]:9.0f} MB: {ratio:.1f} times as small")
+            print(f"  {memory[0]:9.0f} MB, textbook {memory[1]:9.0f} MB: {ratio:.1f} times less")
 
 
 if __name__ == "__main__":

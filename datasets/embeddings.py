@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from models.backbones.last_map import Joined
 from utils.config import HOME
 from utils.errors import UserError
 from utils.files import read_json
@@ -80,21 +81,6 @@ def encoder_fingerprint(encoder):
                     while part := file.read(2**24):
                         digest.update(part)
     return digest.hexdigest()[:16]
-
-
-class Joined:
-    """Arrays of N rows side by side, read as one array; ones: append a column of ones."""
-
-    def __init__(self, parts, ones=False):
-        self.parts, self.ones = parts, ones
-        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts) + ones)
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        parts = [part[rows] for part in self.parts]
-        return np.concatenate([*parts, np.ones((len(parts[0]), int(self.ones)), parts[0].dtype)], axis=1)
 
 
 class Pairs:
@@ -238,7 +224,7 @@ class Pairs:
             return embedding
         phi = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
         tower = "image" if side == "image" else "text"
-        return Joined([embedding, phi], f"{tower}_bias" in self.projection)
+        return Joined(embedding, phi, f"{tower}_bias" in self.projection)
 
     def to(self, device, pooled=False):
         """Copy to `device`: inputs of images and of captions (see `fed`), float16, and image_of_text (M,), int64."""

@@ -1,7 +1,7 @@
 """Train the built-in backbone `shapes-tiny` from scratch: `python -m datasets.pretrain_shapes_tiny`.
 
-Ordinary CLIP training on the train split of `shapes`: its 8,000 image files, shifted by a few pixels at each sight, and
-captions worded anew for each batch. It ends with the figure to expect: text->image R@1 on val with full descriptions.
+Ordinary CLIP training on the train split of `shapes`: 8,000 image files, shifted by a few pixels at each use, and new
+captions for each batch. Prints the loss and text->image R@1 on val with full descriptions.
 """
 
 import math
@@ -22,18 +22,18 @@ from utils.device import pick_device
 from utils.files import atomic
 from utils.seed import seed_everything
 
-CAPTIONS = 2  # of each image in a batch, one InfoNCE each: the text tower is the cheaper one
-SHIFT = 2  # pixels of the model's 64: less than the drawing's own jitter in place
+CAPTIONS = 2  # per image in a batch, one InfoNCE each: the text tower is the cheaper one
+SHIFT = 2  # pixels, of 64: less than the jitter of positions in the drawings
 
 
 def pixels(images, backbone):
-    """Load image files as the backbone sees them, (N, 3, H, W)."""
+    """Load and preprocess image files for the backbone, (N, 3, H, W)."""
     loaded = [backbone.transform(Image.open(image.path)) for image in tqdm(images, desc="load", disable=None)]
     return backbone.normalize(torch.stack(loaded)).cpu()
 
 
 def shifted(batch):
-    """Shift each image of (B, 3, H, W) by up to SHIFT pixels, filling the rim from the nearest pixel."""
+    """Shift each image of (B, 3, H, W) by up to SHIFT pixels; the border repeats the nearest pixel."""
     padded = F.pad(batch, [SHIFT] * 4, mode="replicate")
     dx, dy = torch.randint(0, 2 * SHIFT + 1, (2, len(batch), 1, 1))
     rows = dy + torch.arange(batch.shape[2])[None, :, None]
@@ -43,7 +43,7 @@ def shifted(batch):
 
 @torch.no_grad()
 def full_description_recall(model, tokenizer, images, scenes, device):
-    """Text->image R@1 on a gallery of images, (N, 3, H, W), asked for by the full description of each."""
+    """Text->image R@1 of the full descriptions of N scenes on a gallery of their images (N, 3, H, W)."""
     image = torch.cat([model.encode_image(x.to(device), normalize=True) for x in images.split(256)])
     text = [describe(scene) for scene in scenes]
     text = torch.cat([model.encode_text(tokenizer(text[i : i + 256]).to(device), normalize=True)
@@ -52,7 +52,7 @@ def full_description_recall(model, tokenizer, images, scenes, device):
 
 
 def save_half(model, path):
-    """Write the weights as float16 safetensors; counters stay whole numbers."""
+    """Write the weights as float16 safetensors; integers stay integers."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     with atomic(path) as partial:
         save_file({name: value.cpu().contiguous() for name, value in state.items()}, partial)
@@ -76,7 +76,7 @@ def main(argv=None):
     train, scenes = pixels(source.images("train"), backbone), source.scenes("train")
     val, val_scenes = pixels(source.images("val"), backbone), source.scenes("val")
 
-    # No decay on gains, biases and embeddings: a word that no caption uses keeps its small initial vector.
+    # No decay on gains, biases and embeddings: words that no caption uses keep their small initial vectors.
     decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
     optimizer = torch.optim.AdamW(

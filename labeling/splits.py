@@ -7,6 +7,7 @@ import torch
 
 from datasets.embeddings import Pairs
 from labeling.classifier import Items, joined
+from models.backbones.last_map import cut
 from utils.errors import UserError
 
 
@@ -52,11 +53,11 @@ def items(pairs, device):
 
     Raises UserError without pooled features, and for NaN or infinity.
     """
-    fed = torch.from_numpy(np.array(pairs.fed("image", pooled=True)[:])).to(device).float()
-    if not fed.isfinite().all():
+    rows = torch.from_numpy(np.array(pairs.fed("image", pooled=True)[:])).to(device).float()
+    if not rows.isfinite().all():
         raise UserError(f"{pairs.folder} holds features that are NaN or infinite: cache it again.")
-    label = np.zeros(len(fed), np.int64) if pairs.classes is None else pairs.label
-    return Items(fed[:, : pairs.dim], fed[:, pairs.dim :], torch.from_numpy(np.array(label)).to(device).long())
+    label = np.zeros(len(rows), np.int64) if pairs.classes is None else pairs.label
+    return Items(*cut(rows, pairs.dim), torch.from_numpy(np.array(label)).to(device).long())
 
 
 def image_map(pairs, device):

@@ -89,7 +89,7 @@ class Ranking(NamedTuple):
 
     better: np.ndarray  # negatives that score above the best positive
     tied: np.ndarray  # negatives that score the same as it
-    own: np.ndarray  # positives that score the same as it, itself included; fields are keys of result files
+    tied_positives: np.ndarray  # positives that score the same as it, itself included
     top: np.ndarray  # row of the best-scored item
     score: np.ndarray  # score of the best-scored item
     margin: np.ndarray  # score of the best-scored item minus that of the second best
@@ -152,10 +152,10 @@ def recall_at(ranking, k):
     slots = np.maximum(k - ranking.better, 0)  # places of the top k that tied items fill
     miss = np.ones(len(slots))
     for filled in range(k):  # draw tied items without replacement: the probability that no slot gets a positive
-        left = ranking.tied + ranking.own - filled
+        left = ranking.tied + ranking.tied_positives - filled
         drawn = np.where(left > 0, (ranking.tied - filled) / np.maximum(left, 1), 0)
         miss = np.where(filled < slots, miss * np.maximum(drawn, 0), miss)
-    return np.where(ranking.own > 0, 1 - miss, 0.0)
+    return np.where(ranking.tied_positives > 0, 1 - miss, 0.0)
 
 
 def first_rank(ranking):
@@ -164,7 +164,7 @@ def first_rank(ranking):
     >>> first_rank(rank(lambda rows: torch.tensor([[0.9, 0.1, 0.5]])[rows], 3, [0], [2])).tolist()
     [2.0]
     """
-    return ranking.better + 1 + ranking.tied / (ranking.own + 1)
+    return ranking.better + 1 + ranking.tied / (ranking.tied_positives + 1)
 
 
 def rsum(*rankings, ks=(1, 5, 10)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.backbones.last_map import cut
 from models.base import Adaptor, Embedding
 from models.laplace import (
     OBJECTIVES,
@@ -198,7 +199,7 @@ class BayesVLM(Adaptor):
         return self.posterior_scale * self.logit_scale.item() * total / (len(left.mean) * len(shrinkage))
 
     def _adapt(self, x, tower):
-        mean, phi = x[:, : self.dim], x[:, self.dim :]
+        mean, phi = cut(x, self.dim)
         spread = tower.posterior.spread(phi)
         square = mean.square().sum(dim=-1).clamp_min(torch.finfo(mean.dtype).eps)  # an embedding of zeros has no length
         uncertainty = spread.sum(dim=-1) / square
@@ -251,12 +252,13 @@ class BayesVLM(Adaptor):
         bar = tqdm(total=2 * count, desc="factors", unit="item", disable=quiet or None)
         for number in range(parts):  # batches of about equal size
             chosen = {"image": images[number::parts], "text": texts[number::parts]}
-            rows = {side: fed[side][np.sort(chosen[side])] for side in SIDES}
-            z = {side: torch.from_numpy(rows[side][:, : self.dim]).to(device).float() for side in SIDES}
+            rows = {side: cut(fed[side][np.sort(chosen[side])], self.dim) for side in SIDES}
+            z = {side: torch.from_numpy(embedding).to(device).float() for side, (embedding, _) in rows.items()}
             for side, other in SIDES.items():
+                _, phi = rows[side]
                 # Summed in float64, which not every device has.
-                batch_factor = activation_factor(rows[side][:, self.dim :], device=device).cpu().double()
-                a[side] += math.sqrt(len(rows[side])) * batch_factor
+                batch_factor = activation_factor(phi, device=device).cpu().double()
+                a[side] += math.sqrt(len(phi)) * batch_factor
                 for block in z[side].split(STEP):
                     b[side] += curvature(block, z[other], scale, **loss).cpu().double()
                     bar.update(len(block))

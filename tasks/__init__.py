@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from datasets.embeddings import Pairs
 from metrics import summary
+from metrics.retrieval import recall_at
 from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
@@ -105,6 +106,13 @@ def evaluate_side(ranking, query, answer, choices, levels_by, limit=None, truth=
         family = {"family": "query-only" if name == "query" else "gallery-aware"}
         figures["uncertainty"][name] = family | summary.of_uncertainty(uncertainty, ranking, *options)
     return figures, uncertainties[levels_by or "entropy"]
+
+
+def arrays_of(side, ranking, uncertainty):
+    """Per-query arrays of a direction for the .npz: ranking, hit of R@1 and uncertainty, {"<side>_<name>": (Q,)}."""
+    fields = {"own" if name == "tied_positives" else name: field for name, field in ranking._asdict().items()}
+    fields |= {"hit": recall_at(ranking, 1), "uncertainty": uncertainty}
+    return {f"{side}_{name}": field for name, field in fields.items()}
 
 
 class ExampleNames(NamedTuple):

@@ -5,10 +5,12 @@ import torch
 
 from metrics import calibration, retrieval, summary
 from metrics.uncertainty import label_entropy
+from models.backbones.last_map import cut
 from models.base import adapt_all, cosine
 from tasks import (
     STORED_SCORES,
     ExampleNames,
+    arrays_of,
     choose_levels_by,
     evaluate_side,
     examples,
@@ -29,10 +31,10 @@ def class_embeddings(pairs, pooled=False, block=8192):
     total, length = torch.zeros(len(pairs.classes), inputs.shape[1]), torch.zeros(len(pairs.classes), 1)
     for start in range(0, len(inputs), block):
         text = torch.from_numpy(np.array(inputs[start : start + block])).float()
-        norm = text[:, : pairs.dim].norm(dim=-1, keepdim=True)
+        norm = cut(text, pairs.dim)[0].norm(dim=-1, keepdim=True)
         total.index_add_(0, label[start : start + block], text / norm)
         length.index_add_(0, label[start : start + block], norm)
-    norm = total[:, : pairs.dim].norm(dim=-1, keepdim=True).clamp_min(1e-12)  # opposite prompts cancel out
+    norm = cut(total, pairs.dim)[0].norm(dim=-1, keepdim=True).clamp_min(1e-12)  # opposite prompts cancel out
     return (total / norm * length / label.bincount()[:, None]).numpy()
 
 
@@ -99,8 +101,7 @@ def evaluate(adaptor, pairs, choices, device):
             pairs.items["image"], pairs.classes, targets, lambda image, number: bool(label[image] == number)
         )
         side["examples"] = examples(uncertainty, score, names)
-        arrays |= {f"image_to_class_{field}": value for field, value in ranking._asdict().items()}
-        arrays |= {"image_to_class_hit": retrieval.recall_at(ranking, 1), "image_to_class_uncertainty": uncertainty}
+        arrays |= arrays_of("image_to_class", ranking, uncertainty)
         for entry, (forecast, _) in forecasts.items():
             for field in ("nll", "confidence", "hit"):
                 arrays[f"image_to_class_{entry}_{field}"] = getattr(forecast, field)

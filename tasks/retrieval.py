@@ -14,6 +14,7 @@ from models.base import adapt_all
 from tasks import (
     STORED_SCORES,
     ExampleNames,
+    arrays_of,
     choose_levels_by,
     evaluate_side,
     examples,
@@ -86,7 +87,8 @@ def evaluate(adaptor, pairs, choices, device):
     uncertainties = {"image": uncertainty_of(image), "text": uncertainty_of(text)}
     choose_levels_by(choices.levels_by, uncertainties["image"], uncertainties["text"])  # raises UserError early
     scales, truth, result = posterior_scales(adaptor, pairs), truths(pairs), {}
-    arrays = {f"{name}_uncertainty": values for name, values in uncertainties.items() if values is not None}
+    arrays = {"image_of_text": pairs.image_of_text}  # intervals draw the captions of an image together
+    arrays |= {f"{name}_uncertainty": values for name, values in uncertainties.items() if values is not None}
     arrays |= {f"{name}_limit": side.limit for name, side in truth.items() if side.limit is not None}
     ambiguity = truth["text_to_image"].ambiguity
     count = len(pairs.image) * len(pairs.text)
@@ -139,8 +141,7 @@ def evaluate_sides(both, scale, uncertainties, truth, choices):
         image_of_item = side.query if query == "image" else None  # the captions of one image answer the same query
         part["calibration"] = summary.of_probabilities(*side, scale, group, image_of_item)
         figures[name] = part
-        arrays |= {f"{name}_{field}": value for field, value in ranking._asdict().items()}
-        arrays |= {f"{name}_hit": retrieval.recall_at(ranking, 1), f"{name}_uncertainty": uncertainty}
+        arrays |= arrays_of(name, ranking, uncertainty)
         rankings.append(ranking)
     return figures | {"rsum": retrieval.rsum(*rankings, ks=summary.KS)}, arrays
 

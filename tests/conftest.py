@@ -2,6 +2,10 @@ import os
 import shutil
 from pathlib import Path
 
+# One thread for each of the workers that share the cores, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -19,7 +23,7 @@ SMALL_WORLD = ["data.options.train_images=300", "data.options.val_images=100"]
 
 
 def write_classes(folder, splits=("",)):
-    """Copy val images of the small `shapes` in the working folder into folders by shape, in each split by turns."""
+    """Copy val images of the small `shapes` into folders by shape, alternating between the splits."""
     source = Shapes("data/shapes", train_images=300, val_images=100)
     for number, (image, scene) in enumerate(zip(source.images("val"), source.scenes("val"), strict=True)):
         of_shape = folder / splits[number % len(splits)] / VALUES[0][scene[0]]
@@ -28,7 +32,7 @@ def write_classes(folder, splits=("",)):
 
 
 def put(tree, path, value):
-    """Replace what lies at a path of keys in nested dicts and lists; returns the tree."""
+    """Replace the value at a path of keys in nested dicts and lists; returns the tree."""
     part = tree
     for name in path[:-1]:
         part = part[name]
@@ -37,14 +41,14 @@ def put(tree, path, value):
 
 
 def homogeneous(phi):
-    """phi (N, P - 1) of a map with a bias, with the 1 (N, P) that multiplies the bias."""
+    """Append to phi (N, P - 1) the 1 that multiplies a bias, (N, P)."""
     return torch.nn.functional.pad(phi, (0, 1), value=1.0)
 
 
 class Drawn(Pairs):
-    """Random pairs as if they were cached, each image with one caption or more, and what the last maps were given.
+    """Random pairs in place of a cache, with pooled features: each image has one caption or more.
 
-    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: makes it a sigmoid model.
+    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: that of a sigmoid model.
     """
 
     def __init__(self, image, text, widths=(30, 20), bias=True, logit_bias=None, seed=0):
@@ -67,25 +71,36 @@ class Drawn(Pairs):
 
 @pytest.fixture
 def shared():
-    """The workplace's folder of real files and golden figures; the project does not depend on it."""
+    """A folder of real files and golden figures beside the repository; the project does not depend on it."""
     if not SHARED.is_dir():
         pytest.skip("../shared is absent here")
     return SHARED
 
 
+def made_once(tmp_path_factory, name, make):
+    """Call `make` in a folder of its own, once for all workers of pytest-xdist; returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                make()
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
-    """A folder in which a small `shapes` is cached with the built-in backbone."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        cache_embeddings.main(["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD])
-    return folder
+    """A folder with a small `shapes`, cached with the built-in backbone."""
+    cache = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
+    return made_once(tmp_path_factory, "small_world", lambda: cache_embeddings.main(cache))
 
 
 @pytest.fixture
 def world(small_world, tmp_path, monkeypatch):
-    """A fresh working folder that sees the cached small world."""
+    """A new working folder with links to the cached small world."""
     for name in ("embeddings", "data"):
         (tmp_path / name).symlink_to(small_world / name)
     monkeypatch.chdir(tmp_path)
@@ -94,7 +109,7 @@ def world(small_world, tmp_path, monkeypatch):
 
 @pytest.fixture
 def refusal(capsys):
-    """Call a script's main and give the one sentence it ends on with exit code 2."""
+    """Call a script's main, assert that it ends with exit code 2 and one sentence, and return that."""
 
     def call(main, *argv):
         with pytest.raises(SystemExit) as stop:

@@ -332,8 +332,8 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
         ({"class_of_text": np.repeat([0, 1, 2, 3, 4, 6], 3)}, "number the classes without a gap"),
         ({"label": np.full(60, 6)}, "row 0 of 'label' is 6, a class without a text"),
         ({"label": np.full(60, -1)}, "row 0 of 'label' is -1"),
-        ({"label": np.zeros(59, int)}, r"'label' must hold whole numbers of the shape \(60,\)"),
-        ({"class_name": np.array(["a"])}, r"'class_name' must hold strings of the shape \(6,\)"),
+        ({"label": np.zeros(59, int)}, r"'label' must hold integers of shape \(60,\)"),
+        ({"class_name": np.array(["a"])}, r"'class_name' must hold strings of shape \(6,\)"),
     ],
 )
 def test_invalid_classes_are_named(here, refusal, changes, sentence):

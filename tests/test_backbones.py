@@ -1,4 +1,4 @@
-"""Backbones: what goes into them, what their last linear map is, and what they refuse."""
+"""Backbones: preprocessing, tokens, the last linear map, and which mistakes are refused."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from utils.config import HOME, Encoder, known, load_backbone
 from utils.errors import UserError
 
 YAMLS = [name for name in known("backbones") if name != "given"]
-# One of each way in which open_clip models end, and all that a YAML names.
+# One for each kind of last layer in open_clip, and all that a YAML names.
 FAMILIES = sorted(
     {load_backbone(name).model for name in YAMLS if load_backbone(name).library == "open_clip"} - {"shapes-tiny"}
     | {"convnext_base", "PE-Core-T-16-384", "ViTamin-S", "convnext_large_d"}
@@ -52,7 +52,7 @@ def shallow(name, *args, create=open_clip.timm_model.timm.create_model, **kwargs
 
 @pytest.fixture
 def small(monkeypatch):
-    """Make a backbone whose open_clip architecture is shrunk and keeps its name, and so its tags."""
+    """Make a backbone whose open_clip architecture is shrunk but keeps its name and tags."""
     monkeypatch.setattr(open_clip.timm_model.timm, "create_model", shallow)
 
     def make(name, **settings):
@@ -107,8 +107,8 @@ def some_tokens(window=77, vocabulary=1000):
 
 
 def errors(backbone, tokens):
-    """Reconstruct both towers' embeddings, which must be those that plain encoding gives; the two errors."""
-    found = []
+    """Reconstruction errors of both towers; asserts that pooled and plain encoding give the same embeddings."""
+    result = []
     pixels = some_pixels(backbone)
     for tower, pooled, plain in (
         ("image", backbone.pooled_images(pixels), backbone.encode_images(pixels)),
@@ -117,12 +117,12 @@ def errors(backbone, tokens):
         assert {x.dtype for x in pooled if x is not None} == {torch.float32}
         assert pooled.embedding.shape[1] == backbone.dim
         torch.testing.assert_close(pooled.embedding, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
-        found.append(reconstruction_error(pooled, backbone.projection[tower]))
-    return found
+        result.append(reconstruction_error(pooled, backbone.projection[tower]))
+    return result
 
 
 def test_last_map_of_every_family(family):
-    """Every way in which open_clip models end: W phi + b + r is the embedding."""
+    """W phi + b + r is the embedding, for each kind of last layer in open_clip."""
     assert max(errors(family, some_tokens(family.model.text.context_length))) < 1e-4
     siglip = "SigLIP" in family.config.model
     assert (family.pooled_images(some_pixels(family)).residual is not None) == siglip
@@ -156,7 +156,7 @@ def test_bfloat16_is_close_in_every_family(both):
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_every_yaml_constructs_at_full_size(name):
-    """On torch's meta device, which has shapes and no numbers; weights that are named exist."""
+    """On torch's meta device, which has shapes but no numbers; named weights exist in open_clip."""
     encoder = load_backbone(name)
     if encoder.library == "open_clip" and encoder.pretrained and not encoder.weights_file:
         assert encoder.pretrained in open_clip.list_pretrained_tags_by_model(encoder.model)
@@ -178,19 +178,19 @@ def test_transformers_families(hugging):
     kind = hugging.config.model
     tokens = some_tokens(16, 32)
     assert max(errors(hugging, tokens)) < 1e-4
-    # What the class itself computes, from its own forward pass.
+    # Compare with the forward pass of transformers' class.
     pixels = hugging.normalize(some_pixels(hugging))
     cosine = hugging.encode_images(some_pixels(hugging)), hugging.encode_tokens(tokens)
     cosine = torch.nn.functional.normalize(cosine[0]) @ torch.nn.functional.normalize(cosine[1]).T
     with torch.inference_mode():
         if kind == "blip":
             mask = (tokens != 0).long()
-            said = hugging.model(tokens, pixels, use_itm_head=False, attention_mask=mask).itm_score
+            expected = hugging.model(tokens, pixels, use_itm_head=False, attention_mask=mask).itm_score
             assert hugging.logit_scale == pytest.approx(np.exp(2.6592)) and hugging.logit_bias is None
         else:
-            said = hugging.model(tokens, pixels).logits_per_image - (hugging.logit_bias or 0)
-            said = said / hugging.logit_scale
-    torch.testing.assert_close(cosine, said, rtol=1e-4, atol=1e-5)
+            logits = hugging.model(tokens, pixels).logits_per_image
+            expected = (logits - (hugging.logit_bias or 0)) / hugging.logit_scale
+    torch.testing.assert_close(cosine, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_transformers_load_from_a_folder(hugging, tmp_path):
@@ -226,14 +226,14 @@ def test_transformers_refusals(tmp_path):
         pretrained="hub"
     )
     (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
-    assert "mine is a 'bert', but known are clip, siglip, blip" in refusal(architecture=str(tmp_path / "bert.json"))
+    assert "mine is a 'bert'; supported are clip, siglip, blip" in refusal(architecture=str(tmp_path / "bert.json"))
     config = transformers.AutoConfig.for_model(**tiny("blip"))
     transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path / "captioner")
     assert "not those of a BlipForImageTextRetrieval" in refusal(pretrained=str(tmp_path / "captioner"))
     assert "encoder.library must be open_clip or transformers, not 'jax'" in refusal(library="jax")
 
 
-def test_the_check_can_fail():
+def test_the_reconstruction_error_sees_a_wrong_map():
     phi, weight = torch.randn(5, 7), torch.randn(3, 7)
     pooled = Pooled(phi @ weight.T + 1, phi, torch.ones(5, 3))
     assert reconstruction_error(pooled, Projection(weight, None)) < 1e-6
@@ -252,7 +252,7 @@ def test_a_wrong_projection_is_seen(small, name):
 
 
 def test_attention_pooling_that_calls_its_linear(small):
-    """Newer releases of open_clip call c_proj on all tokens, where 3.3 hands its weights to a function."""
+    """Newer releases of open_clip call c_proj on all tokens; 3.3 passes its weights to a function."""
     backbone = small("RN50")
     pool, pixels = backbone.model.visual.attnpool, some_pixels(backbone)
     identity = torch.nn.Linear(2048, 2048)
@@ -318,10 +318,10 @@ def test_an_image_tower_with_something_after_the_map_is_refused(small):
         backbone.pooled_images(some_pixels(backbone))
 
 
-def test_tokenizers_that_cannot_be_had(small, monkeypatch, tmp_path):
+def test_tokenizers_that_cannot_be_loaded(small, monkeypatch, tmp_path):
     backbone = small("ViT-B-16-SigLIP")
     message = r"the tokenizer timm/ViT-B-16-SigLIP of ViT-B-16-SigLIP "
-    with pytest.raises(UserError, match=message + r"cannot be had .* --set encoder\.tokenizer=FOLDER"):
+    with pytest.raises(UserError, match=message + r"cannot be loaded .* --set encoder\.tokenizer=FOLDER"):
         backbone.encode_texts(["a cat"])
     with monkeypatch.context() as patch, pytest.raises(UserError, match=message + "needs transformers: pip install -r"):
         patch.setitem(sys.modules, "transformers", None)
@@ -335,7 +335,7 @@ def test_tokenizers_that_cannot_be_had(small, monkeypatch, tmp_path):
     ]  # canonicalized, padded
     assert backbone.encode_texts(["a cat"]).shape == (1, 768)
     backbone = small("ViT-B-16-SigLIP", tokenizer=text_folder(tmp_path / "endless", ends=False))
-    with pytest.raises(UserError, match="does not put one end token after a text, as the model was trained"):
+    with pytest.raises(UserError, match="does not put one end token after a text, as in the model's training"):
         backbone.encode_texts(["a cat"])
 
 
@@ -375,11 +375,11 @@ def test_weights_in_a_file_are_normalized_as_their_architecture_is(small, tmp_pa
     assert backbone.mean.flatten()[0].item() == 0.5
 
 
-def test_settings_that_cannot_be_are_named(small):
+def test_invalid_settings_are_named(small):
     for settings, message in (
         ({"preprocess": {"crop": 1}}, "encoder.preprocess has no 'crop'; it has mean, std, interpolation, resize_mode"),
-        ({"preprocess": {"mean": 0.5}}, "encoder.preprocess: mean is a list of three numbers, not 0.5"),
-        ({"preprocess": {"resize_mode": "pad"}}, "resize_mode is shortest or longest or squash, not pad"),
+        ({"preprocess": {"mean": 0.5}}, "encoder.preprocess: mean must be a list of three numbers, not 0.5"),
+        ({"preprocess": {"resize_mode": "pad"}}, "resize_mode must be shortest, longest or squash, not 'pad'"),
     ):
         with pytest.raises(UserError, match=message):
             small("ViT-B-32", **settings)
@@ -523,19 +523,19 @@ def test_a_loading_process_needs_no_model_library(transform, tmp_path):
 
 
 def test_a_folder_of_open_clip_is_architecture_and_weights(tmp_path):
-    """As on the hub: open_clip_config.json, which also says how pixels are prepared, beside the weights."""
-    known_one = Backbone(load_backbone("shapes-tiny"))
+    """As on the hub: weights, and open_clip_config.json with architecture and preprocessing."""
+    original = Backbone(load_backbone("shapes-tiny"))
     settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize_mode": "squash"}
-    about = {"model_cfg": open_clip.get_model_config("shapes-tiny"), "preprocess_cfg": settings}
-    about["model_cfg"]["custom_text"] = True
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
-    torch.save(known_one.model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    metadata = {"model_cfg": open_clip.get_model_config("shapes-tiny"), "preprocess_cfg": settings}
+    metadata["model_cfg"]["custom_text"] = True
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(metadata))
+    torch.save(original.model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     encoder = Encoder(model=f"local-dir:{tmp_path}", pretrained="hub")
     backbone = make_backbone(encoder)
-    tokens = known_one.tokenize(["a photo", "a red circle"])
-    assert backbone.dim == 64 and (backbone.encode_tokens(tokens) == known_one.encode_tokens(tokens)).all()
+    tokens = original.tokenize(["a photo", "a red circle"])
+    assert backbone.dim == 64 and (backbone.encode_tokens(tokens) == original.encode_tokens(tokens)).all()
     assert (backbone.tokenize(["a photo", "a red circle"]) == tokens).all()
     assert backbone.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     first = encoder_fingerprint(encoder)
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(about) + " ")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(metadata) + " ")
     assert encoder_fingerprint(encoder) != first

@@ -121,7 +121,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(world_copy, monkeypatch, c
             interrupted_after(patch, name, stop_after)
             with pytest.raises(SystemExit):
                 cache_embeddings.main(SMALL_BATCHES)
-        assert "the same command goes on from" in capsys.readouterr().err
+        assert "the same command resumes from" in capsys.readouterr().err
         with pytest.raises(UserError, match=r"is unfinished: run .* again"):
             Pairs("shapes", "shapes-tiny", "val")
         done, before = len(list((folder / "unfinished").glob("*.npz"))), done

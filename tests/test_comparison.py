@@ -120,7 +120,7 @@ def test_arrays_of_every_entry_stand_in_the_order_of_the_images(place, capsys):
 def test_what_a_temperature_cannot_be_fitted_on_is_refused(place, refusal, monkeypatch):
     shapes = ["--dataset", "shapes", "--method", "clip", "--device", "cpu"]
     assert "has captions and no classes: leave out --val" in refusal(evaluation.main, *shapes, "--val", "train")
-    assert "--val test has 50 of the images that are evaluated" in refusal(evaluation.main, *JUDGED, "--val", "test")
+    assert "--val test shares 50 images with" in refusal(evaluation.main, *JUDGED, "--val", "test")
     assert "/folder/shapes-tiny/all is missing" in refusal(evaluation.main, *JUDGED, "--val", "all")
     assert not (place / "results").exists()
     with monkeypatch.context() as patch:
@@ -367,7 +367,7 @@ def test_data_sets_side_by_side(compared):
     of_scaled = [kept["clip", 0, "cifar"]["image_to_class_temperature_nll"].mean(), of["clip", 0, "cifar+shifted"]]
     assert scaled["average_nll"].mean == pytest.approx(np.mean(of_scaled)) and scaled["average_nll"].best
     assert not cell.best and rows["bayesvlm"].seeds == 2
-    assert "the average has the probabilities as they are" in by_name["across_nll"].note
+    assert "the average takes the probabilities unscaled" in by_name["across_nll"].note
     assert mean(by_name["across_accuracy"], "clip", "average_accuracy") == 50
     assert mean(by_name["across_aurc"], "bayesvlm + matched temperature", "average_aurc") == 0.125
     assert [column.key for column in by_name["across_ece_15"].hidden] == ["cifar_ece_20", "cifar+shifted_ece_20"]

@@ -1,4 +1,4 @@
-"""Configuration: what overrides what, and what is refused."""
+"""Configuration: which layer overrides which, and which mistakes are refused."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A configs folder of the test's own."""
+    """A folder of configurations made for the test."""
     files = {
         "datasets/d.yaml": "backbone: b\ndata: {source: x.Y}\ntrain: {epochs: 3}\n",
         "backbones/b.yaml": "encoder: {model: ViT-B-32}\n",
@@ -58,14 +58,14 @@ def test_saved_configuration_reads_back_the_same(home):
         (dict(dataset="d", method="typo"), "optim has no key 'learning_rate'; it has name, lr"),
         (dict(dataset="d", method="broken"), "is not valid YAML"),
         (dict(dataset="d", method="m", settings=["epochs=3"]), "has no key 'epochs'; it has score, ordered, data"),
-        (dict(dataset="d", method="m", settings=["train.epochs"]), "--set wants key=value"),
+        (dict(dataset="d", method="m", settings=["train.epochs"]), "--set takes key=value"),
         (dict(dataset="d", method="m", settings=["train.epochs=many"]), "epochs must be int, not 'many'"),
         (dict(dataset="d", method="m", settings=["train.epochs=true"]), "epochs must be int, not True"),
-        (dict(dataset="d", method="m", settings=["train=3"]), "train wants the keys batch_size"),
+        (dict(dataset="d", method="m", settings=["train=3"]), "train takes the keys batch_size"),
         (dict(dataset="d", method="m", settings=["train.epochs=0"]), "epochs must be at least 1"),
         (dict(dataset="d", method="m", settings=["train.epochs=["]), "the value is not valid YAML"),
-        (dict(dataset="d", method="m", settings=["method=other"]), "method names the run and is no key"),
-        (dict(dataset="d", method="m", settings=["backbone=b"]), "backbone names the run and is no key"),
+        (dict(dataset="d", method="m", settings=["method=other"]), "name, not a key: give it as the flag --method"),
+        (dict(dataset="d", method="m", settings=["backbone=b"]), "name, not a key: give it as the flag --backbone"),
         (dict(dataset="d", method="m", settings=["score=rank"]), "score must be log_likelihood or similarity"),
         (dict(dataset="d", method="m", objective="x"), "--objective must be native or infonce"),
         (dict(dataset="d", method="m", tag="../up"), "--tag names a folder"),

@@ -1,4 +1,4 @@
-"""The grid: what is done is left alone, what fails keeps nothing else from being made, and kills do no harm."""
+"""The grid: finished cells are skipped, a failing cell does not stop the others, and kills do no harm."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def command(*more, methods=METHODS, devices=("cpu",), settings=SETTINGS):
 
 
 def files(*folders):
-    """Bytes of all results, and of all weights."""
+    """Bytes of all results and weights by path."""
     paths = [path for folder in folders for path in Path(folder).rglob("*") if path.suffix in (".json", ".npz", ".pt")]
     return {str(path): path.read_bytes() for path in paths}
 
@@ -38,7 +38,7 @@ def stamps():
 
 
 def forks(patch):
-    """Let workers be forks, which start without seconds of imports."""
+    """Start workers by fork, which skips seconds of imports."""
     assert train and evaluation
     patch.setattr("utils.workers.START", "fork")
 
@@ -50,12 +50,12 @@ def forked(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of workers that are none
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for processes that are started anew
 
 
 @pytest.fixture(scope="module")
 def unbroken(small_world, tmp_path_factory):
-    """A folder in which the grid was made in one go."""
+    """A folder in which the grid ran without interruption."""
     folder = tmp_path_factory.mktemp("unbroken")
     (folder / "embeddings").symlink_to(small_world / "embeddings")
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +67,7 @@ def unbroken(small_world, tmp_path_factory):
 
 @pytest.fixture
 def made(unbroken, tmp_path, monkeypatch):
-    """A copy of it, with the times of its files, to work in."""
+    """A copy of `unbroken`, with its files' times, as working folder."""
     folder = shutil.copytree(unbroken, tmp_path / "made", symlinks=True)
     monkeypatch.chdir(folder)
     return folder
@@ -75,7 +75,7 @@ def made(unbroken, tmp_path, monkeypatch):
 
 @pytest.fixture
 def same(unbroken, monkeypatch):
-    """Assert that the folder's results, tables and weights are those of the unbroken grid."""
+    """Assert that results, tables and weights of the working folder are those of the unbroken grid."""
 
     def check():
         ours = files("results", "checkpoints"), Path("results/shapes/table.md").read_bytes()
@@ -90,7 +90,7 @@ def same(unbroken, monkeypatch):
 
 
 def plan(capsys, *argv):
-    """The lines of --dry-run but the last, and the last."""
+    """The lines of --dry-run: all but the last, and the last."""
     reproduce.main([*argv, "--dry-run"])
     *lines, last = capsys.readouterr().out.splitlines()
     return lines, last
@@ -99,9 +99,9 @@ def plan(capsys, *argv):
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(list(argv))
-    said = capsys.readouterr()
-    assert stop.value.code == 1, said.err
-    return said.out, said.err.splitlines()
+    captured = capsys.readouterr()
+    assert stop.value.code == 1, captured.err
+    return captured.out, captured.err.splitlines()
 
 
 def test_what_is_done_is_left_alone(made, monkeypatch, capsys):
@@ -186,18 +186,18 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(made, forked,
 
 
 def test_a_failing_cell_keeps_no_other_from_being_made(world, same, capsys):
-    """Of three methods one has no width, of two data sets one is not there, and two processes share the work."""
+    """One of three methods has no width, one of two data sets is absent, and two processes share the work."""
     argv = command("--evaluate-on", "shapes", "flickr30k", methods=["clip", *METHODS], devices=["cpu", "cpu"])
     out, lines = fails(capsys, *argv)
     assert out.endswith("6 cells: 0 were done, 0 are made, 6 failed\n")
-    said = dict(line.split(": ", 1) for line in lines)
-    assert len(said) == len(lines) == 7
-    assert said["embeddings/flickr30k/shapes-tiny"].startswith("cache_embeddings.py: ")
+    messages = dict(line.split(": ", 1) for line in lines)
+    assert len(messages) == len(lines) == 7
+    assert messages["embeddings/flickr30k/shapes-tiny"].startswith("cache_embeddings.py: ")
     for seed in (0, 1):
         wanted = "train.py: the model of method 'clip' has no key 'width'; it has none."
-        assert said[f"shapes/shapes-tiny/clip/seed{seed}"] == wanted
+        assert messages[f"shapes/shapes-tiny/clip/seed{seed}"] == wanted
     for name in CELLS:
-        assert said[name].startswith("eval.py: the cache ") and "flickr30k" in said[name]
+        assert messages[name].startswith("eval.py: the cache ") and "flickr30k" in messages[name]
     same()
 
 
@@ -218,7 +218,7 @@ def test_a_process_that_dies_fails_its_cell_alone(world, forked, monkeypatch, ca
 
 
 def started(argv, until):
-    """Start the script as a user does, and wait until there is a file like `until`."""
+    """Start the script as a user does, and wait for a file that matches the pattern `until`."""
     process = subprocess.Popen([sys.executable, HOME / "reproduce.py", *argv], start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     deadline = time.monotonic() + 60
@@ -229,7 +229,7 @@ def started(argv, until):
 
 
 def all_gone(group):
-    """Whether no process of the group is left, after some seconds."""
+    """Whether all processes of the group end within ten seconds."""
     for _ in range(100):
         try:
             os.killpg(group, 0)
@@ -241,7 +241,7 @@ def all_gone(group):
 
 def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same, forked, capsys):
     process = started(command(), "results/**/*-retrieval.json")
-    process.kill()  # it alone: its worker has to notice
+    process.kill()  # not its worker, which has to notice
     assert process.communicate()[1] == ""
     assert all_gone(process.pid)
     before = stamps()
@@ -257,7 +257,7 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(world):
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and error.count("\n") == 1, error
-    assert error == "reproduce.py: interrupted; the same command goes on from what was last saved.\n"
+    assert error == "reproduce.py: interrupted; the same command resumes from what was last saved.\n"
     assert all_gone(process.pid)
 
 
@@ -275,7 +275,7 @@ def test_ctrl_c_while_a_process_starts_is_not_lost(forked, monkeypatch):
 
 
 def test_mistakes_end_before_anything_is_done(world, refusal):
-    for argv, said in [
+    for argv, message in [
         (["--datasets", "nowhere"], "there is no dataset 'nowhere'; there is"),
         (["--evaluate-on", "nowhere"], "there is no dataset 'nowhere'; there is"),
         (["--methods", "clip", "x"], "there is no method 'x'; there is"),
@@ -284,5 +284,5 @@ def test_mistakes_end_before_anything_is_done(world, refusal):
         (["--devices", "cpu", "cuda:77"], "device 'cuda:77' does not exist here"),
         (["--set", "optim.nme=1"], "has no key 'nme'"),
     ]:
-        assert said in refusal(reproduce.main, "--datasets", "shapes", *argv)
+        assert message in refusal(reproduce.main, "--datasets", "shapes", *argv)
     assert sorted(path.name for path in world.iterdir()) == ["data", "embeddings"]

@@ -1,4 +1,4 @@
-"""The scripts as a stranger meets them: help, imports, and a method of one's own."""
+"""The scripts as a new user meets them: help, imports, and adding a method."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Training: the same weights after a kill, and what is refused."""
+"""Training: the same weights after a kill, validation, and which mistakes are refused."""
 
 import csv
 import shutil
@@ -85,10 +85,10 @@ def test_objective_and_mean_are_flags(world, capsys):
         train.main(["--dataset", "shapes", "--method", "pfe", *flags, *SHORT])
     base = world / "checkpoints/shapes/shapes-tiny"
     assert sorted(path.name for path in base.iterdir()) == ["pfe+frozen", "pfe+infonce", "pfe+infonce+learned"]
-    found = {path.name: weights(path / "seed0") for path in base.iterdir()}
-    assert any("mean" in name for name in found["pfe+infonce+learned"])
+    trained = {path.name: weights(path / "seed0") for path in base.iterdir()}
+    assert any("mean" in name for name in trained["pfe+infonce+learned"])
     first = "text_log_variance.0.weight"
-    assert not (found["pfe+infonce"][first] == found["pfe+frozen"][first]).all()
+    assert not (trained["pfe+infonce"][first] == trained["pfe+frozen"][first]).all()
 
 
 def test_weight_decay_spares_scalars():
@@ -180,12 +180,12 @@ def test_held_out_images_are_nobody_elses():
     image_of_text = np.concatenate([np.arange(50), rng.integers(0, 50, 150)])
     rng.shuffle(image_of_text)
     rows, blocks = hold_out(image_of_text, 0.3, seed=1, block=8)
-    held = torch.cat(blocks)
-    assert len(np.unique(image_of_text[held])) == 15
-    assert not set(image_of_text[rows]) & set(image_of_text[held])
-    assert len(set(rows.tolist()) | set(held.tolist())) == len(rows) + len(held)
-    # Of the held-out captions only a block's rest of one is left out.
-    assert len(rows) + len(held) >= 200 - image_of_text.max()
+    held_out = torch.cat(blocks)
+    assert len(np.unique(image_of_text[held_out])) == 15
+    assert not set(image_of_text[rows]) & set(image_of_text[held_out])
+    assert len(set(rows.tolist()) | set(held_out.tolist())) == len(rows) + len(held_out)
+    # The only held-out captions left out are remainders of one caption.
+    assert len(rows) + len(held_out) >= 200 - image_of_text.max()
     for block in blocks:
         assert 2 <= len(block) <= 8 and len(np.unique(image_of_text[block])) == len(block)
     other = hold_out(image_of_text, 0.3, seed=2)[0]
@@ -195,7 +195,7 @@ def test_held_out_images_are_nobody_elses():
 
 
 def test_the_epoch_with_the_least_validation_loss_is_kept(world):
-    # A step this long spoils what the first epochs have learned.
+    # Steps this long undo what the first epochs have learned.
     train.main([*COMMAND, "optim.lr=0.3", "train.epochs=8", "model.mean=learned", "--seed", "3"])
     folder = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed3"
     losses = [float(row["val_loss"]) for row in read_log(folder)]
@@ -244,7 +244,7 @@ def test_validation_is_without_dropout(world):
 
 
 def test_loss_prediction_learns_few_pairs_under_validation(world):
-    """A prediction is judged on held-out pairs by the target it was trained on, although their batch is another."""
+    """Validation measures a prediction by the target of training, although the batch is another."""
     train.main(["--dataset", "shapes", "--method", "loss-prediction", "--quiet", "--device", "cpu", "--set",
                 "train.epochs=10", "model.width=64"])  # fmt: skip
     losses = [
@@ -253,22 +253,22 @@ def test_loss_prediction_learns_few_pairs_under_validation(world):
     assert np.argmin(losses) > 2 and min(losses) < 0.8 * losses[0]
 
 
-def test_validation_is_off_where_pairs_are_many_or_it_is_told_to(world, monkeypatch):
-    for told in ([], ["--val-fraction", "0"]):
-        if not told:
+def test_validation_is_off_with_many_pairs_or_by_flag(world, monkeypatch):
+    for flags in ([], ["--val-fraction", "0"]):
+        if not flags:
             monkeypatch.setattr("utils.config.FEW", 1000)
-        train.main([*COMMAND, "--tag", f"tag{len(told)}", *told])
-        folder = world / f"checkpoints/shapes/shapes-tiny/asymvlm-psd+tag{len(told)}/seed0"
+        train.main([*COMMAND, "--tag", f"tag{len(flags)}", *flags])
+        folder = world / f"checkpoints/shapes/shapes-tiny/asymvlm-psd+tag{len(flags)}/seed0"
         assert "val_loss" not in read_log(folder)[0]
-        adaptor, config, _ = Run(load_config("shapes", "asymvlm-psd", tag=f"tag{len(told)}")).load("cpu")
+        adaptor, config, _ = Run(load_config("shapes", "asymvlm-psd", tag=f"tag{len(flags)}")).load("cpu")
         assert config.train.val_fraction == 0 and adaptor.posterior_scale == pytest.approx(adaptor.temperature.item())
 
 
 def test_impossible_validation_fractions_are_refused(world, refusal):
     for fraction in ("1.5", "-0.1"):
         assert f"must lie in [0, 1), not {fraction}" in refusal(train.main, *COMMAND, "--val-fraction", fraction)
-    said = refusal(train.main, *COMMAND, "--val-fraction", "0.003")
-    assert "--val-fraction 0.003 holds out 1 of 300 images" in said
+    error = refusal(train.main, *COMMAND, "--val-fraction", "0.003")
+    assert "--val-fraction 0.003 holds out 1 of 300 images" in error
     assert not (world / "checkpoints").exists()
 
 
@@ -283,7 +283,7 @@ def test_the_best_temperature_against_a_grid(shift):
 
 
 def test_the_best_temperature_where_there_is_none():
-    """Scores that are right of every pair, or that say nothing."""
+    """Scores that rank every pair right, or that are all equal."""
     torch.manual_seed(0)
     for count in (5, 50):
         score = torch.eye(count) + 0.01 * torch.randn(count, count)

@@ -1,4 +1,4 @@
-"""Configuration: the defaults, each commented, and what overrides them.
+"""Configuration: the commented defaults and what overrides them.
 
 Defaults below <- configs/datasets/X.yaml <- configs/backbones/Y.yaml <- configs/methods/Z.yaml, its section `on: X` and
 its preset <- `--set key=value`. An unknown key is an error that lists the known ones.
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import yaml
 
-from utils.errors import UserError
+from utils.errors import UserError, one_of
 from utils.files import write_text
 
-MEANS = ("frozen", "residual", "learned")  # what becomes of the frozen direction: --mean
+MEANS = ("frozen", "residual", "learned")  # how the mean follows from the frozen direction: --mean
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
-LEVELS = 10  # of uncertainty in an evaluation, unless it has fewer queries
-FEW = 10_000  # pairs, below which an adaptor overfits long before its last epoch
+LEVELS = 10  # uncertainty levels of an evaluation; no more than it has queries
+FEW = 10_000  # with fewer pairs than this an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
-# What a run is called by: flags, never keys of a layer.
+# The parts of a run's name: set by flags, never by a key.
 NAMES = ("dataset", "method", "preset", "objective", "mean", "tag", "seed")
 
 
@@ -32,41 +32,41 @@ class Data:
     root: str = ""  # folder of the raw data
     train_split: str = "train"
     eval_split: str = "val"
-    get: str = ""  # where the raw data is to be had, for messages
+    get: str = ""  # where to get the raw data, for error messages
     options: dict = field(default_factory=dict)  # keyword arguments of the source
 
 
 @dataclass
 class Encoder:
     library: str = "open_clip"  # or transformers
-    # open_clip architecture, or with its own weights hf-hub:NAME or local-dir:FOLDER; the name of a Hugging Face model
+    # open_clip: an architecture, or hf-hub:NAME or local-dir:FOLDER, which include the weights; transformers: a model
     model: str = ""
-    # open_clip tag, or a weights file (of transformers: a folder) seen from here or from the suite; hub: what the model
-    # names; none: random; elsewhere: not to be had here
+    # open_clip tag, or weights: a file (transformers: a folder), relative to the working folder or to the suite; hub:
+    # the model's own; none: random; elsewhere: only embeddings of this model are at hand
     pretrained: str | None = None
-    architecture: str | None = None  # JSON of the architecture: for open_clip to register, or config of transformers
-    tokenizer: str | None = None  # Hugging Face name or folder, where it is not the model's own
-    preprocess: dict = field(default_factory=dict)  # mean, std, interpolation, resize_mode, where not the weights' own
+    architecture: str | None = None  # JSON file: an architecture for open_clip, or a configuration of transformers
+    tokenizer: str | None = None  # Hugging Face name or folder; none: the model's own
+    preprocess: dict = field(default_factory=dict)  # mean, std, interpolation, resize_mode; by default the weights' own
     batch_size: int = 256  # images or captions encoded at once
     precision: str = "auto"  # float32, bfloat16 or float16; auto: float16 on CUDA, else float32
 
     @property
     def weights_file(self):
-        """Path of the weights if they are a file, or the folder of a Hugging Face or open_clip model; else None."""
+        """Path of the weights, a file or the folder of a Hugging Face or open_clip model; None if not on this disk."""
         if self.model.startswith("local-dir:"):
             return Path(self.model.removeprefix("local-dir:"))
-        places = [Path(self.pretrained), HOME / self.pretrained] if self.pretrained else []
-        folders = self.library == "transformers"
-        return next((path for path in places if path.is_file() or (folders and path.is_dir())), None)
+        paths = [Path(self.pretrained), HOME / self.pretrained] if self.pretrained else []
+        may_be_folder = self.library == "transformers"
+        return next((path for path in paths if path.is_file() or (may_be_folder and path.is_dir())), None)
 
 
 @dataclass
 class Optim:
     name: str = "sgd"  # sgd (Nesterov off) or adamw
-    lr: float = 1e-2  # at the first step; cosine to min_lr at the last
-    momentum: float = 0.9  # of sgd
+    lr: float = 1e-2  # learning rate of the first step; decays as a cosine to min_lr
+    momentum: float = 0.9  # sgd only
     weight_decay: float = 5e-4
-    decay_scalars: bool = False  # weight decay on one-element parameters too, as the published suites have it
+    decay_scalars: bool = False  # weight decay on one-element parameters, too, as in the published suites
     min_lr: float = 1e-6
 
 
@@ -74,24 +74,24 @@ class Optim:
 class Train:
     batch_size: int = 2048  # pairs: a caption and its image
     epochs: int = 200
-    min_steps: int = 10  # of an epoch, by smaller batches where pairs are few; not below 32 pairs
-    val_fraction: float | None = None  # of the images, held out to pick the epoch; none: 0.1 below FEW pairs, else 0
-    patience: int = 50  # epochs without a better loss of the held-out part, after which training ends
-    save_every: float = 5.0  # seconds between states from which a killed run goes on
+    min_steps: int = 10  # steps per epoch at least: few pairs make smaller batches, down to 32 pairs
+    val_fraction: float | None = None  # of images held out to pick the epoch; none: 0.1 below FEW pairs, else 0
+    patience: int = 50  # training stops after so many epochs without a better held-out loss
+    save_every: float = 5.0  # seconds between saved states, from which a killed run resumes
 
 
 @dataclass
 class Config:
-    dataset: str = ""  # what is trained on
-    backbone: str = ""  # the dataset's own unless given
+    dataset: str = ""  # the training data
+    backbone: str = ""  # by default the one that the dataset names
     method: str = ""
     preset: str = "default"
-    objective: str = "native"  # the method's own loss, or infonce: the unified one over its log_likelihood
-    mean: str = ""  # frozen, residual or learned in place of the method's own choice
+    objective: str = "native"  # the method's own loss, or infonce: unified InfoNCE of its log_likelihood
+    mean: str = ""  # frozen, residual or learned; empty: the method's own choice
     tag: str = ""
     seed: int = 0
-    score: str = "log_likelihood"  # which score ranks: log_likelihood or similarity
-    ordered: bool = False  # trained on shapes, uncertainty follows true ambiguity: a Spearman of 0.8, which is tested
+    score: str = "log_likelihood"  # the score that ranks: log_likelihood or similarity
+    ordered: bool = False  # tested claim: on shapes, uncertainty and true ambiguity have a Spearman of at least 0.8
     data: Data = field(default_factory=Data)
     encoder: Encoder = field(default_factory=Encoder)
     model: dict = field(default_factory=dict)  # adaptor: module.Class, and its keyword arguments
@@ -100,15 +100,15 @@ class Config:
 
     @property
     def variant(self):
-        """Name a run's folder: the method, followed by what differs from its default."""
-        return "+".join([self.method, *self._differs.values()])
+        """Name of the run's folder: the method and each flag that differs from its default, joined by `+`."""
+        return "+".join([self.method, *self._changed_flags.values()])
 
     @property
-    def _differs(self):
-        """The flags in which the run differs from the method's default."""
+    def _changed_flags(self):
+        """The flags of the run that differ from their defaults."""
         flags = {"preset": self.preset, "objective": self.objective, "mean": self.mean, "tag": self.tag}
-        usual = {"preset": "default", "objective": "native", "mean": "", "tag": ""}
-        return {name: value for name, value in flags.items() if value != usual[name]}
+        defaults = {"preset": "default", "objective": "native", "mean": "", "tag": ""}
+        return {name: value for name, value in flags.items() if value != defaults[name]}
 
     @property
     def checkpoint(self):
@@ -116,7 +116,7 @@ class Config:
         return Path("checkpoints", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
 
     def result(self, evaluated_on, task):
-        """Path of the result file of `task` on what is `evaluated_on`: a data set, or `dataset+split`."""
+        """Path of the result file of `task`; evaluated_on: a data set, or `dataset+split`."""
         folder = Path("results", self.dataset, self.backbone, self.variant, f"seed{self.seed}")
         return folder / f"{evaluated_on}-{task}.json"
 
@@ -124,15 +124,15 @@ class Config:
     def flags(self):
         """The flags of train.py that name this run."""
         flags = {"dataset": self.dataset, "backbone": self.backbone, "method": self.method, "seed": self.seed}
-        return flags | self._differs
+        return flags | self._changed_flags
 
     @property
     def command(self):
-        """The command that trains this run, as far as names tell."""
+        """The command that trains this run, without its --set."""
         return "python train.py " + " ".join(f"--{name} {value}" for name, value in self.flags.items())
 
     def settle(self, captions):
-        """Decide what is left to the number of captions trained on: whether some are held out to pick the epoch."""
+        """Set a missing train.val_fraction, whose default depends on the number of training captions."""
         if self.train.val_fraction is None:
             self.train.val_fraction = 0.1 if captions < FEW else 0.0
 
@@ -142,14 +142,15 @@ class Config:
 
     @classmethod
     def load(cls, path):
-        """Read a run's resolved configuration, as `save` wrote it; raises UserError where it is missing or damaged."""
+        """Read a configuration that `save` wrote; raises UserError if it is missing or damaged."""
         return _build(cls, _read(path), str(path))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-2 as the number and `on` as the word they are; YAML 1.1 reads neither so."""
+    """YAML that reads 1e-2 as a number and `on` as a string; YAML 1.1 reads a string and a boolean."""
 
 
+# Without the booleans of YAML 1.1 that begin with y, n or o.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in resolvers if not (tag.endswith(":bool") and first in "yYnNoO")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -160,7 +161,7 @@ _Loader.add_implicit_resolver(
 
 
 def known(kind):
-    """List the names of a kind: datasets, backbones or methods. The folder is the list."""
+    """List the names of a kind, `datasets`, `backbones` or `methods`: the YAML files in its folder of configs/."""
     return sorted(path.stem for path in (HOME / "configs" / kind).glob("*.yaml"))
 
 
@@ -170,14 +171,14 @@ def presets_of(method):
 
 
 def load_backbone(name):
-    """Resolve one backbone's Encoder; raises what `load_config` raises."""
+    """Resolve the Encoder of a backbone; raises UserError as `load_config` does."""
     return _build(Encoder, _named("backbones", name).get("encoder", {}), f"configs/backbones/{name}.yaml: encoder")
 
 
 def load_config(
     dataset, method=None, backbone=None, preset="default", objective="native", mean="", tag="", seed=0, settings=()
 ):
-    """Resolve a Config; raises UserError for an unknown name, preset or key and for a value that cannot be.
+    """Resolve a Config; raises UserError for an unknown name, preset or key and for an invalid value.
 
     settings: strings `key=value` with dotted keys, applied last.
     """
@@ -187,9 +188,10 @@ def load_config(
         raise UserError(f"configs/datasets/{dataset}.yaml names no backbone: give one with --backbone.")
     layers = [_named("backbones", backbone)]
     if method:
-        own = _named("methods", method)
         where = f"configs/methods/{method}.yaml"
-        presets, on = (_mapping(own.pop(name, {}), f"{where}: {name}") for name in ("presets", "on"))
+        of_method = _named("methods", method)
+        presets = _mapping(of_method.pop("presets", {}), f"{where}: presets")
+        on = _mapping(of_method.pop("on", {}), f"{where}: on")
         if preset not in ("default", *presets):
             raise UserError(f"method '{method}' has no preset '{preset}'; it has {', '.join(['default', *presets])}.")
         if tag in (*presets, "infonce", *MEANS):
@@ -197,14 +199,16 @@ def load_config(
         unknown = set(on) - set(known("datasets"))
         if unknown:
             raise UserError(f"{where}: on names '{unknown.pop()}'; there is {', '.join(known('datasets'))}.")
-        layers += [own, _mapping(on.get(dataset, {}), f"{where}: on"), _mapping(presets.get(preset, {}), where)]
-    layers += [{"model": {"mean": mean}}] if mean else []
-    layers += [{"score": "log_likelihood"}] if objective == "infonce" else []  # what that objective trains
+        layers += [of_method, _mapping(on.get(dataset, {}), f"{where}: on"), _mapping(presets.get(preset, {}), where)]
+    if mean:
+        layers.append({"model": {"mean": mean}})
+    if objective == "infonce":
+        layers.append({"score": "log_likelihood"})  # the score that this objective trains
     layers += [_setting(text) for text in settings]
     for layer in layers:
         named = [name for name in (*NAMES, "backbone") if name in layer]
         if named:
-            raise UserError(f"{named[0]} names the run and is no key of its configuration: give it as a flag.")
+            raise UserError(f"{named[0]} is part of the run's name, not a key: give it as the flag --{named[0]}.")
         _merge(values, layer)
     flags = dict(preset=preset, objective=objective, mean=mean, tag=tag, seed=seed)
     _merge(values, dict(dataset=dataset, backbone=backbone, method=method or "") | flags)
@@ -217,7 +221,7 @@ def _setting(text):
     """Turn `a.b=value` into {"a": {"b": value}}."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--set wants key=value, not '{text}'; for example --set train.epochs=10.")
+        raise UserError(f"--set takes key=value, not '{text}'; for example --set train.epochs=10.")
     try:
         nested = yaml.load(value, _Loader)
     except yaml.YAMLError:
@@ -228,20 +232,16 @@ def _setting(text):
 
 
 def _check(config):
-    """Raise a UserError for a value of the right type that cannot be."""
+    """Raise UserError for a value that has the right type but is invalid."""
     if config.tag and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.tag):
-        raise UserError(f"--tag names a folder: letters, digits, '.', '_' and '-', not '{config.tag}'.")
+        raise UserError(f"--tag names a folder: use letters, digits, '.', '_' and '-', not '{config.tag}'.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"--seed must lie between 0 and {2**32 - 1}, not {config.seed}.")
-    if config.objective not in ("native", "infonce"):
-        raise UserError(f"--objective must be native or infonce, not '{config.objective}'.")
-    if config.mean not in ("", *MEANS):
-        raise UserError(f"--mean must be {', '.join(MEANS[:-1])} or {MEANS[-1]}, not '{config.mean}'.")
-    if config.encoder.precision not in PRECISIONS:
-        said = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
-        raise UserError(f"encoder.precision must be {said}, not '{config.encoder.precision}'.")
-    if config.score not in ("log_likelihood", "similarity"):
-        raise UserError(f"score must be log_likelihood or similarity, not '{config.score}'.")
+    one_of("--objective", config.objective, ("native", "infonce"), UserError)
+    if config.mean:
+        one_of("--mean", config.mean, MEANS, UserError)
+    one_of("encoder.precision", config.encoder.precision, PRECISIONS, UserError)
+    one_of("score", config.score, ("log_likelihood", "similarity"), UserError)
     train = config.train
     if train.val_fraction is not None and not 0 <= train.val_fraction < 1:
         raise UserError(f"train.val_fraction must lie in [0, 1), not {train.val_fraction}.")
@@ -253,12 +253,12 @@ def _check(config):
 
 
 def needs_pooled(config):
-    """Whether the adaptor that `config` names is fed what goes into the towers' last maps, too."""
+    """Whether the adaptor that `config` names needs pooled features, the inputs of the towers' last linear maps."""
     module, _, name = str(config.model.get("adaptor", "")).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name).pooled
     except (ImportError, AttributeError, TypeError, ValueError):
-        return False  # what constructs it will say so
+        return False  # `construct` reports it
 
 
 def construct(path, options, where, **given):
@@ -269,12 +269,12 @@ def construct(path, options, where, **given):
     module, _, name = str(path).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
-        takes = [name for name in inspect.signature(cls).parameters if name not in given]
+        accepted = [name for name in inspect.signature(cls).parameters if name not in given]
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where} names the class '{path}', which cannot be imported ({error}).") from None
-    unknown = [name for name in options if name not in takes]
+    unknown = [name for name in options if name not in accepted]
     if unknown:
-        raise UserError(f"{where} has no key '{unknown[0]}'; it has {', '.join(takes) or 'none'}.")
+        raise UserError(f"{where} has no key '{unknown[0]}'; it has {', '.join(accepted) or 'none'}.")
     try:
         return cls(**given, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -320,6 +320,7 @@ def _mapping(values, where):
 
 
 def _merge(values, layer):
+    """Override nested dicts `values` in place by those of `layer`."""
     for name, value in layer.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             _merge(values[name], value)
@@ -333,7 +334,7 @@ def _build(cls, values, where):
     types = typing.get_type_hints(cls)
     filled = {}
     if not isinstance(values, dict):
-        raise UserError(f"{where} wants the keys {', '.join(fields)}, not {values!r}.")
+        raise UserError(f"{where} takes the keys {', '.join(fields)}, not {values!r}.")
     for name, value in values.items():
         if name not in fields:
             keys = [key for key in fields if key not in (*NAMES, "backbone")]
@@ -350,11 +351,11 @@ def _build(cls, values, where):
     return cls(**filled)
 
 
-def difference(held, wanted, prefix=""):
-    """Dotted names of the values in which two nested dicts differ."""
+def difference(saved, wanted, prefix=""):
+    """List the dotted names of the values in which two nested dicts differ."""
     names = []
-    for name in dict.fromkeys([*held, *wanted]):
-        a, b = held.get(name), wanted.get(name)
+    for name in dict.fromkeys([*saved, *wanted]):
+        a, b = saved.get(name), wanted.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             names += difference(a, b, f"{prefix}{name}.")
         elif a != b:

@@ -1,4 +1,4 @@
-"""What to compute on: devices and cores."""
+"""Devices and cores to compute on."""
 
 import os
 
@@ -8,16 +8,17 @@ from utils.errors import UserError
 
 
 def pick_device(name="auto", number=0):
-    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a torch.device; raises UserError where it does not exist.
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a torch.device; raises UserError if it does not exist.
 
-    number: of this process on its machine, by which several processes take several devices of `auto` or `cuda`.
+    number: of this process on its machine; with `auto` or `cuda`, processes with different numbers share out the GPUs.
     """
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    found += ["mps"] if torch.backends.mps.is_available() else []
+    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        accelerators.append("mps")
     if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
-        name = found[number % len(found)] if found else "cpu"
-    if name not in ("cpu", *found):
-        raise UserError(f"device '{name}' does not exist here; there is {', '.join(['cpu', *found])}.")
+        name = accelerators[number % len(accelerators)] if accelerators else "cpu"
+    if name not in ("cpu", *accelerators):
+        raise UserError(f"device '{name}' does not exist here; there is {', '.join(['cpu', *accelerators])}.")
     return torch.device(name)
 
 

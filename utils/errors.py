@@ -1,17 +1,17 @@
-"""The one exception that a user's mistake becomes, and how a script ends on it."""
+"""UserError, the exception for mistakes of the user, and how a script ends with it."""
 
 import functools
 import sys
 
 
 class UserError(Exception):
-    """A mistake in what was asked or given; its one sentence names the file, row or key, and the way out."""
+    """A mistake in flags, files or data; the message is one sentence: the file, row or key, and what to do."""
 
 
 def exits_cleanly(interrupted="interrupted."):
-    """Decorate a script's `main`: mistakes and files out of reach end with one sentence and exit code 2.
+    """Decorate a script's `main`: a UserError or a file that cannot be used ends it with one sentence and exit code 2.
 
-    interrupted: what Ctrl-C prints.
+    interrupted: the sentence for Ctrl-C, with exit code 130.
     """
 
     def decorate(main):
@@ -20,14 +20,14 @@ def exits_cleanly(interrupted="interrupted."):
             try:
                 return main(argv)
             except UserError as error:
-                said, code = str(error), 2
+                message, code = str(error), 2
             except OSError as error:
                 if error.strerror is None:
                     raise
-                said, code = f"{error.filename or 'writing'}: {error.strerror}.", 2
+                message, code = f"{error.filename or 'writing'}: {error.strerror}.", 2
             except KeyboardInterrupt:
-                said, code = interrupted, 130
-            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {said}", file=sys.stderr)
+                message, code = interrupted, 130
+            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {message}", file=sys.stderr)
             raise SystemExit(code)
 
         return wrapped
@@ -35,13 +35,13 @@ def exits_cleanly(interrupted="interrupted."):
     return decorate
 
 
-GOES_ON = "interrupted; the same command goes on from what was last saved."
+GOES_ON = "interrupted; the same command resumes from what was last saved."
 
 
-def one_of(name, value, known, error=ValueError):
-    """Return `value` if it is among `known`; raises `error` with a sentence that lists them otherwise."""
-    known = [str(each) for each in known]
-    if value in known:
+def one_of(name, value, choices, error=ValueError):
+    """Return `value` if it is one of `choices`; otherwise raise `error` with a sentence that lists them."""
+    choices = [str(choice) for choice in choices]
+    if value in choices:
         return value
-    listed = f"{', '.join(known[:-1])} or {known[-1]}" if len(known) > 1 else known[0]
+    listed = f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else choices[0]
     raise error(f"{name} must be {listed}, not '{value}'" + ("." if issubclass(error, UserError) else ""))

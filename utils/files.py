@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and locks on the folders they lie in."""
+"""Files that are written whole or not at all, and locks on folders."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give a temporary path beside `path` that takes its place when the block ends well, and is removed when not."""
+    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and is removed if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -27,9 +27,9 @@ def atomic(path):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold `folder` for this process alone inside the block; raises UserError where another process holds it.
+    """Lock `folder` for this process inside the block; raises UserError if another process has locked it.
 
-    What killed processes left half-written in it is removed.
+    Removes the temporary files that killed processes left in it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -53,13 +53,13 @@ def write_lines(path, values):
 
 
 def write_json(path, value):
-    """Write one JSON value, lists of numbers in a line; raises ValueError at a number that is not finite."""
+    """Write one JSON value, each list of numbers on one line; raises ValueError for NaN and infinity."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, re.sub(r"\[\n[-+.\w,\s]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
+    write_text(path, re.sub(r"\[\n[-+.\w,\s]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
 
 
 def read_json(path):
-    """Read a JSON object; raises ValueError where it is none, or holds a number that is not finite."""
+    """Read a JSON object; raises ValueError for any other value, and for NaN and infinity."""
     value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")

@@ -1,4 +1,4 @@
-"""A result: figures as JSON, and beside it, under the same name, an .npz of what was measured per query."""
+"""A result: a JSON file of figures and, under the same name, an .npz of per-query arrays."""
 
 import json
 import zipfile
@@ -17,9 +17,9 @@ def write(path, values, arrays):
 
 
 def compare(path, wanted):
-    """Read a result and compare it with entries that it shall hold: (its values, the names of those that differ).
+    """Read a result and compare it with the entries `wanted`: returns its values, and the keys in which they differ.
 
-    Raises FileNotFoundError where there is none, ValueError where its JSON is damaged or lacks one of the entries.
+    Raises FileNotFoundError if there is no result, ValueError if its JSON is damaged or lacks one of the entries.
     """
     try:
         values = read_json(path)
@@ -31,17 +31,17 @@ def compare(path, wanted):
 
 
 def has_arrays(path):
-    """Whether the arrays of a result are there and whole."""
+    """Whether the .npz of a result exists and is whole."""
     return zipfile.is_zipfile(path.with_suffix(".npz"))
 
 
 def must_hold(values, shape):
-    """Raise TypeError or KeyError unless `values` has the types that `shape`, nested likewise, has in their place.
+    """Raise TypeError or KeyError unless `values` has the keys and types of `shape`, which is nested in the same way.
 
     >>> must_hold({"seed": 3, "scores": [0.5, 1]}, {"seed": int, "scores": [NUMBER]})
     """
     if not isinstance(values, type(shape) if isinstance(shape, dict | list) else shape):
-        raise TypeError(f"{values} is no {shape}")
+        raise TypeError(f"{values} is not of type {shape}")
     if isinstance(shape, dict):
         for name, part in shape.items():
             must_hold(values[name], part)

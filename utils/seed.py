@@ -1,4 +1,4 @@
-"""Seeds."""
+"""Random seeds."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Work spread over devices: a process for each, which runs scripts one after another without importing them anew."""
+"""Jobs spread over devices: one process each, which runs scripts one after another and imports them only once."""
 
 import contextlib
 import importlib
@@ -17,18 +17,18 @@ from tqdm import tqdm
 
 from utils.config import HOME
 
-START = "spawn"  # CUDA does not live through a fork
-PATIENCE = 10  # seconds that a process has to end by itself
+START = "spawn"  # CUDA does not survive a fork
+PATIENCE = 10  # seconds that a process gets to end by itself
 
 
 class Workers:
-    """A process per device, started when there is work; use in a `with` block, which ends them all.
+    """One process per device, started when there is work; use in a `with` block, which ends them all.
 
-    A job is a list of steps (script, flags), of which the first is needed by the others.
+    A job is a list of steps (script, flags); if the first fails, the others are skipped.
     """
 
     def __init__(self, devices):
-        tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which Python complains after a kill
+        tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which Python reports as leaked after a kill
         self.workers = [_Worker(device, len(devices)) for device in devices]
 
     def __enter__(self):
@@ -41,7 +41,7 @@ class Workers:
             worker.end()
 
     def run(self, jobs, tick):
-        """Give (number of the job, one sentence for each of its steps that failed), as the jobs end.
+        """Yield (number of the job, one sentence for each of its steps that failed) as the jobs end.
 
         tick: called every second.
         """
@@ -57,7 +57,7 @@ class Workers:
 
 
 class _Worker:
-    """One process and the job that it has, or None."""
+    """One process and the number of its current job, or None."""
 
     def __init__(self, device, neighbors):
         self.device, self.neighbors = device, neighbors
@@ -67,25 +67,26 @@ class _Worker:
         if self.process is None:
             self._start()
         self.job = number
-        with contextlib.suppress(OSError):  # it has died: `answer` will say so
+        with contextlib.suppress(OSError):  # it has died, which `answer` reports
             self.connection.send(steps)
 
     def _start(self):
         context = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
         given = (theirs, self.device, self.neighbors)
-        process = context.Process(target=_work, args=given)  # no daemon: caching has processes of its own
-        # Inherited: Ctrl-C is for this process alone, which ends them. Blocked, not ignored, for one that comes now.
-        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        process = context.Process(target=_work, args=given)  # not a daemon: caching starts processes, too
+        # The child inherits the mask: only this process handles Ctrl-C, and ends the others. The signal is blocked, not
+        # ignored, so that a Ctrl-C at this moment is handled afterwards.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
             self.process = process
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, usual)
-        theirs.close()  # so that its end is the other's end of file
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        theirs.close()  # so that reading ends when the child does
 
     def answer(self):
-        """Give the number of the job that has ended, and what failed in it."""
+        """Return the number of the job that has ended, and a list of its failures."""
         number, alive = self.job, False
         try:
             failures, alive = self.connection.recv()
@@ -99,7 +100,7 @@ class _Worker:
         return number, failures
 
     def stop(self):
-        """Tell the process to end, in the middle of a job if it has one."""
+        """Tell the process to end, even in the middle of a job."""
         if self.process is None:
             return
         if self.job is not None:
@@ -108,7 +109,7 @@ class _Worker:
             self.connection.send(None)
 
     def end(self):
-        """Wait until the process has ended, and not for long."""
+        """Wait for the process to end, and kill it after PATIENCE seconds."""
         if self.process is None:
             return
         self.process.join(PATIENCE)
@@ -126,9 +127,9 @@ def _cause_of_death(code):
 
 
 def _work(connection, device, neighbors):
-    """Run jobs as they come, until there are none, or something goes wrong that no script foresees."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the scripts know how to end on that
-    util.Finalize(None, os._exit, (0,), exitpriority=-9)  # the last of all: to take torch down in order takes a second
+    """Run jobs as they come, until there are no more or a script fails with an unexpected exception."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # on which scripts end cleanly
+    util.Finalize(None, os._exit, (0,), exitpriority=-9)  # runs last, and skips a second of teardown in torch
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         import torch
@@ -141,21 +142,21 @@ def _work(connection, device, neighbors):
             if steps is None:
                 break
             for number, (script, flags) in enumerate(steps):
-                said, healthy = _run(script, [*flags, "--device", device])
-                failures += [said] if said else []
-                if not healthy or (said and number == 0):
+                failure, healthy = _run(script, [*flags, "--device", device])
+                failures += [failure] if failure else []
+                if not healthy or (failure and number == 0):
                     break
             connection.send((failures, healthy))
 
 
 def _end_with_parent():
-    """End this process with the one that started it, however that ends: its heir is to find every folder free."""
+    """End this process when its parent ends in any way, so that the next run finds every folder unlocked."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _run(script, flags):
-    """Run a script's main; returns the sentence that it failed with, and whether the process is still to be trusted."""
+    """Run a script's main; returns its failure, a sentence or "", and whether the process can take further jobs."""
     sys.argv[0], printed = f"{script}.py", io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
@@ -164,7 +165,7 @@ def _run(script, flags):
         if stop.code == 130:
             raise KeyboardInterrupt from None
         return printed.getvalue().strip().rpartition("\n")[2] if stop.code else "", True
-    except Exception as error:  # of CUDA, some leave every later call failing
+    except Exception as error:  # after some errors of CUDA every later call fails
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(HOME))]
         place = f" ({os.path.relpath(ours[-1].filename, HOME)}, line {ours[-1].lineno})"
         return f"{script}.py: {type(error).__name__}: {' '.join(str(error).split())}{place}", False

@@ -1,11 +1,12 @@
-"""The last linear map of a tower, and what goes into it: BayesVLM is uncertain of that map only.
+"""The last linear map of a tower and its input phi, the pooled features: BayesVLM is uncertain of that map only.
 
-N images or texts, D embedding size, P size of what is pooled. An embedding is z = W phi + b + r: phi (P,) pooled by the
-tower, W (D, P) and b (D,) of its last linear map, r (D,) what SigLIP's image tower adds to that.
+N images or texts, D embedding size, P size of phi. An embedding is z = W phi + b + r: W (D, P) and b (D,) of the map,
+r (D,) the residual that SigLIP's image tower adds. Adaptors that need phi take rows `z | phi | 1`, see `join`.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from utils.errors import UserError
 
 
 class Pooled(NamedTuple):
-    embedding: Tensor  # (N, D) float32, as the model gives it, not normalized
+    embedding: Tensor  # (N, D) float32, the model's output, not normalized
     pooled: Tensor  # (N, P) float32
     residual: Tensor | None  # (N, D) float32
 
@@ -25,12 +26,12 @@ class Projection(NamedTuple):
 
 
 class Place(NamedTuple):
-    map: str  # a Parameter (P, D), which the tower multiplies by, or a Linear
-    residual: str = ""  # the module whose input is added to the map's output
-    then: str = ""  # the module after the map, which must do nothing
+    map: str  # a Parameter (P, D) that the tower multiplies by, or a Linear
+    residual: str = ""  # module whose input is added to the map's output
+    then: str = ""  # module after the map, which must be an Identity
 
 
-# The first that a model has. A Linear further down stands behind those that come after it in the tower.
+# The first one that a model has is its last map: layers that come later in a tower are listed first.
 PLACES = {
     "image": (
         Place("visual.proj"),  # open_clip's ViT, CoCa
@@ -58,7 +59,7 @@ PLACES = {
 class LastMap:
     """The last linear map of a model's `image` or `text` tower.
 
-    name: the model's, for messages. Raises UserError where the tower has none: it is never guessed.
+    name: of the model, for messages. Raises UserError if the tower ends in none of PLACES; it is never guessed.
     """
 
     def __init__(self, model, tower, name):
@@ -66,56 +67,55 @@ class LastMap:
             *above, self.attribute = place.map.split(".")
             self.owner = _at(model, above)
             self.map = getattr(self.owner, self.attribute, None)
-            nothing_after = not place.then or isinstance(_at(model, place.then.split(".")), nn.Identity)
-            if isinstance(self.map, nn.Parameter | nn.Linear) and nothing_after:
-                self.before = place.residual and _at(model, place.residual.split("."))
+            is_last = not place.then or isinstance(_at(model, place.then.split(".")), nn.Identity)
+            if isinstance(self.map, nn.Parameter | nn.Linear) and is_last:
+                self.residual = _at(model, place.residual.split(".")) if place.residual else None
                 return
         raise UserError(
-            f"the {tower} tower of {name} does not end in a linear map, which pooled features are the input of: take"
-            " another backbone, or cache without them."
+            f"the {tower} tower of {name} does not end in a linear map, whose input the pooled features are: choose"
+            " another backbone, or cache without pooled features."
         )
 
     @property
     def projection(self):
-        """W and b."""
+        """The map as W and b."""
         if isinstance(self.map, nn.Parameter):
             return Projection(self.map.T.float(), None)
         bias = self.map.bias
         return Projection(self.map.weight.float(), None if bias is None else bias.float())
 
     def read(self, encode):
-        """Call `encode`, which runs the tower once and gives its output (N, D), and keep what went into the map."""
-        stand_in = self._stand_in()
-        if stand_in is not self.map:
-            setattr(self.owner, self.attribute, stand_in)
+        """Call `encode`, which runs the tower once and returns its output (N, D); returns that with phi as a Pooled."""
+        replacement = self._replacement()
+        if replacement is not self.map:
+            setattr(self.owner, self.attribute, replacement)
             try:
                 pooled = encode().float()
             finally:
                 setattr(self.owner, self.attribute, self.map)
             return Pooled(F.linear(pooled, *self.projection), pooled, None)
-        seen = []
+        inputs = []  # of the module with the residual, if there is one, and of the map
         hooks = [
-            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-            for module in (self.before, self.map)
-            if module
+            module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            for module in (self.residual, self.map)
+            if module is not None
         ]
         try:
             embedding = encode().float()
         finally:
             for hook in hooks:
                 hook.remove()
-        *residual, pooled = (
-            x.float() if x.ndim == 2 else x[:, 0].float() for x in seen
-        )  # (N, 1, P): pooled by a query
-        return Pooled(embedding, pooled, residual[0] if residual else None)
+        # Attention pooling with one query gives (N, 1, P).
+        inputs = [x.float() if x.ndim == 2 else x[:, 0].float() for x in inputs]
+        return Pooled(embedding, inputs[-1], inputs[0] if len(inputs) > 1 else None)
 
-    def _stand_in(self):
-        """What the map must be replaced by for the tower to give phi itself: where a hook on the map cannot tell it."""
+    def _replacement(self):
+        """What replaces the map so that the tower returns phi, or the map itself if a hook on it can read phi."""
         if isinstance(self.map, nn.Parameter):
             return None
         if self.attribute != "c_proj":
             return self.map
-        # open_clip's attention pooling uses the Linear's weights and never calls it.
+        # open_clip's attention pooling uses the weights of this Linear without calling it.
         size = self.map.in_features
         identity = nn.utils.skip_init(nn.Linear, size, size, device=self.map.weight.device)
         nn.init.eye_(identity.weight)
@@ -123,15 +123,44 @@ class LastMap:
         return identity
 
 
+def join(embedding, phi, bias):
+    """Put embeddings (N, D), phi (N, P) and, where `bias` is true, a column of ones side by side: rows `z | phi | 1`.
+
+    The 1 multiplies the bias of a map that has one. All are arrays or all are tensors.
+    """
+    library = torch if isinstance(embedding, Tensor) else np
+    ones = [library.ones_like(embedding[:, :1])] if bias else []
+    return library.concatenate([embedding, phi, *ones], axis=1)
+
+
+def cut(rows, dim):
+    """Cut rows of `join` into embeddings (N, D), D = dim, and phi with its 1, (N, P) or (N, P + 1); undoes `join`."""
+    return rows[:, :dim], rows[:, dim:]
+
+
+class Joined:
+    """`join` of memory-mapped arrays that reads only the rows asked for; indexed like an array."""
+
+    def __init__(self, embedding, phi, bias):
+        self.embedding, self.phi, self.bias = embedding, phi, bias
+        self.shape = (len(embedding), embedding.shape[1] + phi.shape[1] + bias)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return join(self.embedding[rows], self.phi[rows], self.bias)
+
+
 def reconstruction_error(pooled, projection):
-    """Largest |W phi + b + r - z| / |z| over the rows of a Pooled; infinite where that is not a number."""
+    """Largest relative error |W phi + b + r - z| / |z| over the rows of a Pooled; infinite if one is NaN."""
     rebuilt = F.linear(pooled.pooled, *projection) + (0 if pooled.residual is None else pooled.residual)
     error = (rebuilt - pooled.embedding).norm(dim=-1) / pooled.embedding.norm(dim=-1)
     return torch.nan_to_num(error, nan=torch.inf).max().item()
 
 
 def _at(model, path):
-    """The module at the end of a list of names, or None."""
+    """Follow a list of attribute names from a module; returns None if one is missing."""
     for name in path:
         model = getattr(model, name, None)
     return model

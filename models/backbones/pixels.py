@@ -1,4 +1,4 @@
-"""What an image goes through before a backbone sees it. Imports no model library: every loading process needs it."""
+"""Preprocessing of images for a backbone. Imports no model library, since every loading process imports this."""
 
 import contextlib
 
@@ -9,9 +9,9 @@ from PIL.Image import Transpose
 from torchvision.transforms import CenterCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-LONGEST = 20  # sides beyond this multiple of the other are cut to it where the final crop keeps the center only
+LONGEST = 20  # a side longer than this multiple of the other is cut, if the final crop keeps the center only
 
-UPRIGHT = {  # what turns an image of each EXIF orientation upright; 1 is upright
+UPRIGHT = {  # the transpose that turns each EXIF orientation upright; 1 is upright
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -23,9 +23,9 @@ UPRIGHT = {  # what turns an image of each EXIF orientation upright; 1 is uprigh
 
 
 class Transform:
-    """A model's own resize and crop as torchvision `steps` on PIL images: any PIL image to uint8 (3, H, W).
+    """Turn any PIL image into uint8 pixels (3, H, W), by the model's own resize and crop.
 
-    Raises ValueError for gray values that have no agreed range.
+    steps: torchvision transforms of PIL images. Raises ValueError for gray values that have no agreed range.
     """
 
     def __init__(self, steps):
@@ -41,9 +41,9 @@ class Transform:
 
 
 def well_formed(image):
-    """Turn a PIL image upright, with 8 bits, in a mode that can be resized; raises ValueError where that cannot be."""
+    """Convert a PIL image: upright, 8 bits, a mode that can be resized; raises ValueError if that is not possible."""
     turn = None
-    with contextlib.suppress(Exception):  # Pillow raises many kinds on damaged EXIF, which then says nothing
+    with contextlib.suppress(Exception):  # Pillow raises many types on damaged EXIF, which is ignored
         turn = UPRIGHT.get(image.getexif().get(PIL.ExifTags.Base.Orientation))
     if turn is not None:
         image = image.transpose(turn)
@@ -53,7 +53,7 @@ def well_formed(image):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("gray values beyond 16 bits have no agreed range: save the image with 8 bits")
-        # Pillow's own conversion cuts at 255, which leaves a white image; mode I may hold 8 bits or 16.
+        # Pillow's own conversion clips at 255, to a white image; mode I may hold 8 bits or 16.
         wide = image.mode != "I" or values.max() > 255
         return PIL.Image.fromarray((values >> 8 if wide else values).astype(np.uint8))
     if image.mode in ("RGB", "L", "RGBA", "LA"):
@@ -63,7 +63,7 @@ def well_formed(image):
 
 
 def _middle(image):
-    """Cut the long side of a ribbon to its middle: resized whole, 1 x 20,000 pixels would become 224 x 4,480,000."""
+    """Crop the long side of a ribbon to its middle: resized whole, 1 x 20,000 pixels become 224 x 4,480,000."""
     most = LONGEST * min(image.size)
     width, height = (side if side <= most else most + (side - most) % 2 for side in image.size)  # keeps the center
     left, top = (image.width - width) // 2, (image.height - height) // 2
