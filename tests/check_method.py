@@ -298,9 +298,9 @@ class Case(NamedTuple):
 
 
 class Drawn(Pairs):
-    """Random pairs as if they were cached, each image with one caption or more, and what the last maps were given.
+    """Random pairs in place of a cache, with pooled features: each image has one caption or more.
 
-    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: makes it a sigmoid model.
+    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: that of a sigmoid model.
     """
 
     def __init__(self, image, text, widths=(30, 20), bias=True, logit_bias=None, seed=0):
