@@ -99,13 +99,8 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=np.arange(4), draws=1).auroc([0.1, 0.2, 0.3, 0.4], [1, 1, 0, 0]).tolist()
         [1.0, 1.0]
         """
-        seeds = list(zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True))
-        step = max(1, DRAWN // len(self._group))
-        aurocs = []
-        for start in range(0, len(self._times), step):
-            times = np.take(self._times[start : start + step], self._group, axis=1)
-            aurocs.append(np.mean([auroc_of_draws(*seed, times) for seed in seeds], axis=0))
-        return np.concatenate(aurocs)
+        seeds = zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True)
+        return np.mean([auroc_of_draws(*seed, self._times, self._group) for seed in seeds], axis=0)
 
 
 class PairedDifference(NamedTuple):

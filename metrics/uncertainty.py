@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+DRAWN = 2**18  # queries drawn at once, so that their counts stay in the processor's cache
+
 
 def auroc(uncertainty, hit):
     """AUROC of detecting wrong answers: the probability that a miss is more uncertain than a hit; ties count half.
@@ -31,17 +33,23 @@ def _auroc(hits, misses):
     return np.divide((misses * outranked).sum(axis=-1), pairs, where=pairs > 0, out=np.full(np.shape(pairs), np.nan))
 
 
-def auroc_of_draws(uncertainty, hit, times):
+def auroc_of_draws(uncertainty, hit, times, group=None):
     """AUROC (B,) of B samples of the queries; NaN for a sample that lacks hits or misses.
 
-    uncertainty, hit: (Q,), as in `auroc`. times: (B, Q), how often each query is in each sample.
+    uncertainty, hit: (Q,), as in `auroc`. times: (B, Q), how often each query is in each sample; with group (Q,), a
+    number 0 .. G - 1 for each query, it is (B, G), how often each group is.
 
     >>> auroc_of_draws([0.1, 0.2, 0.3], [1, 0, 1], np.array([[1, 1, 1], [2, 1, 0]])).tolist()
     [0.5, 1.0]
     """
     order, hit, starts = _in_order(uncertainty, hit)
-    times, hits = _sum_ties(np.take(times, order, axis=1), hit, starts)
-    return _auroc(hits, times - hits)
+    columns = order if group is None else group[order]
+    step = max(1, DRAWN // len(hit))
+    aurocs = []
+    for start in range(0, len(times), step):
+        queries, hits = _sum_ties(np.take(times[start : start + step], columns, axis=1), hit, starts)
+        aurocs.append(_auroc(hits, queries - hits))
+    return np.concatenate(aurocs)
 
 
 def _sum_ties(times, hit, starts):
@@ -246,9 +254,6 @@ def _correlation(a, rows):
     size = np.sqrt((a**2).sum() * (centered**2).sum(axis=1))
     varies = (size > 0) & (np.ptp(rows, axis=1) > 0)
     return np.clip(np.divide(centered @ a, size, where=varies, out=np.zeros(len(rows))), -1, 1)
-
-
-DRAWN = 2**18  # queries drawn at once, so that their counts stay in the processor's cache
 
 
 def times_drawn(count, draws, seed, step):

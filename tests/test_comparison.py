@@ -230,7 +230,8 @@ def answers(queries=60, seed=0, values=10**6):
 @pytest.mark.parametrize("at_once", [2**18, 100])
 def test_paired_bootstrap_by_a_loop(monkeypatch, values, at_once):
     """Groups of queries are drawn, the same for both methods; statistics are averaged over seeds draw by draw."""
-    monkeypatch.setattr(comparison, "DRAWN", at_once)
+    for module in ("comparison", "uncertainty"):
+        monkeypatch.setattr(f"metrics.{module}.DRAWN", at_once)
     uncertainty, hit, group = answers(values=values)
     draws = comparison.PairedBootstrap(group, draws=50, seed=3)
     statistics = [(draws.mean(h), draws.auroc(u, h)) for u, h in zip(uncertainty, hit, strict=True)]
