@@ -451,7 +451,7 @@ def test_classification_has_a_temperature_matched_to_its_own(place, capsys):
         part = results_of[f"bayesvlm+{tag}"]["image_to_class"]
         assert part["calibration"]["model"]["nll"] == pytest.approx(nll, rel=1e-4)
         assert part["uncertainty"]["query"]["family"] == "query-only"
-    [_, block] = evaluations.read(place / "results")
+    [_, block] = evaluations.read(place / "results")  # the first part is the Comparison
     table = classification(block)
     names = [row.name for _, rows in table.groups for row in rows]
     assert names[:2] == ["clip", "clip + temperature"] and "Matched temperature" in table.note
