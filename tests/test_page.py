@@ -215,8 +215,9 @@ def test_page_is_self_contained(page):
 
 def test_each_picture_is_in_the_page_once(page):
     text = page.read_text(encoding="utf-8")
-    kept = [attributes["href"] for tag, attributes in Page(text).tags if tag == "image" and "href" in attributes]
-    assert len(kept) == len(set(kept)) == IMAGES // 2 and text.count('<use href="#p') > 10 * len(kept)
+    pictures = [attributes["href"] for tag, attributes in Page(text).tags if tag == "image" and "href" in attributes]
+    assert len(pictures) == len(set(pictures)) == IMAGES // 2
+    assert text.count('<use href="#p') > 10 * len(pictures)
 
 
 def test_captions_stay_text_and_missing_images_are_named(page):
@@ -280,9 +281,9 @@ def test_differences_sort_by_their_number(page, others, opened):
     active = next(part for part in others if part.task == "active")
     [(_, rows), _] = active.tables[1].groups
     gaps = {row.name: row.cells["nll_25_gap"].mean for row in rows if "nll_25_gap" in row.cells}
-    at = 2 + [column.key for column in active.tables[1].columns].index("nll_25_gap")
+    index = 2 + [column.key for column in active.tables[1].columns].index("nll_25_gap")
     table = tab.locator(".scroll[aria-labelledby$=-nll] table")
-    table.locator("thead tr").last.locator("th").nth(at).locator("button").click()
+    table.locator("thead tr").last.locator("th").nth(index).locator("button").click()
     names = table.locator("tbody tr:not(.reference) th").all_inner_texts()
     assert names == [*sorted(gaps, key=gaps.get, reverse=True), "random"] and len(gaps) == 6
 
@@ -405,8 +406,9 @@ def test_risk_coverage_ends_with_all_queries(blocks):
 
 def test_bins_hold_the_percentiles_of_their_values():
     ambiguity = np.repeat([0.0, math.log(10), math.log(1000)], [101, 101, 3])  # three captions are too few
-    at, (low, middle, high) = panels.binned(ambiguity, np.concatenate([np.arange(101), np.arange(101) + 7, [9, 9, 9]]))
-    assert at == pytest.approx([0, math.log(10)])
+    uncertainty = np.concatenate([np.arange(101), np.arange(101) + 7, [9, 9, 9]])
+    centers, (low, middle, high) = panels.binned(ambiguity, uncertainty)
+    assert centers == pytest.approx([0, math.log(10)])
     assert (low, middle, high) == (pytest.approx([10, 17]), pytest.approx([50, 57]), pytest.approx([90, 97]))
 
 
