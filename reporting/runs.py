@@ -1,4 +1,4 @@
-"""Results of eval.py: one file, and those that may stand in one table."""
+"""Results of eval.py: one file, and a block of those that may stand in one table."""
 
 import zipfile
 import zlib
@@ -82,8 +82,8 @@ def baseline_of(block):
 def has_uncertainty(run):
     """Whether a Result is of a method with an uncertainty of its own."""
     values = run.values
-    sides = any(values[side]["levels_by"] for side in DIRECTIONS if side in values)
-    return sides or "query" in (values.get("hierarchy") or {}).get("uncertainty", {})
+    has_levels = any(values[side]["levels_by"] for side in DIRECTIONS if side in values)
+    return has_levels or "query" in (values.get("hierarchy") or {}).get("uncertainty", {})
 
 
 def is_unified(runs):
@@ -98,20 +98,20 @@ def seeds_of(runs):
 
 def data_sets(block):
     """What the results of a block were evaluated on: {evaluated_on: (data set, split)}."""
-    found = {}
+    names = {}
     for run in block.runs:
         data, split = run.values["evaluated_on"], run.values["split"]
-        found.setdefault(data, (data.removesuffix(f"+{split}"), split))
-    return found
+        names.setdefault(data, (data.removesuffix(f"+{split}"), split))
+    return names
 
 
 def find(values, *path):
-    """What lies at a path of keys in nested dicts, None where there is no such thing."""
+    """The value at a path of keys in nested dicts; None where a key is missing."""
     for key in path:
         values = None if values is None else values.get(key)
     return values
 
 
 def level_counts(part):
-    """How many queries each level of one side of a result holds: as many of any uncertainty that is not constant."""
+    """How many queries each level of one direction of a result holds, the same for every uncertainty with levels."""
     return next((record["levels"]["count"] for record in part["uncertainty"].values() if "levels" in record), [])

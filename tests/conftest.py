@@ -1,3 +1,5 @@
+"""Fixtures that several tests share: a small cached world, the real files of the workplace, refusals."""
+
 import os
 import shutil
 from pathlib import Path
@@ -6,12 +8,10 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import filelock
-import numpy as np
 import pytest
 import torch
 
 import cache_embeddings
-from datasets.embeddings import Pairs
 from datasets.shapes import VALUES, Shapes
 
 torch.set_num_threads(1)  # small widths: threads only wait for one another
@@ -43,30 +43,6 @@ def put(tree, path, value):
 def homogeneous(phi):
     """Append to phi (N, P - 1) the 1 that multiplies a bias, (N, P)."""
     return torch.nn.functional.pad(phi, (0, 1), value=1.0)
-
-
-class Drawn(Pairs):
-    """Random pairs in place of a cache, with pooled features: each image has one caption or more.
-
-    widths: P of both towers, without the 1. bias: whether their maps have one. logit_bias: that of a sigmoid model.
-    """
-
-    def __init__(self, image, text, widths=(30, 20), bias=True, logit_bias=None, seed=0):
-        rng = np.random.default_rng(seed)
-        self.folder, self.command = Path("drawn"), "python cache_embeddings.py"
-        self.image, self.text, dim = image, text, image.shape[1]
-        self.image_id, self.image_of_text = np.arange(len(image)) + 1000, np.arange(len(text)) % len(image)
-        self.arrays, self.projection = {}, {}
-        for side, rows, width in zip(("image", "text"), (image, text), widths):
-            self.arrays[f"{side}_pooled"] = rng.standard_normal((len(rows), width)).astype(rows.dtype)
-            self.projection[f"{side}_weight"] = rng.standard_normal((dim, width))
-            if bias:
-                self.projection[f"{side}_bias"] = rng.standard_normal(dim)
-        self.meta = {"dim": dim, "features": "pooled", "logit_scale": 20.0, "logit_bias": logit_bias}
-        self.meta |= {"id_space": "drawn", "encoder_fingerprint": "drawn"}
-
-    def _array(self, name):
-        return self.arrays[name]
 
 
 @pytest.fixture

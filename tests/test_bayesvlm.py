@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import POOLED, SMALL_WORLD, Drawn, homogeneous, write_classes
+from check_method import Drawn
+from conftest import POOLED, SMALL_WORLD, homogeneous, made_once, write_classes
 
 import cache_embeddings
 import eval as evaluation
@@ -37,14 +39,14 @@ FOLDER = "shapes/shapes-tiny/{}/seed0"
 @pytest.fixture(scope="module")
 def pooled_world(tmp_path_factory):
     """A folder where a small `shapes`, and its val images in folders by shape, are cached with pooled features."""
-    folder = tmp_path_factory.mktemp("pooled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+
+    def make():
         cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
-        write_classes(folder / "drawn")
+        write_classes(Path("drawn"))
         templates = "data.options.templates=['a photo of a {}', 'a {}', 'there is a {}']"
         cache_embeddings.main([*CLASSES, "--root", "drawn", *POOLED, "--set", templates])
-    return folder
+
+    return made_once(tmp_path_factory, "pooled", make)
 
 
 @pytest.fixture
@@ -449,7 +451,7 @@ def test_classification_has_a_temperature_matched_to_its_own(place, capsys):
         part = results_of[f"bayesvlm+{tag}"]["image_to_class"]
         assert part["calibration"]["model"]["nll"] == pytest.approx(nll, rel=1e-4)
         assert part["uncertainty"]["query"]["family"] == "query-only"
-    [block] = evaluations.read(place / "results")
+    [_, block] = evaluations.read(place / "results")  # the first part is the Comparison
     table = classification(block)
     names = [row.name for _, rows in table.groups for row in rows]
     assert names[:2] == ["clip", "clip + temperature"] and "Matched temperature" in table.note

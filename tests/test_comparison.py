@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import POOLED, SMALL_WORLD, write_classes
+from conftest import POOLED, SMALL_WORLD, made_once, write_classes
 from scipy import stats
 from test_report import make_result, mean, rows_of, save
 
@@ -34,16 +35,16 @@ RESULT = "results/shapes/shapes-tiny/bayesvlm/seed0/folder+test-classification.j
 @pytest.fixture(scope="module")
 def halved(tmp_path_factory):
     """A folder with a small `shapes` and its val images in folders by shape, half of them as val and half as test."""
-    folder = tmp_path_factory.mktemp("halved")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+
+    def make():
         cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
-        write_classes(folder / "drawn", ["val", "test"])
+        write_classes(Path("drawn"), ["val", "test"])
         cache_embeddings.main([*CLASSES, "--root", "drawn", *POOLED, "--splits", "val", "test"])
         run = ["--dataset", "shapes", "--device", "cpu", "--quiet"]
         train.main([*run, "--method", "clip", "--val-fraction", "0"])
         train.main([*run, "--method", "bayesvlm", "--set", "model.candidates=160"])
-    return folder
+
+    return made_once(tmp_path_factory, "halved", make)
 
 
 @pytest.fixture

@@ -153,10 +153,11 @@ def test_every_figure_by_a_slow_script(world, method, levels):
         assert part["regret"] == pytest.approx((limit - hits[1]).mean())
         at_r = []
         for row, positive in zip(rows, fits, strict=True):
-            # Musgrave et al.: precision at every positive of the first R.
-            relevant = positive[np.argsort(-row, kind="stable")][: positive.sum()]
-            precision = np.cumsum(relevant) / np.arange(1, len(relevant) + 1)
-            at_r.append([(precision * relevant).sum() / len(relevant), relevant.mean()])
+            # Musgrave et al.: precision at every positive of the first R; two scores may tie, in either order.
+            for order in (np.argsort(-row, kind="stable"), np.lexsort([-np.arange(len(row)), -row])):
+                relevant = positive[order][: positive.sum()]
+                precision = np.cumsum(relevant) / np.arange(1, len(relevant) + 1)
+                at_r.append([(precision * relevant).sum() / len(relevant), relevant.mean()])
         assert [part["map_at_r"], part["r_precision"]] == pytest.approx(np.mean(at_r, axis=0), abs=1e-6)
         best, second = -np.sort(-rows, axis=1)[:, :2].T
         posterior = torch.tensor(rows).double().mul(adaptor.posterior_scale).softmax(dim=1).numpy()
@@ -264,7 +265,7 @@ def test_chains_of_prompts_by_a_slow_script(trained, refusal):
         for d in range(6):
             assert figures["mean_by_depth"][str(d)] == pytest.approx(np.mean(np.array(values)[depth == d]), rel=1e-6)
     message = refusal(evaluation.main, *RUN, "--task", "classification")
-    assert "has captions and no classes: --task classification is not for it" in message
+    assert "has captions and no classes: --task classification does not apply to it" in message
 
 
 def test_the_reference_suites_levels(trained):

@@ -23,7 +23,6 @@ from reporting import page as pages
 from reporting import studies as study_results
 from reporting.figures import lines as line_figures
 from reporting.figures import panels, style
-from reporting.runs import Block
 from reporting.words import NONE
 from tasks import Choices, classification, hierarchy, retrieval
 from utils.files import save_arrays
@@ -300,6 +299,7 @@ DRAWN = {
     "retrieval": FIGURES,
     "classification": FIGURES - {"hierarchy", "overview"},
     "hierarchy": {"hierarchy"},
+    "comparison": set(),
 }
 
 
@@ -388,7 +388,7 @@ def test_title_names_the_uncertainty_that_defines_the_levels():
 
 def test_names_of_variants_stay_text(blocks):
     name = "pfe+$_^<script>&"
-    block = Block("retrieval", "shapes", "tiny", {name: blocks[0].results["both"]})
+    block = evaluations.Evaluation("retrieval", "shapes", "tiny", {name: blocks[0].results["both"]})
     text = pages.page("shapes", [block], style.looks([block]))
     assert "<script>&" not in text and text.count("$_^&lt;script&gt;&amp;") > 10
 

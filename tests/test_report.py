@@ -108,6 +108,8 @@ def save(folder, result):
     for side in ("text_to_image", "image_to_text", "image_to_class"):
         arrays |= {f"{side}_{name}": spread for name in ("uncertainty", "entropy", "top", "margin", "probability")}
         arrays |= {f"{side}_hit": np.tile([0.0, 1.0], 50), f"{side}_limit": spread}
+    for probabilities in ("model", "temperature"):
+        arrays |= {f"image_to_class_{probabilities}_{name}": spread for name in ("nll", "confidence", "hit")}
     np.savez_compressed(path.with_suffix(".npz"), **arrays)
     return path
 
@@ -140,7 +142,8 @@ def block(folder):
 
 
 def blocks_of(folder):
-    return evaluations.read(folder / "shapes")
+    """The evaluations in a folder of results, without comparisons over data sets."""
+    return [part for part in evaluations.read(folder / "shapes") if part.task in TASKS]
 
 
 def tables_of(*blocks):
@@ -345,7 +348,7 @@ def test_constant_uncertainty_has_a_note_and_no_figures(tmp_path):
     write(tmp_path, "prolip", 0, 0.3, -0.5)
     for name in ("uncertainty", "levels"):
         table = table_of(tmp_path, name)
-        assert table.note.endswith("All queries are equally uncertain, so that there are no figures: pfe (image→text).")
+        assert table.note.endswith("All queries are equally uncertain, so there are no figures: pfe (image→text).")
     table = table_of(tmp_path, "uncertainty")
     assert mean(table, "pfe", "image_to_text_s") is None and mean(table, "prolip", "image_to_text_s") == -0.5
     lines = formats.to_text(blocks_of(tmp_path)).splitlines()

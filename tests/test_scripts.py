@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from test_check_method import write_readme_example
 
 import eval as evaluation
 import train
@@ -45,29 +47,22 @@ def test_mistakes_end_with_one_sentence_and_code_2(script, tmp_path):
 
 
 def test_a_method_is_one_file_and_one_yaml(world, monkeypatch, capsys):
-    """A YAML and a module that nothing names are in --help, train, evaluate and in the report."""
+    """README's example, a YAML and a module that nothing names, is in --help, train, evaluate and in the report."""
     home = world / "home"
     shutil.copytree(HOME / "configs", home / "configs")
-    (home / "configs/methods/raw-length.yaml").write_text("model: {adaptor: raw_length.RawLength}\nscore: similarity\n")
-    (home / "raw_length.py").write_text(
-        "from models.base import Adaptor\n\n\n"
-        "class RawLength(Adaptor):\n"
-        "    def __init__(self, dim):\n        super().__init__()\n\n"
-        "    def adapt_text(self, text):\n"
-        "        return super().adapt_text(text)._replace(uncertainty=-text.norm(dim=-1))\n"
-    )
-    monkeypatch.syspath_prepend(str(home))
+    write_readme_example(home, monkeypatch)
     monkeypatch.setattr("utils.config.HOME", home)
-    assert "raw-length" in known("methods")
+    assert "mine" in known("methods")
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    assert "raw-length" in capsys.readouterr().out
+    assert " mine," in " ".join(capsys.readouterr().out.split())
     for script in (train, evaluation):
-        script.main(["--dataset", "shapes", "--method", "raw-length", "--quiet"])
-    result = json.loads((world / "results/shapes/shapes-tiny/raw-length/seed0/shapes-retrieval.json").read_text())
+        script.main(["--dataset", "shapes", "--method", "mine", "--quiet"])
+    result = json.loads((world / "results/shapes/shapes-tiny/mine/seed0/shapes-retrieval.json").read_text())
     assert len(result["text_to_image"]["uncertainty"]["query"]["levels"]["count"]) == 10
     import report
 
+    capsys.readouterr()
     report.main(["--dataset", "shapes"])
-    assert "raw-length" in capsys.readouterr().out
-    assert "raw-length" in (world / "results/shapes/report.html").read_text()
+    assert re.search(r"\bmine\b", capsys.readouterr().out)
+    assert ">mine<" in (world / "results/shapes/report.html").read_text()

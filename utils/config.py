@@ -170,6 +170,16 @@ def presets_of(method):
     return ["default", *_named("methods", method).get("presets", {})]
 
 
+def contract_of(method, preset="default"):
+    """Read the section `contract` of a method's YAML, overridden by its preset's: for tests/check_method.py."""
+    values, where = _named("methods", method), f"configs/methods/{method}.yaml"
+    chosen = _mapping(values.get("presets", {}), f"{where}: presets").get(preset, {})
+    contract = {}
+    for layer in (values, _mapping(chosen, where)):
+        _merge(contract, _mapping(layer.get("contract", {}), f"{where}: contract"))
+    return contract
+
+
 def load_backbone(name):
     """Resolve the Encoder of a backbone; raises UserError as `load_config` does."""
     return _build(Encoder, _named("backbones", name).get("encoder", {}), f"configs/backbones/{name}.yaml: encoder")
@@ -199,7 +209,10 @@ def load_config(
         unknown = set(on) - set(known("datasets"))
         if unknown:
             raise UserError(f"{where}: on names '{unknown.pop()}'; there is {', '.join(known('datasets'))}.")
-        layers += [of_method, _mapping(on.get(dataset, {}), f"{where}: on"), _mapping(presets.get(preset, {}), where)]
+        of_preset = _mapping(presets.get(preset, {}), where)
+        for layer in (of_method, of_preset):
+            layer.pop("contract", None)  # no part of a run's configuration, see `contract_of`
+        layers += [of_method, _mapping(on.get(dataset, {}), f"{where}: on"), of_preset]
     if mean:
         layers.append({"model": {"mean": mean}})
     if objective == "infonce":

@@ -171,7 +171,7 @@ def _comparison(groups, looks, width, over, up, each):
     split = [[list(group.lines)] if together else _by_method(group.lines, looks) for group in groups]
     across = len(groups) if together and width >= style.WIDE else 1
     columns = min(3 if width >= style.WIDE else 2, max(map(len, split)))
-    in_line = max(1, int(width / across / (0.55 + 0.075 * max(map(len, _labels(groups))))))
+    in_line = style.legend_columns(_labels(groups), width / across)
     most = max(len(group.context) + (len(group.lines) if together else 1) for group in groups)
     heights = [2.3] * len(groups)
     if not together:

@@ -34,7 +34,7 @@ def overview(block, looks, width=style.WIDE):
     if not runs:
         return None
     wide = width >= style.WIDE
-    in_line = 5 if wide else 2
+    in_line = style.legend_columns([*runs, "Bayes-optimal"], width)
     below = 0.15 + 0.18 * math.ceil((len(runs) + 1) / in_line)
     with matplotlib.rc_context(style.rc()):
         figure, [(part, legend)] = style.parts(width, [2.9 if wide else 5.2], below)

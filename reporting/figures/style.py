@@ -164,6 +164,11 @@ def parts(width, heights, below, across=1):
     return figure, list(zip(grid[::2].ravel(), grid[1::2].ravel()))
 
 
+def legend_columns(labels, width):
+    """The number of columns in which a legend of these labels fits into `width` inches."""
+    return max(1, int(width / (0.55 + 0.075 * max(map(len, labels)))))
+
+
 def finish_grid(grid, count, columns):
     """Take away the panels of a grid that are not used, and number the lowest of each column."""
     for i, axes in enumerate(grid):

@@ -1,0 +1,183 @@
+"""Caches, runs and results written before reporting/, labeling/ and models/backbones/ existed work as they did then.
+
+tests/data/before_move/README.md lists the files and the commands that made them.
+"""
+
+import csv
+import html
+import io
+import json
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cache_embeddings
+import eval as evaluation
+import report
+import reproduce
+import train
+import uncertainty
+
+ARCHIVE = Path(__file__).parent / "data" / "before_move" / "files.tar.xz"
+TOLERANCE = 1e-6  # of float32 arithmetic on another machine; on the machine that made the files all digits agree
+ADDED = {"gains"}  # tables that reports did not have
+OPTIONS = ["--quiet", "--device", "cpu"]
+LEVELS = ["--uncer_levels", "4"]
+SIZES = [f"data.options.{option}" for option in ("train_images=32", "val_images=32", "captions_per_image=2")]
+TRAINING = ["--set", "model.width=16", "train.epochs=20", "optim.lr=1e-2"]
+RUNS = {
+    "clip/seed0": ["--method", "clip"],
+    "asymvlm-psd/seed0": ["--method", "asymvlm-psd", *TRAINING],
+    "asymvlm-psd/seed1": ["--method", "asymvlm-psd", "--seed", "1", *TRAINING],
+    "pfe/seed0": ["--method", "pfe", *TRAINING, "train.val_fraction=0"],
+}
+EVALUATIONS = {
+    "clip/seed0/shapes-retrieval": "--dataset shapes --method clip --score both",
+    "asymvlm-psd/seed0/shapes-retrieval": "--dataset shapes --method asymvlm-psd --score both",
+    "asymvlm-psd/seed1/shapes-retrieval": "--dataset shapes --method asymvlm-psd --seed 1 --score both",
+    "pfe/seed0/shapes-retrieval": "--dataset shapes --method pfe --score both",
+    "asymvlm-psd/seed0/shapes-hierarchy": "--dataset shapes --method asymvlm-psd --task hierarchy",
+    "clip/seed0/shapes-objects-classification": (
+        "--dataset shapes-objects --train-dataset shapes --method clip --val val"
+    ),
+    "pfe/seed0/shapes-objects-classification": "--dataset shapes-objects --train-dataset shapes --method pfe --val val",
+}
+PROMPTS = [
+    "a photo", "a photo of a circle", "a photo of a small red circle",
+    "a photo of a small red circle in the center on a black background",
+]  # fmt: skip
+IMAGE = "data/shapes/v1-seed0-96px/val/000000.jpg"
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The files of the archive, never written to."""
+    folder = tmp_path_factory.mktemp("before_move")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def old(unpacked, tmp_path, monkeypatch):
+    """A copy of the files as the working folder."""
+    folder = shutil.copytree(unpacked, tmp_path / "old")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def contents(*folders):
+    """The bytes of all files under folders, without locks."""
+    paths = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths if path.suffix != ".lock"}
+
+
+def assert_same(value, expected, place="", tolerance=TOLERANCE):
+    """Compare nested dicts and lists: floats up to a relative and absolute tolerance, everything else exactly."""
+    if isinstance(expected, dict):
+        assert value.keys() == expected.keys(), place
+        for name in expected:
+            assert_same(value[name], expected[name], f"{place}/{name}", tolerance)
+    elif isinstance(expected, list):
+        assert len(value) == len(expected), place
+        for i, pair in enumerate(zip(value, expected, strict=True)):
+            assert_same(*pair, f"{place}/{i}", tolerance)
+    elif isinstance(expected, float):
+        assert value == pytest.approx(expected, rel=tolerance, abs=tolerance), place
+    else:
+        assert value == expected, place
+
+
+def csv_rows(text):
+    """The rows of a table.csv, without those of tables that were added since: lists of fields, numbers as floats."""
+    head, *rows = csv.reader(io.StringIO(text))
+    kept = [dict(zip(head, row, strict=True)) for row in rows if row[head.index("table")] not in ADDED]
+    return [row | {name: float(row[name]) for name in ("mean", "sd") if row[name]} for row in kept]
+
+
+def markdown_rows(text):
+    """The rows of every Markdown table, in order, without heads: lists of lists of cells."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[line.strip("| \n").split(" | ") for line in block.splitlines()[2:]] for block in blocks]
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "shapes-colors"])
+def test_report_gives_the_same_tables(old, monkeypatch, dataset):
+    monkeypatch.setattr(report, "write_figures", lambda *_: None)  # the page draws the same ones
+    folder = Path("results", dataset)
+    before = {name: (folder / name).read_text(encoding="utf-8") for name in ("table.csv", "table.md")}
+    report.main(["--dataset", dataset, "--quiet"])
+    after = {name: (folder / name).read_text(encoding="utf-8") for name in before}
+    assert_same(csv_rows(after["table.csv"]), csv_rows(before["table.csv"]), tolerance=1e-12)
+    tables = markdown_rows(after["table.md"])
+    added = [table for table in tables if table not in markdown_rows(before["table.md"])]
+    assert [table for table in tables if table not in added] == markdown_rows(before["table.md"])
+    assert len(added) == (dataset == "shapes")
+    page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    parts = re.findall(r"^## (.*)$", before["table.md"], re.MULTILINE)
+    assert parts and all(f">{part}</h2>" in page for part in parts)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_eval_gives_the_same_figures(old, name):
+    path = Path("results/shapes/shapes-tiny", f"{name}.json")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    with np.load(path.with_suffix(".npz")) as file:
+        arrays = dict(file)
+    path.unlink()
+    levels = [] if name.endswith("hierarchy") else LEVELS
+    evaluation.main([*EVALUATIONS[name].split(), *levels, *OPTIONS])
+    assert_same(json.loads(path.read_text(encoding="utf-8")), before)
+    with np.load(path.with_suffix(".npz")) as file:
+        for key, expected in arrays.items():
+            assert file[key].dtype == expected.dtype, key
+            np.testing.assert_allclose(file[key], expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=key)
+
+
+def test_uncertainty_of_prompts_has_the_same_digits(old, capsys):
+    uncertainty.main(["--dataset", "shapes", "--method", "asymvlm-psd", "--device", "cpu", *PROMPTS])
+    assert capsys.readouterr().out == Path("uncertainty-asymvlm-psd.txt").read_text()
+
+
+def test_uncertainty_of_prompts_and_an_image_has_the_same_digits(old, capsys):
+    uncertainty.main(["--dataset", "shapes", "--method", "pfe", "--device", "cpu", *PROMPTS, IMAGE])
+    *lines, image = capsys.readouterr().out.splitlines()
+    *expected, expected_image = Path("uncertainty-pfe.txt").read_text().splitlines()
+    assert lines == expected
+    # Another version of Pillow may decode or resize the image to slightly other pixels.
+    (name, value), (expected_name, expected_value) = image.split(), expected_image.split()
+    assert name == expected_name and float(value) == pytest.approx(float(expected_value), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_counts_as_trained(old, capsys, name):
+    before = contents("checkpoints")
+    train.main(["--dataset", "shapes", *RUNS[name], *OPTIONS])
+    assert capsys.readouterr().out == f"checkpoints/shapes/shapes-tiny/{name}: already trained\n"
+    assert contents("checkpoints") == before
+
+
+@pytest.mark.parametrize(
+    ("methods", "flags", "names"),
+    [
+        (["clip"], [], ["clip/seed0"]),
+        (["asymvlm-psd"], ["--seeds", "0", "1", *TRAINING], ["asymvlm-psd/seed0", "asymvlm-psd/seed1"]),
+        (["pfe"], [*TRAINING, "train.val_fraction=0"], ["pfe/seed0"]),
+    ],
+)
+def test_a_cell_of_the_grid_counts_as_done(old, capsys, methods, flags, names):
+    grid = ["--datasets", "shapes", "--methods", *methods, "--score", "both", *LEVELS]
+    reproduce.main([*grid, "--dry-run", *flags])
+    done = [f"done   shapes/shapes-tiny/{name}" for name in names]
+    assert capsys.readouterr().out.splitlines() == [*done, f"{len(names)} of {len(names)} cells are done."]
+
+
+def test_a_cache_counts_as_made(old, capsys):
+    before = contents("embeddings")
+    cache_embeddings.main(["--dataset", "shapes", *OPTIONS, "--set", *SIZES])
+    assert [line.endswith(" (already there)") for line in capsys.readouterr().out.splitlines()] == [True, True]
+    assert contents("embeddings") == before
