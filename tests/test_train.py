@@ -195,14 +195,14 @@ def test_held_out_images_are_nobody_elses():
 
 
 def test_the_epoch_with_the_least_validation_loss_is_kept(world):
-    # Steps this long undo what the first epochs have learned.
-    train.main([*COMMAND, "optim.lr=0.3", "train.epochs=8", "model.mean=learned", "--seed", "5"])
-    folder = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed5"
+    # Means learned from nothing overfit 300 images: from about the twelfth epoch on the loss rises.
+    train.main([*COMMAND, "optim.lr=0.02", "train.epochs=30", "model.mean=learned", "--seed", "3"])
+    folder = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed3"
     losses = [float(row["val_loss"]) for row in read_log(folder)]
-    adaptor, config, _ = Run(load_config("shapes", "asymvlm-psd", seed=5)).load("cpu")
+    adaptor, config, _ = Run(load_config("shapes", "asymvlm-psd", seed=3)).load("cpu")
     assert config.train.val_fraction == 0.1  # 1,500 captions are few
     pairs = Pairs("shapes", "shapes-tiny", "train")
-    _, blocks = hold_out(pairs.image_of_text, 0.1, seed=5)
+    _, blocks = hold_out(pairs.image_of_text, 0.1, seed=3)
     image, text, image_of_text = pairs.to("cpu")
     loss, temperature = train.validate(adaptor, image, text, image_of_text, blocks)
     assert loss == pytest.approx(min(losses), rel=1e-5) and loss < losses[-1]
@@ -210,9 +210,9 @@ def test_the_epoch_with_the_least_validation_loss_is_kept(world):
 
 
 def test_training_ends_when_validation_gains_no_more(world):
-    train.main([*COMMAND, "optim.lr=0.3", "train.epochs=30", "train.patience=3", "model.mean=learned"])
+    train.main([*COMMAND, "optim.lr=0.02", "train.epochs=40", "train.patience=3", "model.mean=learned"])
     losses = [float(row["val_loss"]) for row in read_log(world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0")]
-    assert len(losses) == np.argmin(losses) + 4 < 30
+    assert len(losses) == np.argmin(losses) + 4 < 40
 
 
 def test_the_start_is_kept_where_training_only_spoils_it(world, capsys):
