@@ -94,7 +94,7 @@ def main(argv=None):
         if listing.embeddings is not None and args.features == "pooled":
             raise UserError(f"'{config.dataset}' has embeddings but no pooled features: leave out --features pooled.")
         wanted = identity(config, split, source, listing, args.features)
-        if ranks.told(ranks.first and finished(folder, wanted, args)):
+        if ranks.broadcast(ranks.first and finished(folder, wanted, args)):
             say(ranks, folder, " (already there)")
         else:
             todo.append((folder, wanted, listing))

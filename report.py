@@ -74,18 +74,21 @@ def write_tables(folder, parts):
         write_text(folder / f"table.{suffix}", write(parts))
 
 
-def write_figures(folder, kinds, looks, quiet):
-    """Write every figure of the parts of every kind as PNG and PDF, in place of those of an earlier report."""
+def write_figures(folder, kinds, looks, drawings, quiet):
+    """Write every figure of the parts of every kind as PNG and PDF, in place of those of an earlier report.
+
+    drawings: as style.drawings.
+    """
     for name in style.names():  # with fewer parts, they had other suffixes
         for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
             old.unlink()
     draws = []
     for parts in kinds:
-        drawn = [part for part in parts if style.drawings(part, looks)]
+        drawn = [part for part in parts if drawings(part, looks)]
         for part, suffix in zip(drawn, suffixes(drawn), strict=True):
-            draws += [(draw, folder / f"{drawing.name}{suffix}") for drawing, draw in style.drawings(part, looks)]
+            draws += [(draw, folder / f"{drawing.name}{suffix}") for drawing, draw in drawings(part, looks)]
     for draw, stem in tqdm(draws, desc="figures", unit="figure", leave=False, disable=quiet or None):
-        figure = draw()
+        figure = draw(style.WIDE)
         if figure:
             style.save(figure, stem)
 
@@ -98,9 +101,10 @@ def main(argv=None):
     parts = [part for parts in kinds for part in parts]
     looks = style.looks([part for part in parts if part.task in TASKS])
     write_tables(folder, parts)
-    write_figures(folder, kinds, looks, args.quiet)
+    drawings = style.drawn_once()  # for the files and for the page
+    write_figures(folder, kinds, looks, drawings, args.quiet)
     path = folder / "report.html"
-    write_text(path, page.page(args.dataset, parts, looks))
+    write_text(path, page.page(args.dataset, parts, looks, drawings))
     if not args.quiet:
         print(formats.to_text(parts), end="\n\n")
     print(path)

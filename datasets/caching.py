@@ -66,7 +66,7 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
     }
     # The plan excludes the content of files: if one image is fixed, the blocks of the others remain valid.
     job = plan | {"files_fingerprint": identity["files_fingerprint"]}
-    if ranks.told(job) != job:
+    if ranks.broadcast(job) != job:
         raise UserError(
             f"process {ranks.rank} of {ranks.world} lists other images and captions than the first, or computes in"
             " another precision: give all the same files, and devices of one kind or --set encoder.precision."
@@ -74,18 +74,18 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
     blocks = Blocks(folder)
     if ranks.first:
         blocks.begin(plan)
-    ranks.told(None)
+    ranks.broadcast(None)
     encoder = BlockEncoder(blocks, backbone, ranks, pooled, **options)
     prompts = [prompt for chain in listing.chains for prompt in chain]
     # Texts come first: they take less time, and a missing tokenizer stops the run before hours of images.
     encoder.texts("text", [caption.text for caption in listing.captions])
     encoder.texts("prompt", prompts)
     encoder.images(source, listing.images)
-    ranks.told(None)
+    ranks.broadcast(None)
     if ranks.first:
         _join(folder, identity, listing, backbone, encoder, prompts)
         shutil.rmtree(blocks.folder)
-    ranks.told(None)
+    ranks.broadcast(None)
 
 
 def _join(folder, identity, listing, backbone, encoder, prompts):

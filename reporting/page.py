@@ -24,10 +24,10 @@ OPENING = ("gains", "overview")  # the table and the figure that the page opens 
 UNIFIED = " Dashes and hollow markers: trained by the unified objective."
 
 
-def page(dataset, parts, looks):
+def page(dataset, parts, looks, drawings=style.drawings):
     """Render the page of all Parts of a report.
 
-    dataset: trained on. looks: dict of variant to its figures.style.Look.
+    dataset: trained on. looks: dict of variant to its figures.style.Look. drawings: as style.drawings.
     """
     folder = Path(__file__).parent
     environment = jinja2.Environment(
@@ -43,11 +43,12 @@ def page(dataset, parts, looks):
     pictures = Pictures()
     opening = next((part for part in parts if part.task == "retrieval"), None)
     sections = [
-        _section(part, looks, pictures, f"b{i}", OPENING if part is opening else ()) for i, part in enumerate(parts, 1)
+        _section(part, looks, drawings, pictures, f"b{i}", OPENING if part is opening else ())
+        for i, part in enumerate(parts, 1)
     ]
     return environment.get_template("page.html.j2").render(
         dataset=dataset,
-        opening=opening and _opening(opening, looks),
+        opening=opening and _opening(opening, looks, drawings),
         sections=sections,
         adaptors=any(part.task in TASKS for part in parts),
         pictures=pictures,
@@ -73,16 +74,16 @@ class Pictures:
         return self.kept.setdefault(uri, (len(self.kept), size))[0]
 
 
-def _opening(part, looks):
+def _opening(part, looks, drawings):
     """What the page opens with: the findings of a Part of retrieval."""
     return {
         "title": part.title, "summary": part.summary, "sentences": findings.sentences(part),
         "table": next((table for table in part.tables if table.name in OPENING), None),
-        "figures": _figures(part, looks, "found", lambda name: name in OPENING),
+        "figures": _figures(part, looks, drawings, "found", lambda name: name in OPENING),
     }  # fmt: skip
 
 
-def _section(part, looks, pictures, name, without=()):
+def _section(part, looks, drawings, pictures, name, without=()):
     """What the template shows of a Part, without the tables and figures of these names. name: prefix of its ids."""
     gallery = {
         variant: [_strip(direction, result, pictures) for direction, result in by_direction.items()]
@@ -91,16 +92,16 @@ def _section(part, looks, pictures, name, without=()):
     return {
         "name": name, "title": part.title, "facts": part.facts, "warnings": part.warnings,
         "tables": [table for table in part.tables if table.name not in without],
-        "figures": _figures(part, looks, name, lambda drawing: drawing not in without),
+        "figures": _figures(part, looks, drawings, name, lambda drawing: drawing not in without),
         "gallery": gallery, "files": part.files,
     }  # fmt: skip
 
 
-def _figures(part, looks, name, wanted):
+def _figures(part, looks, drawings, name, wanted):
     """The figures of a Part that are wanted by name and have something to draw, as the template shows them."""
     unified = part.task in TASKS and any(looks[variant].unified for variant in part.results)
     figures = []
-    for drawing, draw in style.drawings(part, looks):
+    for drawing, draw in drawings(part, looks):
         screens = _screens(draw, f"{name}-{drawing.name}") if wanted(drawing.name) else {}
         if screens:
             caption = drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption

@@ -110,7 +110,7 @@ def test_two_ranks_write_the_bytes_of_one(empty_world):
 def test_processes_with_different_lists_are_refused(empty_world, refusal, monkeypatch):
     """If two machines see different states of a folder, rows would belong to wrong images."""
     monkeypatch.setattr(
-        Ranks, "told", lambda self, value: value | {"listing_fingerprint": "of another list"} if value else value
+        Ranks, "broadcast", lambda self, value: value | {"listing_fingerprint": "of another list"} if value else value
     )
     assert "lists other images and captions than the first" in refusal(cache_embeddings.main, *SHAPES)
     assert not list(empty_world.glob("embeddings/**/*.np*"))

@@ -34,13 +34,13 @@ class Ranks:
     def in_turn(self, call):
         """Return `call()`, called on rank 0 first and then on the others, so that rank 0 alone reports an error."""
         if not self.first:
-            self.told(None)
+            self.broadcast(None)
         result = call()
         if self.first:
-            self.told(None)
+            self.broadcast(None)
         return result
 
-    def told(self, value):
+    def broadcast(self, value):
         """Broadcast: return rank 0's `value` on every rank, once all ranks have called this."""
         values = [value]
         if self.world > 1:

@@ -4,7 +4,7 @@ import io
 import math
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import matplotlib
@@ -66,6 +66,18 @@ def drawings(part, looks):
     return [(drawing, partial(drawing.draw, part, looks)) for drawing in REGISTERED.get(part.task, [])]
 
 
+def drawn_once():
+    """Return a `drawings` that draws every figure once for each width, whoever asks for it."""
+    kept = {}
+
+    def drawings_once(part, looks):
+        if part not in kept:
+            kept[part] = [(drawing, cache(draw)) for drawing, draw in drawings(part, looks)]
+        return kept[part]
+
+    return drawings_once
+
+
 def names():
     """The names of all registered figures."""
     return {drawing.name for drawings in REGISTERED.values() for drawing in drawings}
@@ -92,8 +104,16 @@ def looks(blocks):
     }
 
 
+def lay_out(figure):
+    """Place the parts of a figure once and for all: matplotlib would do so again for every file."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+
+
 def save(figure, stem):
     """Write a figure as `<stem>.png` and `<stem>.pdf`, with the same bytes each time."""
+    lay_out(figure)
     for suffix, options in ((".png", {"dpi": 200}), (".pdf", {"dpi": 300, "metadata": {"CreationDate": None}})):
         with atomic(stem.with_name(stem.name + suffix)) as partial, matplotlib.rc_context({"pdf.fonttype": 42}):
             figure.savefig(partial, format=suffix[1:], facecolor="white", **options)
@@ -105,6 +125,7 @@ def svg(figure, name):
     Its colors are the page's `variables`, and it fills the width of its place. name: unique on the page, so that no two
     figures share an id.
     """
+    lay_out(figure)
     file = io.StringIO()
     # Letters as text in the reader's font: as curves they would be most of a page's size. Every letter names all fonts.
     options = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}

@@ -67,7 +67,8 @@ def gains_of(block):
         "text_to_image": first["image_of_text"] if "image_of_text" in first else np.arange(captions),
         "image_to_text": np.arange(images),
     }
-    bootstraps = {direction: PairedBootstrap(group) for direction, group in groups.items()}
+    count = max(1000, 100 * len(block.results))  # a p-value of 2 / count must survive Holm over all rows
+    bootstraps = {direction: PairedBootstrap(group, count) for direction, group in groups.items()}
     for variant, runs in block.results.items():
         arrays = [run.arrays for run in runs]
         hits = {direction: np.stack([each[f"{direction}_hit"] for each in arrays]) for direction in RETRIEVAL}
