@@ -96,3 +96,16 @@ def refusal(capsys):
         return error
 
     return call
+
+
+@pytest.fixture
+def one_figure(monkeypatch):
+    """Let reports draw a single figure, in tests of anything else."""
+    draw_one_figure(monkeypatch)
+
+
+def draw_one_figure(patch):
+    from reporting.figures import style  # matplotlib, which few tests need
+
+    one = {task: drawings[:1] for task, drawings in style.REGISTERED.items() if task == "hierarchy"}
+    patch.setattr(style, "REGISTERED", one)

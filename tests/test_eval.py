@@ -52,8 +52,10 @@ def slow_uncertainty(uncertainty, hits, count, limit, truth):
     figures = {"levels": {"count": [len(rows) for rows in groups]}}
     figures["levels"]["uncertainty"] = [[uncertainty[rows].min(), uncertainty[rows].max()] for rows in groups]
 
+    same = uncertainty[:, None] == uncertainty
+
     def even(values):  # tied queries, such as captions of the same words, are in random order
-        return np.array([values[uncertainty == value].mean() for value in uncertainty])
+        return same @ values / same.sum(axis=1)
 
     figures["levels"]["recall"] = {str(k): [even(hit)[rows].mean() for rows in groups] for k, hit in hits.items()}
     if limit is not None:

@@ -17,8 +17,8 @@ from datasets.shapes import UNNAMED, Shapes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with half of the training images of `shapes`, and all val images, cached."""
-    cache = ["--dataset", "shapes", "--quiet", "--set", "data.options.train_images=4000"]
+    """A folder with a quarter of the training images of `shapes`, and all val images, cached."""
+    cache = ["--dataset", "shapes", "--quiet", "--set", "data.options.train_images=2000"]
     return made_once(tmp_path_factory, "figures", lambda: cache_embeddings.main(cache))
 
 

@@ -8,7 +8,7 @@ import report
 import train
 
 
-def test_scripts_run_on_real_files(shared, tmp_path, monkeypatch, refusal, capsys):
+def test_scripts_run_on_real_files(shared, one_figure, tmp_path, monkeypatch, refusal, capsys):
     monkeypatch.chdir(tmp_path)
     root = shared / "data" / "coco"
     names = ["--dataset", "coco", "--backbone", "shapes-tiny"]

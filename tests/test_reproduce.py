@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import draw_one_figure
 
 import eval as evaluation
 import reproduce
@@ -48,6 +49,9 @@ def forked(monkeypatch):
     forks(monkeypatch)
 
 
+pytestmark = pytest.mark.usefixtures("one_figure")
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for processes that are started anew
@@ -61,6 +65,7 @@ def unbroken(small_world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         forks(patch)
+        draw_one_figure(patch)
         reproduce.main(command("--quiet"))
     return folder
 

@@ -87,22 +87,22 @@ def torchrun(ranks, *command):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_ranks_write_the_bytes_of_one(empty_world):
     folder = empty_world / "embeddings/shapes/shapes-tiny/val"
-    command = [*SHAPES, "encoder.batch_size=50", "data.options.val_images=600"]
+    command = [*SHAPES, "encoder.batch_size=25", "data.options.val_images=200"]
     cache_embeddings.main(command)
     alone = content(folder)
     shutil.rmtree(folder)
     # An unreadable image, which only one rank reads, ends both with one sentence.
-    picture = sorted(empty_world.glob("data/shapes/*96px/val/*.jpg"))[590]
+    picture = sorted(empty_world.glob("data/shapes/*96px/val/*.jpg"))[190]
     good = picture.read_bytes()
     picture.write_bytes(b"")
     process = torchrun(2, *command)
     picture.write_bytes(good)
-    assert process.returncode != 0 and "000590.jpg cannot be read" in process.stderr, process.stderr
-    assert "Traceback (most recent call last)" not in process.stderr.split("000590.jpg")[0]
+    assert process.returncode != 0 and "000190.jpg cannot be read" in process.stderr, process.stderr
+    assert "Traceback (most recent call last)" not in process.stderr.split("000190.jpg")[0]
     assert not (folder / "meta.json").exists() and list(folder.glob("unfinished/*.npz"))
     process = torchrun(2, *command)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("600 images, 3,000 captions") == 1
+    assert process.stdout.count("200 images, 1,000 captions") == 1
     assert content(folder) == alone
     assert torchrun(2, *command).stdout.count("already there") == 1
 

@@ -1,5 +1,6 @@
 """The scripts as a new user meets them: help, imports, and adding a method."""
 
+import importlib
 import json
 import os
 import re
@@ -24,12 +25,21 @@ def run(*command, **environment):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_foreign_datasets_package_does_no_harm(script, tmp_path):
+def test_mistakes_end_with_one_sentence_and_code_2(script, tmp_path):
+    """Started from anywhere, and with a foreign package called datasets in the way."""
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("raise ImportError('the wrong package')\n")
-    done = run(HOME / script, "--help", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "--dataset" in done.stdout
+    more = {"cache_embeddings.py": [], "report.py": [], "uncertainty.py": ["--method", "clip", "a photo"]}
+    flags = ["--dataset", "nowhere", *more.get(script, ["--method", "clip"])]
+    done = run(HOME / script, *flags, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_printed(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script.removesuffix(".py")).main(["--help"])
+    assert stop.value.code == 0 and "--dataset" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("scripts", "heavy"), [("train, eval", "open_clip matplotlib"), ("report", "open_clip torch")])
@@ -37,13 +47,6 @@ def test_scripts_import_no_more_than_they_need(scripts, heavy):
     code = f"import sys, {scripts}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = run("-c", code, PYTHONPATH=str(HOME))
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_mistakes_end_with_one_sentence_and_code_2(script, tmp_path):
-    rest = {"cache_embeddings.py": [], "report.py": []}.get(script, ["--method", "clip"])
-    done = run(HOME / script, "--dataset", "nowhere", *rest, *(["a photo"] if script == "uncertainty.py" else []))
-    assert done.returncode == 2 and done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_method_is_one_file_and_one_yaml(world, monkeypatch, capsys):
