@@ -50,8 +50,7 @@ def imports(path):
                 whole = f"{node.module}.{alias.name}"
                 yield whole if whole in MODULES else node.module
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module"):
-            if isinstance(node.args[0], ast.Constant):
-                yield node.args[0].value
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
 
 
 def room(module):
