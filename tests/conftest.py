@@ -1,5 +1,6 @@
 """Fixtures that several tests share: a small cached world, the real files of the workplace, refusals."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,14 @@ from check_method import SMALL, SMALL_WORLD
 
 import cache_embeddings
 from datasets.shapes import VALUES, Shapes
+
+gc.disable()  # until all is imported: it takes a quarter of the time that collecting tests takes
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
 
 torch.set_num_threads(1)  # small widths: threads only wait for one another
 os.environ["HF_HUB_OFFLINE"] = "1"
