@@ -74,23 +74,16 @@ def write_tables(folder, parts):
         write_text(folder / f"table.{suffix}", write(parts))
 
 
-def write_figures(folder, kinds, looks, drawings, quiet):
-    """Write every figure of the parts of every kind as PNG and PDF, in place of those of an earlier report.
-
-    drawings: as style.drawings.
-    """
-    for name in style.names():  # with fewer parts, they had other suffixes
-        for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
-            old.unlink()
-    draws = []
+def stems(folder, kinds, looks):
+    """The files of every part's figures, without their suffixes: {part: {name of the figure: path}}."""
+    paths = {}
     for parts in kinds:
-        drawn = [part for part in parts if drawings(part, looks)]
+        drawn = [part for part in parts if style.drawings(part, looks)]
         for part, suffix in zip(drawn, suffixes(drawn), strict=True):
-            draws += [(draw, folder / f"{drawing.name}{suffix}") for drawing, draw in drawings(part, looks)]
-    for draw, stem in tqdm(draws, desc="figures", unit="figure", leave=False, disable=quiet or None):
-        figure = draw(style.WIDE)
-        if figure:
-            style.save(figure, stem)
+            paths[part] = {
+                drawing.name: folder / f"{drawing.name}{suffix}" for drawing, _ in style.drawings(part, looks)
+            }
+    return paths
 
 
 @exits_cleanly()
@@ -101,13 +94,22 @@ def main(argv=None):
     parts = [part for parts in kinds for part in parts]
     looks = style.looks([part for part in parts if part.task in TASKS])
     write_tables(folder, parts)
-    drawings = style.drawn_once()  # for the files and for the page
-    write_figures(folder, kinds, looks, drawings, args.quiet)
-    path = folder / "report.html"
-    write_text(path, page.page(args.dataset, parts, looks, drawings))
+    for name in style.names():  # of an earlier report, which may have had other parts
+        for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
+            old.unlink()
+    paths = stems(folder, kinds, looks)
+    count = sum(map(len, paths.values()))
+    with tqdm(total=count, desc="figures", unit="figure", leave=False, disable=args.quiet or None) as bar:
+
+        def keep(part, drawing, figure):
+            style.save(figure, paths[part][drawing.name])
+            bar.update()
+
+        text = page.page(args.dataset, parts, looks, keep)
+    write_text(folder / "report.html", text)
     if not args.quiet:
         print(formats.to_text(parts), end="\n\n")
-    print(path)
+    print(folder / "report.html")
 
 
 if __name__ == "__main__":

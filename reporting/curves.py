@@ -5,13 +5,13 @@ import textwrap
 from typing import NamedTuple
 
 from metrics.comparison import Difference, holm, paired
+from reporting.words import LEVEL
 
 TITLES = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece": "ECE, %"}
 SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 ORDER = ("random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center")  # others come after
 BASE = "random"  # the strategy that others are compared with
-LEVEL = 0.05
 INTERVAL = (  # what follows ± of a difference, and what the marks mean
     "half of the 95 % interval (Student's t, paired by seed). †: it leaves 0 out (no mark where all seeds are alike)."
     " ‡: p < 0.05 also after Holm's adjustment over all strategies and budgets (means: over all strategies)"

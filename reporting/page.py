@@ -20,14 +20,14 @@ NARROW = 3.6  # inches: as wide as a phone, so that type keeps its size there
 THUMBNAIL = 96  # pixels of the longer side
 SHOWN = 5  # of the most and of the least certain queries, per method and direction
 ENDS = {"most_certain": "Most certain", "least_certain": "Least certain"}
-OPENING = ("gains", "overview")  # the table and the figure that the page opens with
 UNIFIED = " Dashes and hollow markers: trained by the unified objective."
 
 
-def page(dataset, parts, looks, drawings=style.drawings):
+def page(dataset, parts, looks, keep=None):
     """Render the page of all Parts of a report.
 
-    dataset: trained on. looks: dict of variant to its figures.style.Look. drawings: as style.drawings.
+    dataset: trained on. looks: dict of variant to its figures.style.Look. keep: function that is called once with each
+    part, Drawing and figure for wide screens.
     """
     folder = Path(__file__).parent
     environment = jinja2.Environment(
@@ -41,14 +41,15 @@ def page(dataset, parts, looks, drawings=style.drawings):
     environment.filters.update(has_best=tables.has_best, heads=_heads, minus=_minus, url=_url)
     script = (folder / "page.js").read_text(encoding="utf-8")
     pictures = Pictures()
-    opening = next((part for part in parts if part.task == "retrieval"), None)
+    first = next((part for part in parts if part.task in findings.OPENING), None)
+    opening = _opening(first, looks, keep) if first else None
     sections = [
-        _section(part, looks, drawings, pictures, f"b{i}", OPENING if part is opening else ())
+        _section(part, looks, pictures, f"b{i}", findings.OPENING[part.task] if part is first else (), keep)
         for i, part in enumerate(parts, 1)
     ]
     return environment.get_template("page.html.j2").render(
         dataset=dataset,
-        opening=opening and _opening(opening, looks, drawings),
+        opening=opening,
         sections=sections,
         adaptors=any(part.task in TASKS for part in parts),
         pictures=pictures,
@@ -74,16 +75,18 @@ class Pictures:
         return self.kept.setdefault(uri, (len(self.kept), size))[0]
 
 
-def _opening(part, looks, drawings):
-    """What the page opens with: the findings of a Part of retrieval."""
+def _opening(part, looks, keep):
+    """What the page opens with: the findings of a Part, with the table and the figure that show them."""
+    shown = findings.OPENING[part.task]
     return {
-        "title": part.title, "summary": part.summary, "sentences": findings.sentences(part),
-        "table": next((table for table in part.tables if table.name in OPENING), None),
-        "figures": _figures(part, looks, drawings, "found", lambda name: name in OPENING),
-    }  # fmt: skip
+        "title": part.title,
+        "sentences": findings.sentences(part),
+        "table": next((table for table in part.tables if table.name in shown), None),
+        "figures": _figures(part, looks, "found", lambda name: name in shown, keep),
+    }
 
 
-def _section(part, looks, drawings, pictures, name, without=()):
+def _section(part, looks, pictures, name, without, keep):
     """What the template shows of a Part, without the tables and figures of these names. name: prefix of its ids."""
     gallery = {
         variant: [_strip(direction, result, pictures) for direction, result in by_direction.items()]
@@ -92,27 +95,28 @@ def _section(part, looks, drawings, pictures, name, without=()):
     return {
         "name": name, "title": part.title, "facts": part.facts, "warnings": part.warnings,
         "tables": [table for table in part.tables if table.name not in without],
-        "figures": _figures(part, looks, drawings, name, lambda drawing: drawing not in without),
+        "figures": _figures(part, looks, name, lambda drawing: drawing not in without, keep),
         "gallery": gallery, "files": part.files,
     }  # fmt: skip
 
 
-def _figures(part, looks, drawings, name, wanted):
+def _figures(part, looks, name, wanted, keep):
     """The figures of a Part that are wanted by name and have something to draw, as the template shows them."""
     unified = part.task in TASKS and any(looks[variant].unified for variant in part.results)
     figures = []
-    for drawing, draw in drawings(part, looks):
-        screens = _screens(draw, f"{name}-{drawing.name}") if wanted(drawing.name) else {}
-        if screens:
-            caption = drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption
-            figures.append({"name": drawing.name, "title": drawing.title, "caption": caption, "screens": screens})
+    for drawing, draw in style.drawings(part, looks):
+        wide = draw(style.WIDE) if wanted(drawing.name) else None
+        if wide is None:
+            continue
+        if keep:
+            keep(part, drawing, wide)
+        screens = {
+            kind: Markup(style.svg(figure, f"{name}-figure-{drawing.name}-{kind}"))
+            for kind, figure in (("wide", wide), ("narrow", draw(NARROW)))
+        }
+        caption = drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption
+        figures.append({"name": drawing.name, "title": drawing.title, "caption": caption, "screens": screens})
     return figures
-
-
-def _screens(draw, name):
-    """Draw a figure for wide and for narrow screens: {kind of screen: SVG}, empty where there is nothing to draw."""
-    figures = {"wide": draw(style.WIDE), "narrow": draw(NARROW)}
-    return {kind: Markup(style.svg(figure, f"{name}-{kind}")) for kind, figure in figures.items() if figure}
 
 
 def _strip(direction, result, pictures):

@@ -16,7 +16,7 @@ class Part:
     tables = ()  # of reporting.tables.Table
     warnings = ()  # sentences
     files = {}  # noqa: RUF012  {row: list of (link text, path relative to the report's folder)}
-    gallery = {}  # noqa: RUF012  {variant: list of `examples` by direction}, see evaluations.py
+    gallery = {}  # noqa: RUF012  {variant: {direction: that direction of its result, with `examples`}}
 
     @property
     def facts(self):

@@ -1,4 +1,4 @@
-"""Results of eval.py: one file, and a block of those that may stand in one table."""
+"""Results of eval.py: one file, and a block of results that share tables."""
 
 import zipfile
 import zlib

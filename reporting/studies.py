@@ -1,4 +1,4 @@
-"""Result files of active_learning.py: read, checked, and grouped into those that may stand in one table."""
+"""Result files of active_learning.py: read, checked, and grouped into studies that share tables."""
 
 from collections import defaultdict
 from functools import cached_property

@@ -98,7 +98,8 @@ def _coco(figures):
     lines = []
     for name, title in COCO.items():
         if isinstance(figures.get(name), dict):
-            both = "  ".join(f"{DIRECTIONS[way]} {100 * value:5.1f}" for way, value in figures[name].items())
+            both = "  ".join(f"{DIRECTIONS[side]} {100 * value:5.1f}" for side, value in figures[name].items())
+            title = f"COCO {title}" if title[0].isdigit() else title
             lines.append(f"  {title:11}  {both}")
     return lines
 

@@ -1,5 +1,6 @@
 """The names of directions, scores, uncertainties and figures, as tables, figures and the terminal print them."""
 
+LEVEL = 0.05  # of significance
 NONE = "\N{EN DASH}"  # printed where there is no such number
 MINUS = "\N{MINUS SIGN}"
 RETRIEVAL = {"text_to_image": "text→image", "image_to_text": "image→text"}

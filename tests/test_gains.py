@@ -63,10 +63,10 @@ def test_differences_are_paired_over_images(hits):
     figure = gains_of(part)["text_to_image_r1"]
     bootstrap = PairedBootstrap(OWNER)
     expected = paired_difference(bootstrap.mean(hits["better"]), bootstrap.mean(hits["clip"]))
-    assert figure["better"].difference == expected and figure["better"].real
+    assert figure["better"].difference == expected and figure["better"].significant
     assert figure["better"].adjusted == pytest.approx(2 * expected.p)  # two methods are compared
     assert figure["better"].value == hits["better"].mean() and figure["clip"].difference is None
-    assert figure["same"].difference[:3] == (0, 0, 0) and not figure["same"].real
+    assert figure["same"].difference[:3] == (0, 0, 0) and not figure["same"].significant
     singly = PairedBootstrap(np.arange(CAPTIONS))
     narrow = paired_difference(singly.mean(hits["better"]), singly.mean(hits["clip"]))
     assert expected.high - expected.low > 1.5 * (narrow.high - narrow.low)  # five captions are no five witnesses
@@ -102,16 +102,16 @@ def test_the_table_and_the_sentences(hits):
     cells = {row.name: row.cells for row in rows}
     gain = gains_of(part)["text_to_image_r1"]["better"]
     low, high = (f"{100 * value:+.1f}" for value in gain.difference[1:3])
-    assert cells["better"]["gain_text_to_image_r1_less"].text == f"+{100 * gain.difference.mean:.1f} [{low}, {high}]†"
+    assert cells["better"]["gain_text_to_image_r1_less"].text == f"+{100 * gain.difference.mean:.1f} [{low}, {high}]‡"
     assert cells["better"]["gain_text_to_image_r1_adjusted_p"].mean == gain.adjusted
     assert "gain_text_to_image_r1_less" not in cells["clip"] and table.title == "Against clip"
     assert "drawn singly" not in table.note
     text = findings.sentences(part)
-    assert f"Really more: better (+{100 * gain.difference.mean:.1f})." in text[0]
-    assert f"Really less: worse ({MINUS}{100 * hits['clip'].mean():.1f})." in text[0]
+    assert f"Significantly higher: better (+{100 * gain.difference.mean:.1f})." in text[0]
+    assert f"Significantly lower: worse ({MINUS}{100 * hits['clip'].mean():.1f})." in text[0]
     assert (
         text[1]
-        == "R@1 image→text: clip finds 100.0 %. No method differs from it beyond the sampling error of the images."
+        == "R@1 image→text: clip has 100.0 %. No method differs from it beyond the sampling error of the images."
     )
     assert "(better)" in text[2] and "needs the search but no training" in text[2]
     assert text[-1].endswith("is 0.500 (better), that of the entropy of clip 0.983.")

@@ -18,7 +18,7 @@ from studies import write_study, write_trace
 
 from labeling.strategies import STRATEGIES
 from models.base import Adaptor, Embedding
-from reporting import evaluations, traces
+from reporting import evaluations, findings, traces
 from reporting import page as pages
 from reporting import studies as study_results
 from reporting.figures import lines as line_figures
@@ -433,6 +433,39 @@ def test_without_any_uncertainty_only_figures_by_entropy_are_drawn(tmp_path):
     looks = style.looks(blocks)
     assert drawn(blocks[0], looks) == {"risk_coverage", "reliability"}
     assert "Bayes" not in pages.page("shapes", blocks, looks)
+
+
+class ImagesOnly(Stub):
+    """An adaptor whose images alone have an uncertainty."""
+
+    def adapt_text(self, text):
+        return self._adapt(text, False)
+
+
+def test_uncertainties_of_images_alone_are_drawn(tmp_path):
+    pairs = pairs_of(tmp_path)
+    write(tmp_path, "clip", 0, pairs, Stub(uncertain=False))
+    write(tmp_path, "images", 0, pairs, ImagesOnly())
+    blocks = evaluations.read(tmp_path / "shapes")
+    looks = style.looks(blocks)
+    assert "overview" in drawn(blocks[0], looks)
+    assert "Before the search" not in " ".join(findings.sentences(blocks[0]))
+    assert pages.page("shapes", blocks, looks)
+
+
+def test_a_page_opens_with_what_was_found(blocks, others, tmp_path):
+    """Of retrieval, of classification over data sets, and of active learning; or with what is still to be done."""
+    compared = next(part for part in blocks if part.task == "comparison")
+    study = next(part for part in others if part.task == "active")
+    for part, sentence in ((blocks[0], "R@1 text→image: clip has"), (compared, "NLPD"), (study, "Mean accuracy, %")):
+        [first, *_] = findings.sentences(part)
+        assert first.startswith(sentence) or "No difference in NLPD" in first
+        opening = html.unescape(pages.page("shapes", [part], style.looks(blocks))).partition("</section>")[0]
+        assert f"<li>{first}</li>" in opening and 'id="found"' in opening
+    write(tmp_path, "both", 0, pairs_of(tmp_path), Stub())
+    [alone, *_] = evaluations.read(tmp_path / "shapes")
+    text = pages.page("shapes", [alone], style.looks([alone]))
+    assert findings.sentences(alone) == [] and "There is nothing to compare with yet: train and evaluate" in text
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
 from metrics.uncertainty import risk_coverage as selective_risk
 from reporting.figures import style
-from reporting.figures.panels import PERCENTILES
+from reporting.figures.panels import PERCENTILES, percentile_ranks
 from reporting.runs import TASKS
 from reporting.words import DIRECTIONS, followed
 
@@ -70,12 +69,13 @@ def recall_by_level(block, looks, width=style.WIDE):
                 names[variant] = followed(direction, runs[0].values[direction]["levels_by"])
         if lines:
             title, lines = _whose(f"{DIRECTIONS[direction]}: levels by uncertainty of the {{}}", lines, names)
-            groups.append(Group(title, lines, _limit(block) if direction == "text_to_image" else []))
+            groups.append(Group(title, lines, limit(block) if direction == "text_to_image" else []))
     up = "Accuracy (%)" if block.task == "classification" else "R@1 (%)"
     return _comparison(groups, looks, width, "Uncertainty level (1 = least uncertain)", up, True)
 
 
-def _limit(block):
+def limit(block):
+    """The Bayes-optimal R@1 by level as a Group's context; empty where it is unknown."""
     if "bayes_optimal" not in block.first:
         return []
     limits = 100 * np.array(block.first["bayes_optimal"]["levels"])
@@ -104,7 +104,7 @@ def risk_coverage(block, looks, width=style.WIDE):
         answers = {variant: runs[0].arrays[f"{direction}_hit"] for variant, runs in block.results.items()}
         for variant, runs in block.results.items():
             by = runs[0].values[direction]["levels_by"]
-            line = _curve(runs[0].arrays[f"{direction}_uncertainty"], answers[variant])
+            line = curve(runs[0].arrays[f"{direction}_uncertainty"], answers[variant])
             if by is None:
                 dashes = (5, 1, 1, 1) if looks[variant].unified else (4, 2)
                 options = {"color": style.LIGHT["ink"], "linestyle": (0, dashes), "linewidth": 1}
@@ -113,14 +113,15 @@ def risk_coverage(block, looks, width=style.WIDE):
                 lines[variant], names[variant] = line, followed(direction, by)
         best = max(answers, key=lambda variant: answers[variant].mean())
         options = {"color": style.LIGHT["limit"], "linestyle": ":", "label": f"best order, {best}"}
-        context.append((_curve(-answers[best], answers[best]), options))
+        context.append((curve(-answers[best], answers[best]), options))
         order = "uncertainty of the {}" if lines else "entropy over the gallery"
         title, lines = _whose(f"{DIRECTIONS[direction]}: ordered by {order}", lines, names)
         groups.append(Group(title, lines, context))
     return _comparison(groups, looks, width, "Coverage: queries answered (%)", "Wrong among them (%)", False)
 
 
-def _curve(uncertainty, hit):
+def curve(uncertainty, hit):
+    """The Line of risk over coverage, in percent, least uncertain first."""
     last = np.unique(np.linspace(len(hit) * FIRST, len(hit) - 1, COVERAGES).astype(int))
     return Line(100 * (last + 1) / len(hit), 100 * selective_risk(uncertainty, hit)[last])
 
@@ -142,7 +143,7 @@ def hierarchy(block, looks, width=style.WIDE):
         if "query" not in runs[0].values.get("hierarchy", {}).get("uncertainty", {}):
             continue
         depth, uncertainty = (runs[0].arrays[name] for name in ("depth", "chain_uncertainty"))
-        ranks = 100 * (stats.rankdata(uncertainty) - 0.5) / len(uncertainty)  # units differ by method, ranks do not
+        ranks = percentile_ranks(uncertainty)
         depths = np.unique(depth)
         low, middle, high = np.array([np.percentile(ranks[depth == d], PERCENTILES) for d in depths]).T
         lines[variant] = Line(depths, middle, low, high)

@@ -5,12 +5,10 @@ import math
 import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
-from metrics.uncertainty import risk_coverage as selective_risk
 from reporting.figures import style
-from reporting.figures.lines import COVERAGES, levels_of
-from reporting.figures.panels import BINS, FEWEST
+from reporting.figures.lines import curve, levels_of, limit
+from reporting.figures.panels import bins_of, percentile_ranks
 
 DIRECTION = "text_to_image"
 
@@ -39,17 +37,16 @@ def overview(block, looks, width=style.WIDE):
     with matplotlib.rc_context(style.rc()):
         figure, [(part, legend)] = style.parts(width, [2.9 if wide else 5.2], below)
         left, right = part.subplots(1, 2) if wide else part.subplots(2, 1)
-        draw_left = _ambiguity if "ambiguity" in next(iter(runs.values())).arrays else _risk
+        ambiguous = all({"ambiguity", "text_uncertainty"} <= run.arrays.keys() for run in runs.values())
+        draw_left = _ambiguity if ambiguous else _risk
         for variant, run in runs.items():
             options = style.mark(looks[variant]) | {"label": variant, "linewidth": 1.2, "markersize": 3.5}
             draw_left(left, run.arrays, options)
             levels, _ = levels_of(run.values[DIRECTION])
             recalls = 100 * np.array(levels["recall"]["1"])
             right.plot(np.arange(1, len(recalls) + 1), recalls, **options)
-        if "bayes_optimal" in block.first:
-            limits = 100 * np.array(block.first["bayes_optimal"]["levels"])
-            limit = {"color": style.LIGHT["limit"], "linestyle": ":", "label": "Bayes-optimal"}
-            right.plot(np.arange(1, len(limits) + 1), limits, **limit)
+        for line, options in limit(block):
+            right.plot(line.x, line.y, **options)
         right.set(xlabel="Uncertainty level (1 = least uncertain)", ylabel="R@1 (%)")
         right.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (left, right):
@@ -61,17 +58,14 @@ def overview(block, looks, width=style.WIDE):
 
 def _ambiguity(axes, arrays, options):
     """Mean rank of captions' uncertainty in bins of true ambiguity."""
-    ambiguity, uncertainty = arrays["ambiguity"], arrays["text_uncertainty"]
-    ranks = 100 * (stats.rankdata(uncertainty) - 0.5) / len(uncertainty)  # units differ by method, ranks do not
-    bins = np.digitize(ambiguity, np.linspace(0, ambiguity.max(), BINS + 1)[1:-1])
-    full = [bins == i for i in range(BINS) if (bins == i).sum() >= FEWEST]
-    axes.plot([ambiguity[rows].mean() for rows in full], [ranks[rows].mean() for rows in full], **options)
+    ambiguity, ranks = arrays["ambiguity"], percentile_ranks(arrays["text_uncertainty"])
+    bins = bins_of(ambiguity)
+    axes.plot([ambiguity[rows].mean() for rows in bins], [ranks[rows].mean() for rows in bins], **options)
     axes.set(xlabel="True ambiguity of the caption (nats)", ylabel="Rank of its uncertainty (%)")
 
 
 def _risk(axes, arrays, options):
     """Share of wrong answers over the share of queries answered, least uncertain first."""
-    risk = selective_risk(arrays[f"{DIRECTION}_uncertainty"], arrays[f"{DIRECTION}_hit"])
-    last = np.unique(np.linspace(len(risk) * 0.05, len(risk) - 1, COVERAGES).astype(int))
-    axes.plot(100 * (last + 1) / len(risk), 100 * risk[last], **options | {"markevery": 0.15})
+    line = curve(arrays[f"{DIRECTION}_uncertainty"], arrays[f"{DIRECTION}_hit"])
+    axes.plot(line.x, line.y, **options | {"markevery": 0.15})
     axes.set(xlabel="Coverage: queries answered (%)", ylabel="Wrong among them (%)")

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
+from scipy import stats
 
 from reporting.figures import style
 from reporting.runs import TASKS
@@ -161,13 +162,22 @@ def _ambiguity_panel(axes, ambiguity, uncertainty, look):
     axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
+def percentile_ranks(uncertainty):
+    """Ranks (Q,) of uncertainties in percent: their units differ by method, ranks do not."""
+    return 100 * (stats.rankdata(uncertainty) - 0.5) / len(uncertainty)
+
+
+def bins_of(ambiguity):
+    """Masks (Q,) of the bins of equal width in ambiguity that hold enough queries: list."""
+    bins = np.digitize(ambiguity, np.linspace(0, ambiguity.max(), BINS + 1)[1:-1])
+    return [bins == i for i in range(BINS) if (bins == i).sum() >= FEWEST]
+
+
 def binned(ambiguity, uncertainty):
-    """Percentiles of uncertainty in bins of equal width in ambiguity: mean ambiguity (B,), percentiles (3, B)."""
-    edges = np.linspace(0, ambiguity.max(), BINS + 1)
-    bins = np.digitize(ambiguity, edges[1:-1])
-    full = [bins == i for i in range(BINS) if (bins == i).sum() >= FEWEST]
-    centers = np.array([ambiguity[rows].mean() for rows in full])
-    return centers, np.array([np.percentile(uncertainty[rows], PERCENTILES) for rows in full]).reshape(-1, 3).T
+    """Percentiles of uncertainty in bins of ambiguity: mean ambiguity (B,), percentiles (3, B)."""
+    bins = bins_of(ambiguity)
+    centers = np.array([ambiguity[rows].mean() for rows in bins])
+    return centers, np.array([np.percentile(uncertainty[rows], PERCENTILES) for rows in bins]).reshape(-1, 3).T
 
 
 @style.figure(

@@ -4,7 +4,7 @@ import io
 import math
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib
@@ -27,7 +27,7 @@ THEMES = {
     },
 }  # fmt: skip
 LIGHT = THEMES["light"]
-MARKERS = "osD^v<>p"  # one more than there are colors, so both repeat only after 56 variants
+MARKERS = "o^sDv<>P"  # one more than there are colors, so both repeat only after 56 variants
 WIDE = 6.4  # inches; narrower figures are for small screens
 
 
@@ -64,18 +64,6 @@ def figure(tasks, title, caption, line_per_method=False):
 def drawings(part, looks):
     """The figures that a part may have: list of (Drawing, function of the width in inches)."""
     return [(drawing, partial(drawing.draw, part, looks)) for drawing in REGISTERED.get(part.task, [])]
-
-
-def drawn_once():
-    """Return a `drawings` that draws every figure once for each width, whoever asks for it."""
-    kept = {}
-
-    def drawings_once(part, looks):
-        if part not in kept:
-            kept[part] = [(drawing, cache(draw)) for drawing, draw in drawings(part, looks)]
-        return kept[part]
-
-    return drawings_once
 
 
 def names():

@@ -1,4 +1,4 @@
-"""The first table of retrieval: every variant against the one without an uncertainty; which differences are real."""
+"""The first table of retrieval: every variant against the one without an uncertainty, with significance."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 from metrics.comparison import PairedBootstrap, PairedDifference, holm, paired_difference
 from reporting.runs import baseline_of
 from reporting.tables import Cell, Column, make
-from reporting.tables.columns import rows_of
-from reporting.words import MINUS, RETRIEVAL
+from reporting.tables.columns import AUROC, rows_of
+from reporting.words import LEVEL, MINUS, RETRIEVAL
+from utils.errors import UserError
 
-LEVEL = 0.05
-REAL = "†"  # marks a difference that is real
+SIGNIFICANT = "‡"  # marks a difference that survives the adjustment for all rows, here as in reporting/curves.py
 
 
 class Figure(NamedTuple):
@@ -26,7 +26,6 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-AUROC = "chance that a wrong answer is more uncertain than a right one; 0.5 is chance, 1 is ideal"
 FIGURES = (
     Figure("text_to_image_r1", "R@1, %", RETRIEVAL["text_to_image"], 1, 100),
     Figure("image_to_text_r1", "R@1, %", RETRIEVAL["image_to_text"], 1, 100),
@@ -45,7 +44,7 @@ class Gain(NamedTuple):
     adjusted: float | None  # p-value of the difference, adjusted for all variants
 
     @property
-    def real(self):
+    def significant(self):
         """Whether the difference survives the adjustment."""
         return self.adjusted is not None and self.adjusted < LEVEL
 
@@ -70,7 +69,7 @@ def gains_of(block):
     count = max(1000, 100 * len(block.results))  # a p-value of 2 / count must survive Holm over all rows
     bootstraps = {direction: PairedBootstrap(group, count) for direction, group in groups.items()}
     for variant, runs in block.results.items():
-        arrays = [run.arrays for run in runs]
+        arrays = [_checked(run, captions, images) for run in runs]
         hits = {direction: np.stack([each[f"{direction}_hit"] for each in arrays]) for direction in RETRIEVAL}
         for direction in RETRIEVAL:
             draws.setdefault(f"{direction}_r1", {})[variant] = bootstraps[direction].mean(hits[direction])
@@ -93,6 +92,17 @@ def gains_of(block):
     return gains
 
 
+def _checked(run, captions, images):
+    """The arrays of a Result; raises UserError unless they are of as many captions and images as the baseline's."""
+    sizes = len(run.arrays["text_to_image_hit"]), len(run.arrays["image_to_text_hit"])
+    if sizes != (captions, images):
+        raise UserError(
+            f"the arrays of {run.folder / run.path} are of {sizes[0]:,} captions and {sizes[1]:,} images, those of the"
+            f" baseline of {captions:,} and {images:,}: delete it and evaluate again."
+        )
+    return run.arrays
+
+
 def gains(block):
     """Every variant against the baseline, with intervals over images."""
     by_figure, base = gains_of(block), baseline_of(block)
@@ -106,20 +116,22 @@ def gains(block):
         ends = ("low", "high", "adjusted_p")
         columns += [Column(f"{key}_{end}", figure.group, end, figure.digits, None, None, shown=False) for end in ends]
         for variant, gain in by_figure.get(figure.key, {}).items():
-            cells[variant][key] = Cell(figure.scale * gain.value)
+            if np.isfinite(gain.value):  # no AUROC where all answers are right, or all wrong
+                cells[variant][key] = Cell(figure.scale * gain.value)
             if gain.difference:
                 low, high = figure.scale * gain.difference.low, figure.scale * gain.difference.high
                 mean = figure.scale * gain.difference.mean
                 printed = [f"{value:+.{figure.digits}f}".replace("-", MINUS) for value in (mean, low, high)]
-                mark = REAL if gain.real else ""
+                mark = SIGNIFICANT if gain.significant else ""
                 text = f"{printed[0]} [{printed[1]}, {printed[2]}]{mark}"
                 cells[variant] |= {f"{key}_less": Cell(mean, text=text), f"{key}_low": Cell(low)}
                 cells[variant] |= {f"{key}_high": Cell(high), f"{key}_adjusted_p": Cell(gain.adjusted)}
     groups = rows_of(block, columns, cells=lambda runs, _: cells[runs[0].values["variant"]])
     note = (
         "In brackets: the 95 % bootstrap interval of the difference over images, each drawn with all its captions."
-        f" {REAL}: p < {LEVEL} after Holm's adjustment over the rows. This is the sampling error of the images; the"
-        " spread over seeds stands in the other tables."
+        f" {SIGNIFICANT}: p < {LEVEL} after Holm's adjustment over the rows. This is the sampling error of the images;"
+        " the spread over seeds stands in the other tables. An AUROC is of a method's own answers: where these differ,"
+        " compare AURC as well."
     )
     if "image_of_text" not in block.results[base][0].arrays:
         note += " These results do not hold which captions share an image, so captions were drawn singly."
