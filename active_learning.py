@@ -39,7 +39,7 @@ from utils.files import locked, read_json
 NO_SETTINGS = ("dataset", "backbone", "device", "seeds", "strategies", "tag", "overwrite", "quiet")
 COUNTS = ("k", "epig_pool", "epig_targets", "epig_weight", "epochs", "batch_size", "patience")
 FACTORS = (
-    "of the posterior: pool (its images against the classes), a data set of captions (its training split), the"
+    "data of the posterior: pool (its images against the classes), a data set of captions (its training split), the"
     " adaptor.pt of a bayesvlm run, or a folder or .npz of published factors"
 )
 
@@ -58,12 +58,16 @@ def parse(argv):
     add("--val-counts", type=float, nargs="?", const=0.2, metavar="SHARE", help=share)
     add("--strategies", nargs="+", default=["all"], metavar="NAME", help=f"all, or any of {', '.join(STRATEGIES)}")
     add("--budgets", nargs="+", type=int, default=[10, 25, 50, 100], metavar="LABELS", help="numbers of labels")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="SEED", help="of all random draws")
-    reference = "reference: as BayesVLM's code, independent draws, uncorrected EPIG, its A updated by one number"
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="SEED", help="seeds of all random draws")
+    reference = (
+        "reference: as BayesVLM's code, independent draws, uncorrected EPIG, its A updated by one number; published:"
+        " the old name of reference"
+    )
     add("--preset", choices=["default", "reference", "published"], default="default", help=reference)
     add("--pool-share", type=float, default=0.5, help="share of the pool that each seed offers")
     add("--k", type=int, default=1, help="images of the pool taken for each chosen target image")
-    add("--similarity", choices=["wasserstein", "cosine"], default="wasserstein", help="by which they are found")
+    near = "similarity that finds the pool images of a chosen target image"
+    add("--similarity", choices=["wasserstein", "cosine"], default="wasserstein", help=near)
     add("--factors", default="pool", help=FACTORS)
     add(
         "--n",
@@ -75,10 +79,11 @@ def parse(argv):
     add("--epig-pool", type=int, default=500, help="images nearest to targets that epig considers")
     add("--epig-targets", type=int, default=200, help="target images drawn anew for each of epig's picks")
     add("--epig-weight", type=int, default=10, help="number of items that a pick counts as in epig's posterior")
-    add("--lr", type=float, default=3e-4, help="of AdamW on the projection; the paper has 1e-5 for large models")
-    add("--weight-decay", type=float, default=5e-2)
-    add("--epochs", type=int, default=100)
-    add("--batch-size", type=int, default=30)
+    rate = "learning rate of AdamW on the projection; the paper has 1e-5 for large models"
+    add("--lr", type=float, default=3e-4, help=rate)
+    add("--weight-decay", type=float, default=5e-2, help="weight decay of AdamW")
+    add("--epochs", type=int, default=100, help="most epochs")
+    add("--batch-size", type=int, default=30, help="labeled images per step")
     add("--patience", type=int, default=20, help="epochs without a better loss on --val before training stops")
     add("--tag", default="", help="a name that keeps these results apart from others on the same target")
     add("--overwrite", action="store_true", help="replace results made with other flags")
@@ -87,11 +92,10 @@ def parse(argv):
 
 
 def tidy(args):
-    """Put the flags in order: `all` spelled out, lists sorted, nothing twice, today's name of the preset."""
+    """Put the flags in order: `all` spelled out, lists sorted, nothing twice, the preset by its new name."""
     args.strategies = list(STRATEGIES) if "all" in args.strategies else list(dict.fromkeys(args.strategies))
     args.budgets, args.seeds = sorted(set(args.budgets)), list(dict.fromkeys(args.seeds))
     if args.preset == "published":
-        print("--preset published is called reference now, as in train.py.", file=sys.stderr)
         args.preset = "reference"
 
 
@@ -148,6 +152,18 @@ def pretrained(pairs, device):
     return Classifier(image_map(pairs, device), classes, pairs.meta["logit_scale"]).to(device), loss_of(pairs.meta)
 
 
+def results_folder(args, backbone, preset):
+    """The folder of the results on a target with one preset."""
+    name = "+".join(filter(None, [args.target, "" if preset == "default" else preset, args.tag]))
+    return Path("results", args.dataset, backbone, "active", name)
+
+
+def say_new_name(folder, old):
+    """Print that --preset published has become reference, and where its results go and were."""
+    rest = f", those in {old} stay as they are" if old.is_dir() else ""
+    print(f"--preset published is called reference now, as in train.py: results go to {folder}{rest}.", file=sys.stderr)
+
+
 def is_done(path, metadata, overwrite):
     """Whether a complete result exists; raises UserError, unless it may be replaced, if it has other metadata."""
     try:
@@ -165,22 +181,27 @@ def is_done(path, metadata, overwrite):
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
     args = parse(argv)
+    has_old_name = args.preset == "published"
     tidy(args)
     check(args)
     device = pick_device(args.device)
     config = load_config(args.dataset, backbone=args.backbone, tag=args.tag)
+    folder = results_folder(args, config.backbone, args.preset)
+    if has_old_name:
+        say_new_name(folder, results_folder(args, config.backbone, "published"))
     splits = Splits(args.dataset, config.backbone, args.pool, args.target, args.val, device)
     labels = spend(args, splits)
     classifier, loss = pretrained(splits.of_target, device)
+    try:
+        before = judged(classifier, splits.target)
+    except FloatingPointError as error:
+        raise UserError(f"{error} on {splits.of_target.folder} before training: cache it again.") from None
     posterior, source = make_posterior(splits, classifier, loss, args.factors, args.n, args.quiet)
     metadata = {
         "dataset": args.dataset, "backbone": config.backbone,
         "settings": {name: value for name, value in vars(args).items() if name not in NO_SETTINGS},
         "fingerprint": {split: pairs.meta["fingerprint"] for split, pairs in splits.pairs.items()} | source,
     }  # fmt: skip
-    preset = "" if args.preset == "default" else args.preset
-    name = "+".join(filter(None, [args.target, preset, args.tag]))
-    folder = Path("results", args.dataset, config.backbone, "active", name)
 
     with locked(folder):
         cells = itertools.product(args.seeds, args.strategies)
@@ -192,9 +213,9 @@ def main(argv=None):
         for seed, strategy in left:
             bar.set_postfix_str(f"seed {seed}, {strategy}")
             try:
-                result, arrays = run(args, seed, strategy, splits, labels, classifier, posterior, loss, bar)
+                result, arrays = run(args, seed, strategy, splits, labels, classifier, before, posterior, loss, bar)
             except FloatingPointError as error:
-                raise UserError(f"{strategy}, seed {seed}: {error}; try --lr with less.") from None
+                raise UserError(f"{strategy}, seed {seed}: {error} on the target; try --lr with less.") from None
             result_file.write(paths[seed, strategy], metadata | result, arrays)
         bar.close()
     if not args.quiet:
@@ -202,8 +223,11 @@ def main(argv=None):
     print(folder)
 
 
-def run(args, seed, strategy, splits, labels, classifier, posterior, loss, bar):
-    """Choose images by one strategy, then train and evaluate for every budget: the figures, and arrays per image."""
+def run(args, seed, strategy, splits, labels, classifier, before, posterior, loss, bar):
+    """Choose images by one strategy, then train and evaluate for every budget: the figures, and arrays per image.
+
+    before: `judged` of the classifier on the target.
+    """
     start, device = bar.n, splits.target.label.device
     # The same for every strategy of a seed, so that they compare: what is on offer, what is held out, and the order in
     # which fine-tuning sees its images.
@@ -217,7 +241,7 @@ def run(args, seed, strategy, splits, labels, classifier, posterior, loss, bar):
     )  # fmt: skip
     chosen = offer[STRATEGIES[strategy](choice)]
     bar.update(start + labels.pool[-1] - bar.n)
-    before, after, curve = judged(classifier, splits.target), [], []
+    after, curve = [], []
     for i, (budget, count) in enumerate(zip(args.budgets, labels.pool, strict=True)):
         val = splits.val if labels.val is None else splits.val.rows(held_out[: labels.val[i]].to(device))
         model, epoch = fine_tune(classifier, splits.pool.rows(chosen[:count]), val, args, seed)

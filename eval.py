@@ -13,8 +13,6 @@ query.
 
 import dataclasses
 
-import numpy as np
-
 from datasets.embeddings import Pairs
 from reporting.terminal import result_text
 from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieval
@@ -52,13 +50,6 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def seen_images(pairs, seen):
-    """Count the images of opened pairs that a run has `seen` in training, by their sources' own ids."""
-    if pairs.meta["id_space"] != seen["id_space"]:
-        return 0
-    return int(np.isin(pairs.image_id, seen["image_id"].numpy()).sum())
-
-
 def open_val(args, pairs, run, identity):
     """Open the split of --val; raises UserError unless it has the classes of `pairs`, and images that nothing else has.
 
@@ -70,13 +61,13 @@ def open_val(args, pairs, run, identity):
         )
     val = Pairs(args.dataset, run.config.backbone, args.val, needs_pooled(run.config))
     val.must_fit(identity, run.folder)
-    shared = seen_images(pairs, val.seen(slice(None)))
+    shared = pairs.shared_with(val.seen(slice(None)))
     if shared:
         raise UserError(
             f"--val {args.val} shares {shared:,} images with {pairs.folder}, on which the adaptor is evaluated: name"
             " another split."
         )
-    trained = seen_images(val, run.seen)
+    trained = val.shared_with(run.seen)
     if trained and not args.allow_leakage:
         raise UserError(
             f"--val {args.val} has {trained:,} images that were trained on: name another split, or use them anyway with"
@@ -101,7 +92,7 @@ def check(args, run, pairs, task, count):
             "--task hierarchy has neither scores nor levels: leave out --score, --levels_by, --drop_remainder and"
             " --uncer_levels."
         )
-    seen = seen_images(pairs, run.seen)
+    seen = pairs.shared_with(run.seen)
     if seen and not args.allow_leakage:
         raise UserError(
             f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of {args.dataset}"
@@ -146,7 +137,7 @@ def main(argv=None):
         "levels_by": args.levels_by, "drop_remainder": args.drop_remainder,
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
         "skipped": pairs.meta["skipped"],
-        "seen_in_training": seen_images(pairs, run.seen),
+        "seen_in_training": pairs.shared_with(run.seen),
         "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip

@@ -28,7 +28,7 @@ KINDS = evaluations, studies, traces  # modules of the kinds of parts, see repor
 def parse(argv):
     parser = make_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="trained on: the folder of results to report")
-    parser.add_argument("--backbone", help="report this one alone")
+    parser.add_argument("--backbone", help="report the results of this backbone only")
     parser.add_argument("--results", default="results", type=Path, help="folder of all results")
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the page lies")
     return parser.parse_args(argv)

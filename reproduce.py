@@ -40,7 +40,8 @@ def parse(argv):
     add("--tag", default="", help="of every run: a name that keeps it apart from other runs of the method")
     add("--score", choices=["log_likelihood", "similarity", "both"], help="which score ranks, as in eval.py")
     add("--uncer_levels", "--uncer-levels", type=int, help="levels of uncertainty of equal size, as in eval.py")
-    add("--devices", nargs="+", default=["auto"], metavar="DEVICE", help="a process on each, for example cuda:0 cuda:1")
+    devices = "a process on each, for example cuda:0 cuda:1; a device may be repeated, its processes share the threads"
+    add("--devices", nargs="+", default=["auto"], metavar="DEVICE", help=devices)
     add("--overwrite", action="store_true", help="replace runs of another configuration, which fail otherwise")
     add("--dry-run", action="store_true", help="list which cells are done and which are left, and do nothing")
     add("--quiet", action="store_true", help="no progress bar, no tables")
@@ -145,7 +146,7 @@ def grid(args):
     methods = known("methods") if every else args.methods
     presets = {method: presets_of(method) for method in methods}
     for preset in args.presets:
-        if not any(preset in held for held in presets.values()):
+        if not any(preset in of_method for of_method in presets.values()):
             raise UserError(f"there is no preset '{preset}' of {', '.join(methods)}.")
     # Seeds change slowest: the table of one seed is complete as early as can be.
     axes = (args.seeds, args.datasets, args.backbones, methods, args.presets, args.objectives)

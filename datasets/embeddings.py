@@ -170,6 +170,12 @@ class Pairs:
         ids = np.unique(self.image_id[rows])
         return {"id_space": self.meta["id_space"], "image_id": torch.from_numpy(ids)}
 
+    def shared_with(self, seen):
+        """Count the images that are among those of `seen`, by their sources' ids; none are if the sources differ."""
+        if self.meta["id_space"] != seen["id_space"]:
+            return 0
+        return int(np.isin(self.image_id, seen["image_id"].numpy()).sum())
+
     @property
     def identity(self):
         """The metadata that an adaptor trained on these embeddings depends on."""

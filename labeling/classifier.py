@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metrics import calibration
+from utils.errors import UserError
 
 
 class Items(NamedTuple):
@@ -56,7 +57,7 @@ def fine_tune(classifier, labeled, val, options, seed):
     """Train a copy of the classifier on labeled Items: the copy after its best epoch on `val`, and that epoch.
 
     val: Items, or None, with which the last epoch is kept; epoch 0 is the start. options: lr, weight_decay, epochs,
-    batch_size, patience. Raises FloatingPointError where no epoch has a finite loss on `val`.
+    batch_size, patience. Raises UserError where no epoch has a finite loss on `val`.
     """
     model, best = copy.deepcopy(classifier), (math.inf, 0, None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
@@ -80,7 +81,7 @@ def fine_tune(classifier, labeled, val, options, seed):
     if val is None:
         return model, options.epochs
     if best[2] is None:
-        raise FloatingPointError("no epoch gives the images of --val a finite loss: the cache holds NaN or infinity")
+        raise UserError("no epoch gives the images of --val a finite loss: the cache holds NaN or infinity.")
     model.load_state_dict({"weight": best[2]}, strict=False)
     return model, best[1]
 

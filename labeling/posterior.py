@@ -52,7 +52,7 @@ def _other_factors(pairs, factors, weight, quiet):
         raise UserError(f"--factors {factors} is neither pool, nor a data set, nor a file or folder of factors.")
     torch.manual_seed(0)
     adaptor = BayesVLM(pairs.dim, factors="" if is_dataset else factors).to(weight.device)
-    held = adaptor.find_factors(pairs, quiet)[0]["image"]
-    content = b"".join(part.cpu().numpy().tobytes() for part in held[:-1])
+    image_factors = adaptor.find_factors(pairs, quiet)[0]["image"]
+    content = b"".join(part.cpu().numpy().tobytes() for part in image_factors[:-1])
     source = {"factors": pairs.meta["fingerprint"] if is_dataset else hashlib.sha256(content).hexdigest()}
-    return type(held)(*(part.to(weight) for part in held[:-1]), held.count), source
+    return type(image_factors)(*(part.to(weight) for part in image_factors[:-1]), image_factors.count), source

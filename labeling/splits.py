@@ -39,7 +39,7 @@ class Splits:
                 " least two."
             )
         for one, other in itertools.combinations(splits, 2):
-            shared = _shared(self.pairs[one], self.pairs[other])
+            shared = self.pairs[one].shared_with(self.pairs[other].seen(slice(None)))
             if shared:
                 raise UserError(f"'{one}' and '{other}' share {shared:,} images: name splits that share none.")
         parts = {split: items(pairs, device) for split, pairs in self.pairs.items()}
@@ -71,9 +71,3 @@ def must_share_backbone(pairs, other):
     """Raise a UserError unless two opened caches are of one backbone."""
     if pairs.meta["encoder_fingerprint"] != other.meta["encoder_fingerprint"]:
         raise UserError(f"{pairs.folder} and {other.folder} were cached with different backbones.")
-
-
-def _shared(one, other):
-    if one.meta["id_space"] != other.meta["id_space"]:
-        return 0
-    return int(np.isin(one.image_id, other.image_id).sum())

@@ -86,8 +86,8 @@ def informative(choice: Choice) -> Tensor:
         image = pool.rows(near[best])
         picks.append(near[best])
         near = near[torch.arange(len(near), device=near.device) != best]
-        one = curvature(image.embedding, choice.classifier.classes, choice.classifier.scale, **choice.loss)
-        factors = Factors(*online_update(*factors, image.phi[0], one, choice.weight, choice.reference))
+        item_curvature = curvature(image.embedding, choice.classifier.classes, choice.classifier.scale, **choice.loss)
+        factors = Factors(*online_update(*factors, image.phi[0], item_curvature, choice.weight, choice.reference))
         posterior = Posterior(factors, posterior.norm_sq, posterior.n, posterior.prior)
         choice.tick()
     return torch.cat(picks)

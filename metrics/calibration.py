@@ -49,10 +49,7 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, gro
         positive = log_probability[row, column]
         best, top = log_probability.max(dim=1)
         confidence = best.exp() if members is None else _group_probability(log_probability, members, top)
-        # Log-sum-exp over the positives: the probability even of the largest may underflow.
-        largest = torch.full_like(best, -torch.inf).scatter_reduce(0, row, positive, "amax")
-        share = torch.zeros_like(best).scatter_add(0, row, (positive - largest[row]).exp())
-        nll = -(largest + share.log())
+        nll = _nll(positive, row, len(best))
         first = logit.amax(dim=1)
         is_first = (logit[row, column] == first[row]).to(best.dtype)
         hit = torch.zeros_like(best).scatter_add(0, row, is_first) / (logit == first[:, None]).sum(dim=1)
@@ -66,9 +63,31 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, gro
         entropy = -probability.mul_(log_probability).sum(dim=1)
         if not torch.isfinite(nll + brier).all():
             raise FloatingPointError("a score is not finite")
-        fields = confidence, hit, nll.clamp_min(0), brier, entropy.clamp_min(0)
+        fields = confidence, hit, nll, brier, entropy.clamp_min(0)
         columns.put(rows, *(field.cpu().double() for field in fields))
     return Forecast(*columns)
+
+
+def _nll(positive, row, queries):
+    """Negative log (q,) of the total probability of each query's positives, from their log probabilities (p,)."""
+    # Log-sum-exp: the probability even of the largest may underflow.
+    largest = positive.new_full((queries,), -torch.inf).scatter_reduce(0, row, positive, "amax")
+    share = positive.new_zeros(queries).scatter_add(0, row, (positive - largest[row]).exp())
+    return -(largest + share.log()).clamp_max(0)
+
+
+@torch.inference_mode()
+def _mean_nll(score, gallery, positives, scale):
+    """The mean NLL of a `forecast`, without the rest of it."""
+    parts = []
+    for rows, scores in tiles(score, positives.queries, gallery, share=2):
+        row, column = positives.among(rows, scores.device)
+        log_probability = (scale * scores).log_softmax(dim=1)
+        parts.append(_nll(log_probability[row, column], row, len(scores)).cpu().double())
+    nll = torch.cat(parts).numpy()
+    if not np.isfinite(nll).all():
+        raise FloatingPointError("a score is not finite")
+    return nll.mean()
 
 
 def _members(group):
@@ -98,7 +117,8 @@ def fit_scale(score, gallery, query_of_positive, item_of_positive):
     >>> round(fit_scale(lambda rows: logits[rows], 2, range(4), [0, 0, 0, 1]), 2)  # log(3) / 2
     0.55
     """
-    queries = Positives(query_of_positive, item_of_positive).queries
+    positives = Positives(query_of_positive, item_of_positive)
+    queries = positives.queries
     with torch.inference_mode():
         _, scores = next(tiles(score, queries, gallery))
         spread = scores.cpu().double().std(dim=1).mean().item()
@@ -108,8 +128,7 @@ def fit_scale(score, gallery, query_of_positive, item_of_positive):
         return 1.0
 
     def nll(log_scale):
-        scale = math.exp(log_scale) / spread
-        return forecast(score, gallery, query_of_positive, item_of_positive, scale).nll.mean()
+        return _mean_nll(score, gallery, positives, math.exp(log_scale) / spread)
 
     # With one positive per query, NLL is convex in the scale and has one minimum.
     best = scipy.optimize.minimize_scalar(nll, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3})

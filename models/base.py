@@ -59,8 +59,8 @@ class Adaptor(nn.Module):
 
     @property
     def posterior_scale(self) -> float:
-        given = self.given_scale.item()
-        return float(torch.as_tensor(self.temperature).detach()) if math.isnan(given) else given
+        calibrated = self.given_scale.item()
+        return float(torch.as_tensor(self.temperature).detach()) if math.isnan(calibrated) else calibrated
 
     def adapt_image(self, image: Tensor) -> Embedding:
         """Adapt frozen image embeddings (N, D)."""

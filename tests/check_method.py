@@ -44,6 +44,9 @@ SCORES = ("similarity", "log_likelihood", "classify")
 LOSSES = ("loss", "unified_loss")  # of --objective native and infonce
 TEMPERATURES = ("log_temperature", "free_temperature")  # parameters of Adaptor, which `loss` need not use
 CHANGES = {"raised": lambda x: x + 1, "lowered": lambda x: x - 1, "doubled": lambda x: x * 2, "halved": lambda x: x / 2}
+# Images of a small `shapes`, and the settings that cache it.
+SMALL = {"train_images": 300, "val_images": 100}
+SMALL_WORLD = [f"data.options.{name}={count}" for name, count in SMALL.items()]
 SPEARMAN = 0.8  # least correlation of uncertainty and true ambiguity where a YAML says `ordered: true`
 
 
@@ -178,12 +181,17 @@ def learns(case):
 
 
 def means(case):
-    """With each --mean either loss falls; a frozen mean stays, a residual one starts at the embedding's direction."""
+    """With each --mean either loss falls; a frozen mean stays, a residual one starts at the embedding's direction.
+
+    Images have such a mean too, or always keep the embedding's direction.
+    """
     if "mean" not in inspect.signature(type(case.build())).parameters:
         raise DoesNotApply("it has no option 'mean'")
+    learned = case.build("learned")
+    moving = ["captions"] if starts_at_embeddings(learned)["images"] else ["images", "captions"]
     for mean in MEANS:
         for name in LOSSES:
-            mean_trains(case, mean, name)
+            mean_trains(case, mean, name, moving)
 
 
 def sign(case):
@@ -276,7 +284,9 @@ class Case(NamedTuple):
         """The YAML's section `contract`; raises UserError for an unknown key or value in it."""
         contract, where = contract_of(*self), f"configs/methods/{self.method}.yaml: contract"
         for name, value in contract.items():
-            if name == "wider" and isinstance(value, dict):
+            if name == "wider":
+                if not isinstance(value, dict):
+                    raise UserError(f"{where}: wider must hold names and changes, not {value!r}.")
                 for part, change in value.items():
                     one_of(f"{where}: wider: {part}", change, CHANGES, UserError)
             elif name not in CHECKS:
@@ -407,8 +417,8 @@ def finite_with(case, factor):
     """Require finite results with the first image and the first caption multiplied by `factor`."""
     adaptor = case.build()
     image, text = inputs(adaptor)
-    image[0] *= factor
-    text[0] *= factor
+    for rows in (image, text):
+        rows[0, : -1 if adaptor.pooled else None] *= factor  # the 1 that ends a pooled row multiplies a bias and stays
     require_finite(outputs(adaptor, image, text))
     for name in LOSSES:
         loss = getattr(adaptor, name)(image, text[:N])
@@ -420,22 +430,35 @@ def finite_with(case, factor):
         require_finite({name: gradient for name, gradient in gradients.items() if gradient is not None})
 
 
-def mean_trains(case, mean, loss_name):
-    """Require that one kind of mean starts where it must, and that one of the losses trains it."""
+def directions(adaptor):
+    """Compute the directions of the means of the drawn images and captions, by name."""
+    image, text = inputs(adaptor)
+    adapted = {"images": adaptor.adapt_image(image), "captions": adaptor.adapt_text(text)}
+    return {side: F.normalize(embedding.mean.detach(), dim=-1) for side, embedding in adapted.items()}
+
+
+def starts_at_embeddings(adaptor):
+    """Whether means have the directions of the embeddings, by name."""
+    frozen = [F.normalize(rows[:, :DIM], dim=-1) for rows in inputs(adaptor)]
+    sides = zip(directions(adaptor).items(), frozen, strict=True)
+    return {side: torch.allclose(direction, embedding, atol=1e-5) for (side, direction), embedding in sides}
+
+
+def mean_trains(case, mean, loss_name, moving):
+    """Require that one kind of mean starts where it must, and that one of the losses trains it.
+
+    moving: the sides, of images and captions, that have such a mean; the mean of the others is frozen.
+    """
     adaptor = case.build(mean)
-    text = inputs(adaptor)[1]
-
-    def direction():
-        return F.normalize(adaptor.adapt_text(text).mean.detach(), dim=-1)
-
-    first = direction()
+    first, kept = directions(adaptor), starts_at_embeddings(adaptor)
     losses = take_steps(adaptor, loss_name)
-    kept = torch.allclose(first, F.normalize(text[:, :DIM], dim=-1), atol=1e-5)
-    stays = torch.allclose(direction(), first, atol=1e-5)
-    given = f"with --mean {mean} and {loss_name}"
-    require(losses[-1] < losses[0], f"{given} the loss goes from {losses[0]:.6g} to {losses[-1]:.6g}")
-    require(kept == (mean != "learned"), f"{given} means start {'at' if kept else 'away from'} the embeddings")
-    require(stays == (mean == "frozen"), f"{given} means {'stay' if stays else 'move'}")
+    last, trained = directions(adaptor), f"with --mean {mean} and {loss_name}"
+    require(losses[-1] < losses[0], f"{trained} the loss goes from {losses[0]:.6g} to {losses[-1]:.6g}")
+    for side in first:
+        kind = mean if side in moving else "frozen"
+        stays, start = torch.allclose(last[side], first[side], atol=1e-5), "at" if kept[side] else "away from"
+        require(kept[side] == (kind != "learned"), f"{trained} means of {side} start {start} the embeddings")
+        require(stays == (kind == "frozen"), f"{trained} means of {side} {'stay' if stays else 'move'}")
 
 
 def depends_on_state(adaptor):
@@ -466,10 +489,9 @@ def small_world():
     """Cache a small `shapes` with the built-in backbone; returns its folder, which the end of the process removes."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    size = ["data.options.train_images=300", "data.options.val_images=100"]
     flags = ["--dataset", "shapes", "--features", "pooled", "--device", "cpu", "--quiet"]
     with working_in(folder):
-        call(cache_embeddings, *flags, "--set", *size)
+        call(cache_embeddings, *flags, "--set", *SMALL_WORLD)
     return folder
 
 

@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import filelock
 import pytest
 import torch
+from check_method import SMALL, SMALL_WORLD
 
 import cache_embeddings
 from datasets.shapes import VALUES, Shapes
@@ -19,12 +20,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 POOLED = ["--features", "pooled", "--quiet", "--device", "cpu", "--workers", "1"]
-SMALL_WORLD = ["data.options.train_images=300", "data.options.val_images=100"]
 
 
 def write_classes(folder, splits=("",)):
     """Copy val images of the small `shapes` into folders by shape, alternating between the splits."""
-    source = Shapes("data/shapes", train_images=300, val_images=100)
+    source = Shapes("data/shapes", **SMALL)
     for number, (image, scene) in enumerate(zip(source.images("val"), source.scenes("val"), strict=True)):
         of_shape = folder / splits[number % len(splits)] / VALUES[0][scene[0]]
         of_shape.mkdir(parents=True, exist_ok=True)

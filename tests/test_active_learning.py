@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from scipy import stats
 import active_learning
 from datasets.embeddings import LAYOUT
 from labeling import strategies
-from labeling.classifier import Classifier, Items
+from labeling.classifier import Classifier, Items, fine_tune
 from labeling.strategies import STRATEGIES, Choice
 from models.laplace import Factors, Posterior
 from reporting.curves import curves_text
+from utils.errors import UserError
 
 D, P, C = 6, 8, 3
 SIZES = {"train": 30, "shifted-train": 20, "shifted-val": 12, "shifted-test": 40}
@@ -257,7 +259,7 @@ def nearest_first(pool, target, order):
 @pytest.mark.parametrize("counted", [False, True])
 def test_every_number_matches_the_slow_reimplementation(caches, counted):
     checked = ["random", "random-targeted", "entropy", "entropy-targeted", "k-center"]
-    run(*VAL, *["--val-counts"] * counted, "--seeds", "0", "3", "--strategies", *checked)
+    run(*VAL, *(["--val-counts"] if counted else []), "--seeds", "0", "3", "--strategies", *checked)
     test, val = data("shifted-test"), data("shifted-val")
     whole = tuple(np.concatenate(pair) for pair in zip(data("train"), data("shifted-train"), strict=True))
     epochs = []
@@ -365,13 +367,37 @@ def test_epig_picks_the_best_score_and_updates_the_posterior(caches, monkeypatch
 
 def test_preset_published_is_another_name_of_reference(caches, capsys):
     run("--strategies", "random", "--seeds", "0", "--preset", "published")
-    assert capsys.readouterr().err == "--preset published is called reference now, as in train.py.\n"
+    new, old = (FOLDER.with_name(f"shifted-test+{preset}") for preset in ("reference", "published"))
+    renamed = f"--preset published is called reference now, as in train.py: results go to {new}"
+    assert capsys.readouterr().err == f"{renamed}.\n"
     values, _ = result("random", folder=FOLDER.with_name("shifted-test+reference"))
     assert values["settings"]["preset"] == "reference" and not FOLDER.with_name("shifted-test+published").exists()
     made = {path: Path(path).stat().st_mtime_ns for path in contents()}
     run("--strategies", "random", "--seeds", "0", "--preset", "reference")
     assert {path: Path(path).stat().st_mtime_ns for path in contents()} == made
     assert capsys.readouterr().err == ""
+    old.mkdir()
+    run("--strategies", "random", "--seeds", "0", "--preset", "published")
+    assert capsys.readouterr().err == f"{renamed}, those in {old} stay as they are.\n"
+    assert {path: Path(path).stat().st_mtime_ns for path in contents()} == made
+
+
+def test_scores_that_are_not_finite_end_with_the_way_out(caches, refusal):
+    """Training that diverges needs a lower rate; what is not finite before training lies in the cache."""
+    call = [active_learning.main, *FLAGS, "--strategies", "random", "--seeds", "0", "--quiet"]
+    message = refusal(*call, "--lr", "1e37")
+    assert message.endswith("random, seed 0: a score is not finite on the target; try --lr with less.\n")
+    text = Path("embeddings/shapes-colors/shapes-tiny/shifted-test/text.npy")
+    np.save(text, np.full_like(np.load(text), np.nan))
+    assert "shifted-test before training: cache it again." in refusal(*call)
+
+
+def test_a_loss_on_val_that_is_never_finite_is_named():
+    labeled = Items(torch.randn(4, D), torch.randn(4, P), torch.tensor([0, 1, 2, 0]))
+    val = labeled._replace(embedding=torch.full((4, D), torch.nan))
+    options = SimpleNamespace(lr=0.1, weight_decay=0.0, epochs=2, batch_size=2, patience=2)
+    with pytest.raises(UserError, match=r"^no epoch gives the images of --val a finite loss: .* infinity\.$"):
+        fine_tune(Classifier(torch.randn(D, P), torch.randn(C, D), SCALE), labeled, val, options, 0)
 
 
 def share_near_target(reference, seed=0):

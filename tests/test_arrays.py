@@ -76,17 +76,17 @@ def test_splits_share_no_image_and_cover_all(here):
 
 def test_rows_keep_their_pairs(here):
     cache_embeddings.main([*CACHE, "--splits", "all", "test1"])
-    given = arrays()
+    original = arrays()
     for split in ("all", "test1"):
         pairs = Pairs("embeddings", "given", split)
         image_row = 1000 - np.load(pairs.folder / "image_id.npy")
         text_row = np.load(pairs.folder / "text_id.npy")
         assert pairs.image.dtype == pairs.text.dtype == np.float16
-        assert (pairs.image == given["image"].astype(np.float16)[image_row]).all()
-        assert (pairs.text == given["text"].astype(np.float16)[text_row]).all()
-        assert (image_row[pairs.image_of_text] == given["image_of_text"][text_row]).all()
+        assert (pairs.image == original["image"].astype(np.float16)[image_row]).all()
+        assert (pairs.text == original["text"].astype(np.float16)[text_row]).all()
+        assert (image_row[pairs.image_of_text] == original["image_of_text"][text_row]).all()
         assert (np.diff(pairs.image_of_text) >= 0).all()  # grouped by image, as of any source
-        assert pairs.items["text"] == given["caption"][text_row].tolist()
+        assert pairs.items["text"] == original["caption"][text_row].tolist()
         assert pairs.items["image"] == [f"image {1000 - row}" for row in image_row]
         assert pairs.matches is None and pairs.chains is None
     assert (pairs.meta["images"], pairs.meta["skipped"], pairs.dim) == (8, 0, D)
@@ -94,14 +94,14 @@ def test_rows_keep_their_pairs(here):
 
 
 def test_two_arrays_are_enough(here, capsys):
-    given = arrays()
-    np.savez("pairs.npz", image=given["image"], text=given["text"][:N])
+    original = arrays()
+    np.savez("pairs.npz", image=original["image"], text=original["text"][:N])
     cache_embeddings.main([*CACHE, "--splits", "all"])
     assert "40 images, 40 captions, D = 16" in capsys.readouterr().out
     pairs = Pairs("embeddings", "given", "all")
     assert (pairs.image_of_text == np.arange(N)).all()
     assert pairs.items["text"][3] == "text 3" and pairs.items["image"][3] == "image 3"
-    np.savez("pairs.npz", image=given["image"], text=given["text"][:N], coco_image_id=given["image_id"])
+    np.savez("pairs.npz", image=original["image"], text=original["text"][:N], coco_image_id=original["image_id"])
     assert Arrays("pairs.npz").images("all")[3].id == 997
 
 
@@ -223,11 +223,11 @@ def test_every_layout_holds_the_same(here, refusal):
     import safetensors.torch
     from pyarrow import parquet
 
-    given = arrays()
-    plain = {key: torch.tensor(array) for key, array in given.items() if key != "caption"}
-    safetensors.torch.save_file(plain, "pairs.safetensors", {"caption": json.dumps(given["caption"].tolist())})
+    original = arrays()
+    plain = {key: torch.tensor(array) for key, array in original.items() if key != "caption"}
+    safetensors.torch.save_file(plain, "pairs.safetensors", {"caption": json.dumps(original["caption"].tolist())})
     (here / "folder").mkdir()
-    for key, array in given.items():
+    for key, array in original.items():
         np.save(f"folder/{key}.npy", array)
     for name in ("pairs.safetensors", "folder"):
         source, expected = Arrays(name), Arrays("pairs.npz")
@@ -239,15 +239,15 @@ def test_every_layout_holds_the_same(here, refusal):
 
     for kind in ("img_emb", "text_emb", "metadata"):
         (here / "laion" / kind).mkdir(parents=True)
-    text, caption = given["text"][:N], given["caption"][:N].astype(object)
+    text, caption = original["text"][:N], original["caption"][:N].astype(object)
     caption[3] = None
     for part, rows in ((9, slice(0, 25)), (10, slice(25, N))):  # by number, not by name
-        np.save(f"laion/img_emb/img_emb_{part}.npy", given["image"][rows].astype(np.float16))
+        np.save(f"laion/img_emb/img_emb_{part}.npy", original["image"][rows].astype(np.float16))
         np.save(f"laion/text_emb/text_emb_{part}.npy", text[rows].astype(np.float16))
         table = pyarrow.table({"image_path": [f"{row}.jpg" for row in range(N)][rows], "caption": caption[rows]})
         parquet.write_table(table, f"laion/metadata/metadata_{part}.parquet")
     source = Arrays("laion")
-    assert (source.embeddings("all")[0] == given["image"].astype(np.float16)).all()
+    assert (source.embeddings("all")[0] == original["image"].astype(np.float16)).all()
     assert (source.embeddings("all")[1] == text.astype(np.float16)).all()
     assert [c.text for c in source.captions("all")] == ["" if c is None else c for c in caption]
     (here / "laion/text_emb/text_emb_10.npy").unlink()
@@ -283,26 +283,26 @@ def labeled(images=60, classes=6, per_class=3, **changes):
 
 
 def test_images_with_classes_are_classified(here, capsys, refusal):
-    given = labeled()
-    np.savez("labeled.npz", **given)
+    original = labeled()
+    np.savez("labeled.npz", **original)
     cache_embeddings.main([*CACHE, "--splits", "train0"])
     cache = ["--dataset", "embeddings", "--quiet", "--root", "labeled.npz", "--splits"]
     cache_embeddings.main([*cache, "all"])
     assert "60 images, 18 prompts for 6 classes, D = 16" in capsys.readouterr().out
     pairs = Pairs("embeddings", "given", "all")
-    assert pairs.classes[2] == "thing 2" and (pairs.label == given["label"]).all()
+    assert pairs.classes[2] == "thing 2" and (pairs.label == original["label"]).all()
     error = refusal(train.main, *RUN, "clip", "--set", "data.train_split=all")
     assert "holds images with classes, not captions" in error
     train.main([*RUN, "clip", "--quiet"])
     capsys.readouterr()
     evaluation.main([*RUN, "clip", "--split", "all", "--score", "both"])
     # Reference: average the unit prompts of a class, normalize the mean, one image after the other.
-    image, text = given["image"].astype(np.float16).astype(float), given["text"].astype(np.float16).astype(float)
+    image, text = original["image"].astype(np.float16).astype(float), original["text"].astype(np.float16).astype(float)
     hits = {1: 0, 5: 0}
-    for row, label in zip(image, given["label"], strict=True):
+    for row, label in zip(image, original["label"], strict=True):
         scores = []
         for number in range(6):
-            mean = sum(x / np.linalg.norm(x) for x in text[given["class_of_text"] == number])
+            mean = sum(x / np.linalg.norm(x) for x in text[original["class_of_text"] == number])
             scores.append(row @ mean / np.linalg.norm(mean))
         order = np.argsort(scores)[::-1]
         hits = {k: hits[k] + (label in order[:k]) for k in hits}
@@ -363,14 +363,14 @@ def test_zero_shot_with_published_class_embeddings(shared, tmp_path, monkeypatch
 
 def test_ids_reveal_test_images_that_were_trained_on(here, refusal):
     """COCO's ids are the same in all files and splits, so the overlap of 2017 and Karpathy's splits is found."""
-    given = arrays(image_id=None)
+    original = arrays(image_id=None)
     ids = 1000 + np.arange(N)
-    np.savez("pairs.npz", coco_image_id=ids, **given)
+    np.savez("pairs.npz", coco_image_id=ids, **original)
     train_on = ["--set", "data.train_split=all"]
     run = [*RUN, "asymvlm-vmf", "--quiet"]
     cache_embeddings.main([*CACHE, "--splits", "all", *train_on])
     train.main([*run, "--set", "train.epochs=1", "model.width=8", *train_on[1:]])
-    np.savez("others.npz", coco_image_id=ids + 28, **given)  # another 28 images and 12 of the same
+    np.savez("others.npz", coco_image_id=ids + 28, **original)  # another 28 images and 12 of the same
     cache_embeddings.main(["--dataset", "embeddings", "--root", "others.npz", "--splits", "test0", "--quiet"])
     shared_ids = set(np.load("embeddings/embeddings/given/test0/image_id.npy")) & set(ids)
     error = refusal(evaluation.main, *run)
@@ -379,7 +379,7 @@ def test_ids_reveal_test_images_that_were_trained_on(here, refusal):
     path = here / "results/embeddings/given/asymvlm-vmf/seed0/embeddings-retrieval.json"
     assert json.loads(path.read_text())["seen_in_training"] == len(shared_ids)
     # Equal ids of another id space are not the same images.
-    np.savez("others.npz", image_id=ids, **arrays(image_id=None, image=given["image"] + 1))
+    np.savez("others.npz", image_id=ids, **arrays(image_id=None, image=original["image"] + 1))
     cache_embeddings.main(
         ["--dataset", "embeddings", "--root", "others.npz", "--splits", "test0", "--quiet", "--overwrite"]
     )

@@ -143,13 +143,13 @@ def test_bfloat16_is_close_in_every_family(both):
     exact, rounded = both
     assert (exact.precision, rounded.precision) == ("float32", "bfloat16")
     pixels, tokens = some_pixels(exact), some_tokens(exact.model.text.context_length)
-    for tower, encode, pool, given in (
+    for tower, encode, pool, inputs in (
         ("image", "encode_images", "pooled_images", pixels),
         ("text", "encode_tokens", "pooled_tokens", tokens),
     ):
-        a, b = getattr(exact, encode)(given), getattr(rounded, encode)(given)
+        a, b = getattr(exact, encode)(inputs), getattr(rounded, encode)(inputs)
         assert b.dtype == torch.float32 and not a.equal(b) and torch.cosine_similarity(a, b).min() > 0.999
-        pooled = getattr(rounded, pool)(given)
+        pooled = getattr(rounded, pool)(inputs)
         assert {x.dtype for x in pooled if x is not None} == {torch.float32}
         assert reconstruction_error(pooled, rounded.projection[tower]) < 1e-2
 

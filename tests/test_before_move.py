@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import cache_embeddings
 import eval as evaluation
@@ -21,8 +22,11 @@ import report
 import reproduce
 import train
 import uncertainty
+from utils.config import load_config, make_adaptor
 
-ARCHIVE = Path(__file__).parent / "data" / "before_move" / "files.tar.xz"
+DATA = Path(__file__).parent / "data" / "before_move"
+ARCHIVE = DATA / "files.tar.xz"
+STATE_DICTS = json.loads((DATA / "state_dicts.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-6  # of float32 arithmetic on another machine; on the machine that made the files all digits agree
 ADDED = {"gains"}  # tables that reports did not have
 OPTIONS = ["--quiet", "--device", "cpu"]
@@ -107,7 +111,7 @@ def markdown_rows(text):
 
 @pytest.mark.parametrize("dataset", ["shapes", "shapes-colors"])
 def test_report_gives_the_same_tables(old, monkeypatch, dataset):
-    monkeypatch.setattr(report, "write_figures", lambda *_: None)  # the page draws the same ones
+    monkeypatch.setattr("reporting.figures.style.save", lambda *_: None)  # the page has the same figures
     folder = Path("results", dataset)
     before = {name: (folder / name).read_text(encoding="utf-8") for name in ("table.csv", "table.md")}
     report.main(["--dataset", dataset, "--quiet"])
@@ -161,6 +165,15 @@ def test_a_run_counts_as_trained(old, capsys, name):
     train.main(["--dataset", "shapes", *RUNS[name], *OPTIONS])
     assert capsys.readouterr().out == f"checkpoints/shapes/shapes-tiny/{name}: already trained\n"
     assert contents("checkpoints") == before
+
+
+@pytest.mark.parametrize("name", STATE_DICTS)
+def test_a_state_dict_loads(name):
+    """Of every method and preset: its parameters and buffers have the names and shapes that checkpoints have."""
+    method, preset = name.split()
+    settings = [] if method in ("bayesvlm", "clip") else ["model.width=16"]
+    adaptor = make_adaptor(load_config("shapes", method, preset=preset, settings=settings), 24)
+    adaptor.load_state_dict({key: torch.zeros(shape) for key, shape in STATE_DICTS[name].items()})
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import check_method
 import pytest
 import torch
 import torch.nn.functional as F
-from check_method import CHECKS, Case, main, run_contract
+from check_method import CHECKS, DIM, Case, main, run_contract
+from pages import README, blocks
 from torch import nn
 
 import models
+from models.backbones.last_map import cut
 from models.base import Adaptor, Embedding, Mean
 from utils.config import HOME, Config, load_config
 from utils.device import pick_device
@@ -53,11 +55,8 @@ def write_method(home, adaptor, text):
 
 def write_readme_example(home, monkeypatch):
     """Write the two files of README's example method where they belong in a suite of its own."""
-    readme = (HOME / "README.md").read_text(encoding="utf-8")
-    for language, path in (("python", "models/mine.py"), ("yaml", "configs/methods/mine.yaml")):
-        [code] = re.findall(rf"```{language}\n(# {path}\n.*?)```", readme, re.DOTALL)
-        (home / path).parent.mkdir(parents=True, exist_ok=True)
-        (home / path).write_text(code)
+    written = [block.write(home) for block in blocks(README) if block.file]
+    assert written == [home / "models/mine.py", home / "configs/methods/mine.yaml"]
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(home / "models")])
 
 
@@ -99,6 +98,26 @@ class Sound(Adaptor):
 
 def test_sound_method_keeps_the_contract(home):
     write_method(home, "Sound", SOUND)
+    assert failures() == []
+
+
+class DividesByTheOne(Sound):
+    """It reads pooled rows, whose last column is 1 whatever the length of an embedding."""
+
+    pooled = True
+
+    def direction(self, text):
+        return super().direction(cut(text, DIM)[0])
+
+    def uncertainty(self, text):
+        return super().uncertainty(text) / text[:, -1]
+
+    def adapt_image(self, image):
+        return super().adapt_image(cut(image, DIM)[0])
+
+
+def test_lengths_change_but_the_one_of_pooled_rows_stays(home):
+    write_method(home, "DividesByTheOne", SOUND)
     assert failures() == []
 
 
@@ -216,11 +235,24 @@ class RewardsMistakes(Sound):
         return 2 * loss.detach() - loss
 
 
-@breaks("means", "with --mean frozen and loss means move")
+@breaks("means", "with --mean frozen and loss means of captions move")
 class AnyMeanIsResidual(Sound):
     def __init__(self, dim: int, mean: str = "residual"):
         super().__init__(dim)
         self.text_mean = Mean("residual", dim, 8, 1)
+
+    def adapt_text(self, text):
+        return Embedding(self.text_mean(text), self.uncertainty(text))
+
+
+@breaks("means", "with --mean frozen and loss means of images move")
+class AnyMeanOfImagesIsResidual(Sound):
+    def __init__(self, dim: int, mean: str = "residual"):
+        super().__init__(dim)
+        self.image_mean, self.text_mean = Mean("residual", dim, 8, 1), Mean(mean, dim, 8, 1)
+
+    def adapt_image(self, image):
+        return Embedding(self.image_mean(image))
 
     def adapt_text(self, text):
         return Embedding(self.text_mean(text), self.uncertainty(text))
@@ -295,6 +327,7 @@ def test_a_preset_has_its_own_excuses(home, capsys):
         (["mine"], "{speed: slow}", "mine.yaml: contract has no key 'speed'; it has wider, constructs, shapes"),
         (["mine"], "{zero: true}", "contract: zero must be the reason why it does not apply, not True."),
         (["mine"], "{wider: {log_variance: up}}", "log_variance must be raised, lowered, doubled or halved, not 'up'."),
+        (["mine"], "{wider: head}", "contract: wider must hold names and changes, not 'head'."),
         (["mine"], "[zero]", "contract must hold keys and values"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_temperature_is_fitted_on_all_of_another_split(place, capsys):
     assert result["val"] == "val" and result["val_fingerprint"] == fingerprint
     for part, score in ((result, "classify"), (result["other_score"], "similarity")):
         of_entry = part["image_to_class"]["calibration"]
-        assert list(of_entry) == ["model", "temperature", "validation", *["matched"] * (score == "classify")]
+        assert list(of_entry) == ["model", "temperature", "validation", *(["matched"] if score == "classify" else [])]
         figures = of_entry["validation"]
         [scale] = figures["scales"]
         (held_out, held_label), (logit, label) = logits("val", score), logits("test", score)
@@ -125,7 +125,7 @@ def test_what_a_temperature_cannot_be_fitted_on_is_refused(place, refusal, monke
     assert "/folder/shapes-tiny/all is missing" in refusal(evaluation.main, *JUDGED, "--val", "all")
     assert not (place / "results").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "seen_images", lambda pairs, seen: 7 * (pairs.folder.name == "val"))
+        patch.setattr(Pairs, "shared_with", lambda pairs, seen: 7 * (pairs.folder.name == "val"))
         assert "--val val has 7 images that were trained on" in refusal(evaluation.main, *JUDGED, "--val", "val")
         evaluation.main([*JUDGED, "--val", "val", "--allow-leakage"])
     monkeypatch.setattr(Pairs, "classes", property(lambda self: self.meta["classes"][:: of(self, val=-1, test=1)]))

@@ -9,12 +9,12 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import yaml
-from conftest import SMALL_WORLD, write_classes
+from conftest import SMALL, SMALL_WORLD, write_classes
+from pages import DOCS, FENCE, README, blocks
 
 import cache_embeddings
 import train
@@ -22,9 +22,7 @@ from datasets.shapes import Shapes
 from reporting.figures import style
 from utils.config import HOME, load_config, presets_of
 
-README, DOCS = HOME / "README.md", sorted((HOME / "docs").glob("*.md"))
 PAGES = [README, *DOCS, HOME / "benchmarks" / "RESULTS.md", HOME / "configs" / "methods" / "README.md"]
-FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|python|\w+\.py) [^`]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CLASSES = "data.options.images={train: 40, val: 40, test: 40, shifted-train: 40, shifted-val: 40, shifted-test: 40}"
@@ -49,42 +47,6 @@ SETTINGS = {
 }
 DRAWN = "overview"  # of all figures; tests/test_page.py draws the others
 DOWNLOADED = ("pairs", "notes")  # data sets whose own backbone would be downloaded
-
-
-class Block(NamedTuple):
-    """A fenced block: where it begins, what its fence says, and its text."""
-
-    place: str
-    info: str
-    text: str
-
-    @property
-    def commands(self):
-        """The commands that the block prints, each as a list of words."""
-        lines = self.text.replace("\\\n", " ").splitlines()
-        if self.info == "console":
-            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-    @property
-    def needs(self):
-        """Whether the block says that it needs data or machines from elsewhere."""
-        return self.text.startswith("# needs ")
-
-    @property
-    def file(self):
-        """The path that the first line of a block of code names, or None."""
-        path = re.match(r"# ((?:\w+/)+[\w-]+\.(?:py|yaml))\n", self.text)
-        return path and path[1]
-
-
-def blocks(path):
-    """List the fenced blocks of a page."""
-    text = path.read_text(encoding="utf-8")
-    return [
-        Block(f"{path.name}:{text.count(chr(10), 0, match.start()) + 1}", match[1], match[2])
-        for match in FENCE.finditer(text)
-    ]
 
 
 def anchors(path):
@@ -203,7 +165,7 @@ def desk(small_world, tmp_path_factory):
 
 def write_pairs(folder):
     """Write the images of the small `shapes` as pairs in mine.csv, and as the notes of docs/extending.md."""
-    source = Shapes("data/shapes", train_images=300, val_images=100)
+    source = Shapes("data/shapes", **SMALL)
     captions = {}
     for caption in source.captions("val"):
         captions.setdefault(caption.image_id, []).append(caption.text)
@@ -220,9 +182,7 @@ def write_pairs(folder):
 
 def write_example(block, home, patch):
     """Write an example into the copy of the repository and import it; returns the module's name, None of a YAML."""
-    path = home / block.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(block.text)
+    path = block.write(home)
     if path.suffix == ".yaml":
         assert isinstance(yaml.safe_load(block.text), dict), block.place
         return None

@@ -42,7 +42,14 @@ def test_help_is_printed(script, capsys):
     assert stop.value.code == 0 and "--dataset" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("scripts", "heavy"), [("train, eval", "open_clip matplotlib"), ("report", "open_clip torch")])
+@pytest.mark.parametrize(
+    ("scripts", "heavy"),
+    [
+        ("train, eval", "open_clip matplotlib"),
+        ("report", "open_clip torch"),
+        ("reporting.terminal", "open_clip torch matplotlib"),
+    ],
+)
 def test_scripts_import_no_more_than_they_need(scripts, heavy):
     code = f"import sys, {scripts}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = run("-c", code, PYTHONPATH=str(HOME))

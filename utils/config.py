@@ -274,22 +274,22 @@ def needs_pooled(config):
         return False  # `construct` reports it
 
 
-def construct(path, options, where, **given):
-    """Import `module.Class` and call it with `given` and `options`.
+def construct(path, options, where, **arguments):
+    """Import `module.Class` and call it with `arguments` and `options`.
 
     Raises UserError for a class that cannot be imported, an option it does not take, and a value it refuses.
     """
     module, _, name = str(path).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
-        accepted = [name for name in inspect.signature(cls).parameters if name not in given]
+        accepted = [name for name in inspect.signature(cls).parameters if name not in arguments]
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where} names the class '{path}', which cannot be imported ({error}).") from None
     unknown = [name for name in options if name not in accepted]
     if unknown:
         raise UserError(f"{where} has no key '{unknown[0]}'; it has {', '.join(accepted) or 'none'}.")
     try:
-        return cls(**given, **options)
+        return cls(**arguments, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}.") from None
 

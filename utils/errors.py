@@ -3,6 +3,8 @@
 import functools
 import sys
 
+GOES_ON = "interrupted; the same command resumes from what was last saved."
+
 
 class UserError(Exception):
     """A mistake in flags, files or data; the message is one sentence: the file, row or key, and what to do."""
@@ -33,9 +35,6 @@ def exits_cleanly(interrupted="interrupted."):
         return wrapped
 
     return decorate
-
-
-GOES_ON = "interrupted; the same command resumes from what was last saved."
 
 
 def one_of(name, value, choices, error=ValueError):

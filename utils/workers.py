@@ -73,8 +73,8 @@ class _Worker:
     def _start(self):
         context = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
-        given = (theirs, self.device, self.neighbors)
-        process = context.Process(target=_work, args=given)  # not a daemon: caching starts processes, too
+        arguments = (theirs, self.device, self.neighbors)
+        process = context.Process(target=_work, args=arguments)  # not a daemon: caching starts processes, too
         # The child inherits the mask: only this process handles Ctrl-C, and ends the others. The signal is blocked, not
         # ignored, so that a Ctrl-C at this moment is handled afterwards.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
