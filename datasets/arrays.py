@@ -1,4 +1,6 @@
-"""Embeddings that were computed elsewhere, as arrays with these names:
+"""Embeddings that were computed elsewhere, read from arrays by their names.
+
+The names:
 
     image (N, D), text (M, D)   floats, as the model outputs them; normalized or not
     image_of_text (M,)          the row of `image` that each text describes; without it, row i describes row i

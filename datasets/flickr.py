@@ -1,10 +1,10 @@
-"""Flickr30k (Young et al., TACL 2014) and Flickr8k (Hodosh et al., JAIR 2013), from either kind of files in <root>:
+"""Flickr30k (Young et al., TACL 2014) and Flickr8k (Hodosh et al., JAIR 2013), from one of two kinds of files.
 
     Karpathy's JSON     dataset_flickr30k.json, dataset_flickr8k.json
     publisher's lists   results_20130124.token with train.txt, val.txt, test.txt of Flickr30k Entities, and
                         Flickr8k.token.txt with Flickr_8k.trainImages.txt, ...devImages.txt, ...testImages.txt
 
-configs/datasets/flickr30k.yaml and flickr8k.yaml name these files and the possible folders of images.
+The files lie in <root>. configs/datasets/flickr30k.yaml and flickr8k.yaml name them and the possible folders of images.
 """
 
 import re

@@ -1,4 +1,6 @@
-"""Your own pairs in one table, a row per caption: .csv, .tsv, .jsonl (an object per line) or .parquet with columns
+"""Your own pairs in one table, a row per caption: .csv, .tsv, .jsonl (an object per line) or .parquet.
+
+The columns:
 
     image     a file's path, relative to the table's folder (or `image_root`); rows of one image are its captions
     caption   text

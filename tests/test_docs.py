@@ -23,6 +23,7 @@ from reporting.figures import style
 from utils.config import HOME, load_config, presets_of
 
 PAGES = [README, *DOCS, HOME / "benchmarks" / "RESULTS.md", HOME / "configs" / "methods" / "README.md"]
+INLINE = re.compile(r"`((?:make|python|\w+\.py) [^`]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CLASSES = "data.options.images={train: 40, val: 40, test: 40, shifted-train: 40, shifted-val: 40, shifted-test: 40}"
 # What makes a printed command small: flags, and settings for its --set, by script and then by data set.
@@ -114,6 +115,29 @@ def test_every_block_says_what_it_is():
         assert len([block for block in blocks(README) if block.info == info and block.text.startswith(first)]) == 1
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(HOME).as_posix())
+def test_commands_in_running_text_exist(path, capsys):
+    """Their targets, scripts and flags exist; SCRIPT.py and NAME are placeholders."""
+    for command in INLINE.findall(FENCE.sub("", path.read_text(encoding="utf-8"))):
+        program, *words = command.removeprefix("python ").removeprefix("-m ").split()
+        if program == "make":
+            assert words[0] in targets(), command
+        elif program != "SCRIPT.py":
+            module = program.removesuffix(".py").replace("/", ".")
+            assert (HOME / module.replace(".", "/")).with_suffix(".py").is_file(), command
+            flags = set(re.findall(r"--[\w-]+", command))
+            if flags:
+                with pytest.raises(SystemExit):
+                    importlib.import_module(module).main(["--help"])
+                options = capsys.readouterr().out.split("options:")[1]
+                assert flags <= set(re.findall(r"--[\w-]+", options)), command
+
+
+def targets():
+    """List the targets of the Makefile."""
+    return re.findall(r"^([\w-]+):", (HOME / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
 def desk(small_world, tmp_path_factory):
     """A working folder with everything that the pages take for granted, and a copy of configs that examples go to."""
@@ -202,8 +226,7 @@ def check_names(script, words):
 def follow(words, needs):
     """Do what a printed command says, or check its flags and names if it needs data from elsewhere."""
     if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (HOME / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert words[1] in targets
+        assert words[1] in targets()
         return
     if words[0] == "source":
         assert words[1:] == [".venv/bin/activate"]
