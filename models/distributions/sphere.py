@@ -36,7 +36,7 @@ class ExactDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(kappa, dim, value, derivative):
-        return value(kappa, dim)
+        return _in_blocks(value, kappa, dim)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -46,7 +46,18 @@ class ExactDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (kappa,) = ctx.saved_tensors
-        return grad * ctx.derivative(kappa, ctx.dim), None, None, None
+        return grad * _in_blocks(ctx.derivative, kappa, ctx.dim), None, None, None
+
+
+BLOCK = 2**15  # elements whose intermediate results fit a processor's cache
+
+
+def _in_blocks(function, kappa, dim):
+    """Apply an elementwise function of many steps to a CPU tensor in blocks: each step then reads from the cache."""
+    if kappa.device.type != "cpu" or kappa.numel() <= BLOCK:
+        return function(kappa, dim)
+    blocks = [function(block, dim) for block in kappa.reshape(-1).split(BLOCK)]
+    return torch.cat(blocks).view(kappa.shape)
 
 
 def log_surface_area(dim: int) -> float:
