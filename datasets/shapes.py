@@ -5,6 +5,7 @@ names a random subset of the attributes, from none ("a photo") to all five. The 
 a gallery a caption is true of, its ambiguity, and the best recall that any method can reach.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from scipy import sparse
 from tqdm import tqdm
 
 from datasets import Caption, Image, Source
+from utils.device import usable_cores
 from utils.errors import UserError
 from utils.files import atomic
 
@@ -161,10 +163,19 @@ def drawn(folder, count, make):
     images = [Image(row, folder / f"{row:06d}.jpg") for row in range(count)]
     present = {path.name for path in folder.glob("*.jpg")}
     missing = [image for image in images if image.path.name not in present]
-    quiet = None if len(missing) > 500 else True
-    for image in tqdm(missing, desc=f"draw {folder.name}", unit="image", disable=quiet):
+
+    def save(image):
         with atomic(image.path) as partial:
             make(image.id).save(partial, format="JPEG", quality=92, subsampling=0)
+
+    quiet = None if len(missing) > 500 else True
+    pool = ThreadPoolExecutor(usable_cores())  # most of the work is NumPy's and Pillow's, outside of Python's lock
+    try:
+        done = pool.map(save, missing)
+        for _ in tqdm(done, total=len(missing), desc=f"draw {folder.name}", unit="image", disable=quiet):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
     return images
 
 
