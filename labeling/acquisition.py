@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.distributions.sphere import at_least_float32
+from models.prob_cosine import Gaussians, cosine_mean
 from utils.errors import one_of
 
 Diagonal = tuple[Tensor, Tensor]  # means and variances
@@ -117,12 +118,8 @@ def wasserstein(first: Diagonal, second: Diagonal) -> Tensor:
 
 
 def cosine(first: Diagonal, second: Diagonal) -> Tensor:
-    """Mean cosines (N, M) of Gaussians, m . m' / sqrt(E|g|^2 E|g'|^2), as BayesVLM approximates them (ProbCosine)."""
-    left, right = (
-        at_least_float32(mean) / (at_least_float32(mean).square() + variance).sum(dim=1, keepdim=True).sqrt()
-        for mean, variance in (first, second)
-    )
-    return left @ right.T
+    """Mean cosines (N, M) of Gaussians as BayesVLM approximates them (ProbCosine), in any basis of the variances."""
+    return cosine_mean(*(Gaussians(*map(at_least_float32, side), basis=None) for side in (first, second)))
 
 
 _NEARNESS = {"cosine": cosine, "wasserstein": lambda first, second: -wasserstein(first, second)}

@@ -12,12 +12,13 @@ from scipy import sparse, stats
 from metrics.uncertainty import DRAWN, auroc_of_draws, bin_of, times_drawn
 
 
-class Gap(NamedTuple):
-    """Difference of one statistic of two methods on the same queries, and its 95 % interval."""
+class Difference(NamedTuple):
+    """Difference of one statistic of two methods on the same data, its interval, and the p-value of no difference."""
 
     mean: float
     low: float
     high: float
+    p: float
 
     @property
     def real(self):
@@ -30,7 +31,9 @@ def resampled(nll, confidence, hit, bins=15, draws=1000, seed=0):
 
     nll, confidence, hit: (R, Q). The first row is of the queries themselves, the others of draws with replacement
     (Efron, 1979), which depend on Q, `draws` and `seed` only, so that calls can be compared. ECE has `bins` bins of
-    equal width, as in `calibration.reliability`. Raises ValueError for a confidence outside of [0, 1].
+    equal width, as in `calibration.reliability`. Resampling adds noise, which raises a small ECE more than a large
+    one: the interval of a difference in ECE may lie nearer to 0 than the difference, and errs on the side of no
+    difference. Raises ValueError for a confidence outside of [0, 1].
 
     >>> result = resampled(nll=[[0.0, 1.0]], confidence=[[0.75, 0.75]], hit=[[1, 0]], draws=10)
     >>> result["nll"][0].tolist(), result["ece"][0].tolist()
@@ -48,19 +51,6 @@ def resampled(nll, confidence, hit, bins=15, draws=1000, seed=0):
     weights = itertools.chain([np.ones((1, queries))], times_drawn(queries, draws, seed, step))
     sums = np.concatenate([(terms @ part.T).T for part in weights]).reshape(-1, runs, 1 + bins)
     return {"nll": sums[..., 0], "ece": np.abs(sums[..., 1:]).sum(axis=-1)}
-
-
-def gap(ours, theirs):
-    """Difference of one statistic of two methods, (1 + B,) each as in `resampled`, with its percentile interval.
-
-    Resampling adds noise, which raises a small ECE more than a large one: the interval of a difference in ECE may lie
-    nearer to 0 than the difference, and errs on the side of no difference.
-
-    >>> gap([2.0, 2.5, 2.5], [1.0, 1.0, 1.0])
-    Gap(mean=1.0, low=1.5, high=1.5)
-    """
-    difference = np.subtract(ours, theirs)
-    return Gap(float(difference[0]), *np.quantile(difference[1:], [0.025, 0.975]).tolist())
 
 
 class PairedBootstrap:
@@ -103,30 +93,17 @@ class PairedBootstrap:
         return np.mean([auroc_of_draws(*seed, self._times, self._group) for seed in seeds], axis=0)
 
 
-class PairedDifference(NamedTuple):
-    """Difference of a statistic of two methods on the same queries, its interval, and the p-value of no difference."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-    @property
-    def real(self):
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
-
 def paired_difference(ours, theirs, confidence=0.95):
-    """Difference of one statistic of two methods, (1 + B,) each of the same `PairedBootstrap`; None if undefined.
+    """Difference of one statistic of two methods, (1 + B,) each of the same draws; None if undefined.
 
-    The interval is that of percentiles. The two-sided p-value is twice the share of draws on the rarer side of 0, one
-    added to both counts (Davison & Hinkley, 1997): it is at least 2 / (B + 1), which limits how many of them `holm` can
-    adjust. Draws in which a statistic is NaN are left out.
+    ours, theirs: of one `PairedBootstrap`, or columns of `resampled`. The interval is that of percentiles. The
+    two-sided p-value is twice the share of draws on the rarer side of 0, one added to both counts (Davison & Hinkley,
+    1997): it is at least 2 / (B + 1), which limits how many of them `holm` can adjust. Draws in which a statistic is
+    NaN are left out.
 
     >>> bootstrap = PairedBootstrap(group=np.arange(100), draws=999)
     >>> paired_difference(bootstrap.mean(np.ones(100)), bootstrap.mean(np.zeros(100)))
-    PairedDifference(mean=1.0, low=1.0, high=1.0, p=0.002)
+    Difference(mean=1.0, low=1.0, high=1.0, p=0.002)
     """
     difference = np.round(np.subtract(ours, theirs), 12)  # so that a rounding error has no sign
     mean, drawn = float(difference[0]), difference[1:]
@@ -135,23 +112,13 @@ def paired_difference(ours, theirs, confidence=0.95):
         return None
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
     rarer = int(min((drawn <= 0).sum(), (drawn >= 0).sum()))
-    return PairedDifference(mean, low, high, min(1.0, 2 * (rarer + 1) / (len(drawn) + 1)))
-
-
-class Difference(NamedTuple):
-    """Mean of paired differences over seeds, its 95 % interval by Student's t, and the p-value of no difference.
-
-    If all seeds have the same difference there is no test: p is 1.
-    """
-
-    mean: float
-    low: float
-    high: float
-    p: float
+    return Difference(mean, low, high, min(1.0, 2 * (rarer + 1) / (len(drawn) + 1)))
 
 
 def paired(values, against):
     """Compare two statistics (S,) of the same seeds by a paired t-test: a `Difference`, None for fewer than two seeds.
+
+    Its interval is the 95 % one of Student's t. If all seeds have the same difference there is no test: p is 1.
 
     >>> float(round(paired([0.9, 0.8, 0.85], against=[0.5, 0.5, 0.5]).p, 3))
     0.007

@@ -5,7 +5,7 @@ import textwrap
 from typing import NamedTuple
 
 from metrics.comparison import Difference, holm, paired
-from reporting.words import LEVEL
+from reporting.words import LEVEL, REAL, SIGNIFICANT
 
 TITLES = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece": "ECE, %"}
 SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
@@ -13,8 +13,9 @@ DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 ORDER = ("random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center")  # others come after
 BASE = "random"  # the strategy that others are compared with
 INTERVAL = (  # what follows ± of a difference, and what the marks mean
-    "half of the 95 % interval (Student's t, paired by seed). †: it leaves 0 out (no mark where all seeds are alike)."
-    " ‡: p < 0.05 also after Holm's adjustment over all strategies and budgets (means: over all strategies)"
+    f"half of the 95 % interval (Student's t, paired by seed). {REAL}: it leaves 0 out (no mark where all seeds are"
+    f" alike). {SIGNIFICANT}: p < {LEVEL} also after Holm's adjustment over all strategies and budgets (means: over all"
+    " strategies)"
 )
 WIDTH = 19  # of a column
 
@@ -27,8 +28,8 @@ class Gap(NamedTuple):
 
     @property
     def mark(self):
-        """† where the 95 % interval leaves 0 out, ‡ where p stays below 0.05 after adjustment."""
-        return "‡" if self.adjusted < LEVEL else "†" if self.difference.p < LEVEL else ""
+        """REAL where the 95 % interval leaves 0 out, SIGNIFICANT where p stays below LEVEL after adjustment."""
+        return SIGNIFICANT if self.adjusted < LEVEL else REAL if self.difference.p < LEVEL else ""
 
     def text(self, digits):
         """The mean difference, half of its interval and its mark."""

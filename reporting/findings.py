@@ -6,7 +6,7 @@ import statistics
 from reporting.curves import BASE, TITLES, curves, gaps
 from reporting.runs import baseline_of, find
 from reporting.tables.gains import FIGURES, gains_of
-from reporting.words import MINUS
+from reporting.words import MINUS, REAL, SIGNIFICANT
 
 # By task: the table and the figure that stand below the sentences.
 OPENING = {
@@ -100,10 +100,10 @@ def _comparison(block):
     for row in (row for _, rows in table.groups for row in rows):
         for column in table.columns:
             cell = row.cells.get(column.key)
-            if cell and cell.text.endswith("†"):
+            if cell and cell.text.endswith(REAL):
                 verdict = "better" if cell.mean < 0 else "worse"
                 where = " ".join([column.group, column.title]).strip()
-                text.append(f"NLPD on {where}, {row.name}: {cell.text.removesuffix('†')}, {verdict}.")
+                text.append(f"NLPD on {where}, {row.name}: {cell.text.removesuffix(REAL)}, {verdict}.")
     return text or ["No difference in NLPD between the classifiers is beyond the sampling error of the images."]
 
 
@@ -113,7 +113,9 @@ def _study(study):
     for figure in ("accuracy", "nll"):
         compared = gaps(curves(study.results, figure))
         if compared:
-            significant = {name: row[-1].difference.mean for name, row in compared.items() if row[-1].mark == "‡"}
+            significant = {
+                name: row[-1].difference.mean for name, row in compared.items() if row[-1].mark == SIGNIFICANT
+            }
             start = f"Mean {TITLES[figure]} on {study.evaluated_on}, against {BASE}."
             verdict = _higher_and_lower(significant, 3) or ["No strategy differs beyond chance."]
             text.append(" ".join([start, *verdict]))

@@ -1,6 +1,8 @@
 """The names of directions, scores, uncertainties and figures, as tables, figures and the terminal print them."""
 
 LEVEL = 0.05  # of significance
+REAL = "†"  # marks a difference whose interval leaves 0 out
+SIGNIFICANT = "‡"  # marks one that also survives the adjustment for all comparisons
 NONE = "\N{EN DASH}"  # printed where there is no such number
 MINUS = "\N{MINUS SIGN}"
 RETRIEVAL = {"text_to_image": "text→image", "image_to_text": "image→text"}

@@ -192,16 +192,16 @@ def test_intervals_of_differences_cover_the_true_one_as_often_as_stated():
     for seed in range(100):
         one = comparison.resampled(*forecasts(1, 400, seed=2 * seed), draws=200)["nll"][:, 0]
         other = comparison.resampled(*forecasts(1, 400, seed=2 * seed + 1, shift=0.1), draws=200)["nll"][:, 0]
-        gap = comparison.gap(other, one)
-        covered += gap.low <= truth[1] - truth[0] <= gap.high
+        difference = comparison.paired_difference(other, one)
+        covered += difference.low <= truth[1] - truth[0] <= difference.high
     assert 85 <= covered <= 100
 
 
-def test_a_gap_is_of_the_same_draws():
+def test_a_difference_is_of_the_same_draws():
     ours, theirs = np.arange(41.0), np.append(1.0, np.arange(40.0) + np.tile([2, -1], 20))
-    gap = comparison.gap(ours, theirs)  # the draws differ by 1 - 2 and 1 + 1
-    assert gap == (-1, -1, 2) and not gap.real
-    assert comparison.gap(ours - 3, theirs).real and comparison.gap(ours + 3, theirs).real
+    difference = comparison.paired_difference(ours, theirs)  # the draws differ by 1 - 2 and 1 + 1
+    assert difference == (-1, -1, 2, 1) and not difference.real
+    assert all(comparison.paired_difference(ours + shift, theirs).real for shift in (-3, 3))
 
 
 def test_paired_differences_are_those_of_the_t_test():

@@ -37,9 +37,7 @@ class Drawing(NamedTuple):
     name: str  # of its files
     title: str
     caption: str
-    draw: (
-        Callable  # of a part, looks and width (inches): a matplotlib figure, or None where the part has nothing for it
-    )
+    draw: Callable  # of a part, looks and width (inches): a matplotlib figure, or None where there is nothing to draw
     line_per_method: bool
 
 

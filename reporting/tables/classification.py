@@ -8,10 +8,9 @@ from metrics import comparison
 from reporting.runs import baseline_of, data_sets, find, seeds_of
 from reporting.tables import Cell, Column, Row, Selector, cells_of, make
 from reporting.tables.columns import AURC, AUROC, ERRORS, constant, one_row, record, rows_of
-from reporting.words import CLASSIFICATION, MINUS, PROBABILITIES
+from reporting.words import CLASSIFICATION, MINUS, PROBABILITIES, REAL
 
 DIRECTION = "image_to_class"
-REAL = "†"  # marks an interval that leaves 0 out
 
 
 class Figure(NamedTuple):
@@ -117,9 +116,9 @@ def differences(figure, block):
         cells = {}
         for data in names:
             if ours in drawn[data] and theirs in drawn[data]:
-                gap = comparison.gap(drawn[data][ours][figure], drawn[data][theirs][figure])
+                gap = comparison.paired_difference(drawn[data][ours][figure], drawn[data][theirs][figure])
                 # With its sign: what rounds to zero may be real.
-                mean, low, high = (f"{value:+.3f}".replace("-", MINUS) for value in gap)
+                mean, low, high = (f"{value:+.3f}".replace("-", MINUS) for value in gap[:3])
                 key, mark = f"{data}_{figure}_gap", REAL if gap.real else ""
                 cells[key] = Cell(gap.mean, text=f"{mean} [{low}, {high}]{mark}")
                 cells |= {f"{key}_low": Cell(gap.low), f"{key}_high": Cell(gap.high)}

@@ -5,14 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metrics.comparison import PairedBootstrap, PairedDifference, holm, paired_difference
+from metrics.comparison import Difference, PairedBootstrap, holm, paired_difference
 from reporting.runs import baseline_of
 from reporting.tables import Cell, Column, make
 from reporting.tables.columns import AUROC, rows_of
-from reporting.words import LEVEL, MINUS, RETRIEVAL
+from reporting.words import LEVEL, MINUS, RETRIEVAL, SIGNIFICANT
 from utils.errors import UserError
-
-SIGNIFICANT = "‡"  # marks a difference that survives the adjustment for all rows, here as in reporting/curves.py
 
 
 class Figure(NamedTuple):
@@ -40,7 +38,7 @@ class Gain(NamedTuple):
     """A figure of a variant and its difference from the baseline."""
 
     value: float
-    difference: PairedDifference | None
+    difference: Difference | None
     adjusted: float | None  # p-value of the difference, adjusted for all variants
 
     @property
