@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from datasets.embeddings import Pairs, all_seen, hold_out
-from models.base import best_temperature, info_nce
+from models.base import best_temperature
+from models.pair_loss import cross_entropies, info_nce
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import FEW, make_adaptor, needs_pooled
@@ -116,10 +117,10 @@ def validate(adaptor, image, text, image_of_text, blocks):
     if not all(torch.isfinite(score).all() for score in scores):
         return math.inf, math.nan  # never the best epoch; overfitted densities diverge
     temperature = best_temperature(scores)
-    total = sum(
-        len(score) * (info_nce(temperature * score) + adaptor.auxiliary_loss(*pair, adaptor.temperature * score)).item()
-        for pair, score in zip(pairs, scores, strict=True)
-    )
+    total = 0.0
+    for pair, score in zip(pairs, scores, strict=True):
+        auxiliary = adaptor.auxiliary_loss(*pair, cross_entropies(adaptor.temperature * score))
+        total += len(score) * float(info_nce(temperature * score) + auxiliary)
     return total / sum(map(len, scores)), temperature
 
 

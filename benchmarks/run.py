@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from scipy import special
 
 from metrics import retrieval, uncertainty
-from models.base import Embedding
 from models.distributions import power_spherical, von_mises_fisher
-from models.gaussian import match
 from models.laplace import curvature
+from models.pair_loss import PairScore
 from utils.config import load_backbone
 from utils.device import pick_device
 
@@ -123,19 +122,18 @@ def pairwise(device):
     mean = F.normalize(torch.randn(2, 1024, 512, generator=generator), dim=-1)
     log_variance = torch.randn(2, 1024, 512, generator=generator) - 8
     mean, log_variance = (x.to(device).requires_grad_() for x in (mean, log_variance))
-    truth = torch.eye(1024, device=device)
+    truth, group = torch.eye(1024, device=device), torch.arange(1024, device=device)
 
-    def loss(logit):
-        value = F.binary_cross_entropy_with_logits(logit, truth)
-        return [value.detach().cpu(), *(x.sum().cpu() for x in torch.autograd.grad(value, (mean, log_variance)))]
+    def with_gradients(loss):
+        return [loss.detach().cpu(), *(x.sum().cpu() for x in torch.autograd.grad(loss, (mean, log_variance)))]
 
     def ours():
-        image, text = (Embedding(m, s.exp().mean(dim=-1), s) for m, s in zip(mean, log_variance, strict=True))
-        return loss(match(image, text))
+        row, column = -log_variance.exp().sum(dim=-1) / 2
+        return with_gradients(PairScore(*mean, row=row, column=column).pairwise_sigmoid(group) / 1024**2)
 
     def textbook():
         spread = (log_variance[0, :, None].exp() + log_variance[1].exp()).sum(dim=-1)
-        return loss(mean[0] @ mean[1].T - spread / 2)
+        return with_gradients(F.binary_cross_entropy_with_logits(mean[0] @ mean[1].T - spread / 2, truth))
 
     return ours, textbook
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from datasets.shapes import caption, describe
 from models.backbones.openclip import Backbone
-from models.base import info_nce
+from models.pair_loss import info_nce
 from utils.arguments import make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from datasets import Caption, Classes, Source
-from datasets.shapes import CARDINALITY, DRAWING, NAMES, VAL_SCENES, VALUES, draw, drawn
+from datasets import Caption, Classes, Source, shapes
+from datasets.shapes import CARDINALITY, DRAWING, NAMES, VALUES, draw, drawn
 from utils.errors import UserError, one_of
 
 # Each background with its texture and the two colors that the texture mixes.
@@ -32,17 +32,10 @@ SHIFTED = (*CARDINALITY[:4], len(BACKGROUNDS))
 GAP = 80  # between an object's color and every color of its background
 CONTRAST = 40  # between the two colors of a background, so that its texture is visible
 
-# The scenes that a split may show, as a range of the world's shuffled scenes. Ranges do not depend on sizes, so that
-# changing a size never moves a scene to another split. The backbone was not trained on the first VAL_SCENES.
-RANGES = {
-    "train": (VAL_SCENES, None),
-    "val": (0, VAL_SCENES // 2),
-    "test": (VAL_SCENES // 2, VAL_SCENES),
-    "shifted-train": (3000, None),
-    "shifted-val": (0, 1000),
-    "shifted-test": (1000, 3000),
-}
-IMAGES = {"train": 2000, "val": 500, "test": 500, "shifted-train": 2000, "shifted-val": 500, "shifted-test": 1000}
+# The scenes that a split may show, as a range of the world's shuffled scenes: those of `shapes`, whose val and test the
+# backbone was not trained on, and of the world with other backgrounds.
+RANGES = shapes.RANGES | {"shifted-train": (3000, None), "shifted-val": (0, 1000), "shifted-test": (1000, 3000)}
+IMAGES = {"train": 2000, "val": 500, "test": 1000, "shifted-train": 2000, "shifted-val": 500, "shifted-test": 1000}
 ATTRIBUTES = ("shape", "color")
 BACKDROPS = "b1"  # increase it when the shifted backgrounds of a seed change, see shapes.DRAWING
 

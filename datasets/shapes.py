@@ -59,7 +59,12 @@ NAMES = tuple(ATTRIBUTES)
 VALUES = tuple(tuple(values) for values in ATTRIBUTES.values())
 CARDINALITY = tuple(len(values) for values in VALUES)
 SCENES = int(np.prod(CARDINALITY))
-VAL_SCENES = 1000  # held out for any sizes of the splits, so that changing a size never moves a scene to another split
+# The scenes of each split, as a range of the world's shuffled scenes, and the stream of its random numbers. Ranges do
+# not depend on sizes, so that changing a size never moves a scene to another split. val is for choices; nothing was
+# chosen on test.
+HELD_OUT = 2000
+RANGES = {"train": (HELD_OUT, None), "val": (0, 1000), "test": (1000, HELD_OUT)}
+STREAMS = {"train": 1, "val": 2, "test": 7}
 UNNAMED = -1
 
 OPENINGS = ("a photo", "a picture", "an image", "a drawing", "a snapshot")
@@ -77,20 +82,22 @@ CENTER = {
     "bottom left": (0.3, 0.7), "bottom right": (0.7, 0.7),
 }  # fmt: skip
 
-DRAWING = "v1"  # increase it when the drawings or captions of a seed change, so that old files and caches are not used
+DRAWING = "v2"  # increase it when the drawings or captions of a seed change, so that old files and caches are not used
 
 
 class Shapes(Source):
     """The drawn world as a source; draws the image files it lacks.
 
-    root: folder for the files. seed: fixes scenes, drawings and wording. train_images, val_images: sizes of the splits.
-    captions_per_image: as in COCO, five. image_size: side of a drawing in pixels.
+    root: folder for the files. seed: fixes scenes, drawings and wording. train_images, val_images, test_images: sizes
+    of the splits. captions_per_image: as in COCO, five. image_size: side of a drawing in pixels.
     """
 
-    def __init__(self, root, seed=0, train_images=8000, val_images=1000, captions_per_image=5, image_size=96):
+    def __init__(
+        self, root, seed=0, train_images=8000, val_images=1000, test_images=2000, captions_per_image=5, image_size=96
+    ):
         self.seed, self.captions_per_image, self.image_size = seed, captions_per_image, image_size
-        self.sizes = {"train": train_images, "val": val_images}
-        numbers = (train_images, val_images, captions_per_image, image_size)
+        self.sizes = {"train": train_images, "val": val_images, "test": test_images}
+        numbers = (*self.sizes.values(), captions_per_image, image_size)
         if seed < 0 or any(not isinstance(number, int) or number < 1 for number in numbers):
             raise ValueError("sizes must be integers of at least 1, and the seed of at least 0")
         self.version = f"{DRAWING}-seed{seed}-{image_size}px"
@@ -102,8 +109,7 @@ class Shapes(Source):
         if split not in self.sizes:
             raise UserError(f"shapes has no split '{split}'; it has {', '.join(self.sizes)}.")
         order = np.random.default_rng([self.seed, 0]).permutation(SCENES)
-        pool = order[:VAL_SCENES] if split == "val" else order[VAL_SCENES:]
-        rows = np.resize(pool, self.sizes[split])  # every scene once before any occurs twice
+        rows = np.resize(order[slice(*RANGES[split])], self.sizes[split])  # every scene once before any occurs twice
         return np.stack(np.unravel_index(rows, CARDINALITY), axis=1)
 
     def images(self, split):
@@ -155,7 +161,7 @@ class Shapes(Source):
         return written
 
     def _rng(self, split, row, stream):
-        return np.random.default_rng([self.seed, 1 + list(self.sizes).index(split), row, stream])
+        return np.random.default_rng([self.seed, STREAMS[split], row, stream])
 
 
 def drawn(folder, count, make):

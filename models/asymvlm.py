@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from models.base import Adaptor, Embedding, perceptron
 from models.distributions import PowerSpherical, VonMisesFisher
+from models.pair_loss import Linear, Logarithm, PairScore
 from utils.config import MEANS
 from utils.errors import one_of
 
-FAMILIES = {"von-mises-fisher": VonMisesFisher, "power-spherical": PowerSpherical}
+FAMILIES = {"von-mises-fisher": (VonMisesFisher, Linear()), "power-spherical": (PowerSpherical, Logarithm())}
 # kappa = sqrt(|eta|^2 + FLOOR^2) and mu = eta / kappa have finite gradients at eta = 0, where kappa mu . x keeps its
 # gradient x. From |eta| = 1 on, the floor is below float64 rounding.
 FLOOR = 1e-8
@@ -73,7 +74,8 @@ class AsymVLM(Adaptor):
         temperature: str = "exp",
     ):
         super().__init__(temperature)
-        self.dim, self.family = dim, FAMILIES[one_of("family", family, FAMILIES)]
+        self.dim = dim
+        self.family, self.kernel = FAMILIES[one_of("family", family, FAMILIES)]
         normalizers = ("exact", "bounds") if family == "von-mises-fisher" else ("exact",)
         one_of(f"the {family} normalizer", normalizer, normalizers)
         self.log_normalizer = self.family.log_normalizer if normalizer == "exact" else mean_of_bounds
@@ -83,10 +85,11 @@ class AsymVLM(Adaptor):
         mean, kappa = self.text(text)
         return Embedding(mean, uncertainty=1 / kappa, spread=kappa)
 
-    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
+    def pair_score(self, image: Embedding, text: Embedding) -> PairScore:
         """Log density (N, M) of each image under each caption's distribution, up to the constant log C_D(0)."""
-        kernel = self.family.log_kernel(image.mean @ text.mean.T)
-        return text.spread * kernel + self.log_normalizer(text.spread, self.dim)
+        kappa = text.spread
+        normalizer = self.log_normalizer(kappa, self.dim)
+        return PairScore(image.mean, text.mean, slope=kappa, column=normalizer, kernel=self.kernel)
 
 
 def mean_of_bounds(kappa: Tensor, dim: int) -> Tensor:

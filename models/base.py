@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.pair_loss import PairScore, cross_entropies, info_nce, mean_of
 from utils.config import MEANS
 from utils.errors import one_of
 
@@ -75,8 +76,13 @@ class Adaptor(nn.Module):
         return cosine(image, text)
 
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
-        """The method's own score (N, M)."""
-        return self.similarity(image, text)
+        """The method's own score (N, M): that of `pair_score` if it has one, else the similarity."""
+        score = self.pair_score(image, text)
+        return self.similarity(image, text) if score is None else score.dense()
+
+    def pair_score(self, image: Embedding, text: Embedding) -> PairScore | None:
+        """The method's own score in the form that needs no matrix to train; None for a `log_likelihood` without it."""
+        return None
 
     def classify(self, image: Embedding, text: Embedding) -> Tensor:
         """Score (N, C) of images against all C classes: `log_likelihood`, or the logarithms of class probabilities."""
@@ -92,11 +98,18 @@ class Adaptor(nn.Module):
     def unified_loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Unified InfoNCE loss () over `log_likelihood` of B pairs (B, D), (B, D): `--objective infonce`."""
         image, text = self.adapt_image(image), self.adapt_text(text)
-        score = self.temperature * self.log_likelihood(image, text)
-        return info_nce(score) + self.auxiliary_loss(image, text, score)
+        score = self.pair_score(image, text)
+        if score is None:
+            losses = cross_entropies(self.temperature * self.log_likelihood(image, text))
+        else:
+            losses = score.scaled(self.temperature).losses()
+        return mean_of(losses) + self.auxiliary_loss(image, text, losses)
 
-    def auxiliary_loss(self, image: Embedding, text: Embedding, score: Tensor) -> Tensor | float:
-        """Term () that the unified objective adds to InfoNCE, of B adapted pairs and their scores (B, B)."""
+    def auxiliary_loss(self, image: Embedding, text: Embedding, losses: tuple[Tensor, Tensor]) -> Tensor | float:
+        """Term () that the unified objective adds to InfoNCE, of B adapted pairs and their losses.
+
+        losses: the cross-entropies (B,) of the images over the captions, and (B,) of the captions over the images.
+        """
         return 0.0
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
@@ -123,12 +136,6 @@ def adapt_all(adapt, embeddings, device, block: int = 8192) -> Embedding:
         for start in range(0, len(embeddings), block)
     ]
     return Embedding(*(None if field[0] is None else torch.cat(field) for field in zip(*blocks, strict=True)))
-
-
-def info_nce(score: Tensor) -> Tensor:
-    """Symmetric InfoNCE () of scores (B, B), matches on the diagonal; van den Oord et al. (2018), arXiv 1807.03748."""
-    target = torch.arange(len(score), device=score.device)
-    return (F.cross_entropy(score, target) + F.cross_entropy(score.T, target)) / 2
 
 
 def best_temperature(scores: list[Tensor]) -> float:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Adaptor, Embedding, Mean, perceptron
+from models.pair_loss import PairScore
 from utils.errors import one_of
 
 
@@ -27,6 +28,7 @@ class Gaussian(Adaptor):
         super().__init__()
         if floor < 0 or (start is not None and start <= 0):
             raise ValueError(f"start must be above 0 and floor at least 0, not {start} and {floor}")
+        self.dim = dim
         self.image_mean, self.text_mean = (Mean(mean, dim, width, hidden) for _ in range(2))
         self.image_log_variance, self.text_log_variance = (perceptron(dim, width, dim, hidden) for _ in range(2))
         self.log_floor = math.log(floor) if floor else -math.inf
@@ -69,6 +71,8 @@ class PairwiseGaussian(Gaussian):
         super().__init__(*args)
         self._scale_kind = one_of("scale", scale, ("exp", "free", "fixed"))
         self.vib, self.same_image = vib, same_image
+        factors = torch.randint(2**62, (self.dim,), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("hash_factors", factors, persistent=False)
         self.shift = 0.0 if scale == "fixed" else nn.Parameter(torch.tensor(float(first_shift)))
         if scale == "exp":
             self.log_scale = nn.Parameter(torch.tensor(math.log(first_scale)))
@@ -76,31 +80,34 @@ class PairwiseGaussian(Gaussian):
             self.free_scale = nn.Parameter(torch.tensor(float(first_scale)))
 
     @property
+    def affine(self) -> tuple[Tensor | float, Tensor | float]:
+        """Slope and offset of the logit as a function of `match`."""
+        raise NotImplementedError
+
+    @property
     def scale(self) -> Tensor | float:
         if self._scale_kind == "exp":
             return self.log_scale.exp()
         return self.free_scale if self._scale_kind == "free" else 1.0
 
-    def positives(self, image: Tensor) -> Tensor:
-        """Mark (B, B) which captions are positives of which images (B, D); equal rows are the same image."""
+    def groups(self, image: Tensor) -> Tensor:
+        """Number (B,) the images (B, D): the captions of images of the same number are positives of each of them."""
         if not self.same_image:
-            return torch.eye(len(image), dtype=torch.bool, device=image.device)
-        # Compare rows by a hash of their bits: B^2 comparisons instead of B^2 D. Integer sums wrap around and do not
-        # round, so their order does not matter.
-        bits = image.float().view(torch.int32).long()
-        factors = torch.randint(2**62, (image.shape[1],), generator=torch.Generator().manual_seed(0))
-        row_hash = (bits * factors.to(image.device)).sum(dim=-1)
-        return row_hash[:, None] == row_hash
+            return torch.arange(len(image), device=image.device)
+        # Equal rows are the same image. They are compared by a hash of their bits: B^2 comparisons instead of B^2 D.
+        # Integer sums wrap around and do not round, so their order does not matter.
+        return (image.float().view(torch.int32).long() * self.hash_factors).sum(dim=-1)
+
+    def pair_score(self, image: Embedding, text: Embedding) -> PairScore:
+        """Match logit (N, M), affine in `match`."""
+        half = image.mean.shape[-1] / 2  # S is D times the mean variance
+        slope, offset = self.affine
+        row, column = (-slope * half * side.uncertainty for side in (image, text))
+        return PairScore(image.mean, text.mean, slope=slope, column=column + offset, row=row)
 
     def kl(self, embedding: Embedding) -> Tensor:
         """KL divergence () to N(0, I) in nats, mean over items and coordinates; its weight is `vib`."""
         return kl_to_standard_normal(embedding.mean, embedding.spread)
-
-
-def match(image: Embedding, text: Embedding) -> Tensor:
-    """mu_i . mu_t - (S_i + S_t)/2 (N, M)."""
-    half = image.mean.shape[-1] / 2  # S is D times the mean variance
-    return image.mean @ text.mean.T - half * image.uncertainty[:, None] - half * text.uncertainty
 
 
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:

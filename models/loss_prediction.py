@@ -7,11 +7,11 @@ distribution, and its scores are those of plain CLIP.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, perceptron
+from models.pair_loss import PairScore
 
 
 class LossPrediction(Adaptor):
@@ -33,13 +33,15 @@ class LossPrediction(Adaptor):
     def adapt_text(self, text: Tensor) -> Embedding:
         return Embedding(self.text_mean(text), uncertainty=self.text_loss(text).squeeze(-1))
 
-    def auxiliary_loss(self, image: Embedding, text: Embedding, score: Tensor) -> Tensor:
+    def pair_score(self, image: Embedding, text: Embedding) -> PairScore:
+        """Cosine (N, M)."""
+        return PairScore(image.mean, text.mean)
+
+    def auxiliary_loss(self, image: Embedding, text: Embedding, losses: tuple[Tensor, Tensor]) -> Tensor:
         """Squared errors () of the predicted losses.
 
         Their target is detached and their input frozen, so prediction changes no score (Kirchhof et al. 2024).
         """
-        target = torch.arange(len(score), device=score.device)
         # Relative to the loss of guessing, so that losses in batches of different sizes are comparable.
-        guess = math.log(len(score))
-        observed = (F.cross_entropy(x.detach(), target, reduction="none") - guess for x in (score, score.T))
+        observed = (loss.detach() - math.log(len(loss)) for loss in losses)
         return sum(F.mse_loss(x.uncertainty, loss) for x, loss in zip((image, text), observed, strict=True))

@@ -3,8 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import Embedding
-from models.gaussian import PairwiseGaussian, match
+from models.gaussian import PairwiseGaussian
 
 
 class PCMEPP(PairwiseGaussian):
@@ -31,19 +30,20 @@ class PCMEPP(PairwiseGaussian):
         super().__init__(dim, mean, width, hidden, start, floor, **pairwise)
         self.pseudo = pseudo
 
-    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
-        """Match logit (N, M), shift - scale CSD: equations 1 and 2."""
-        return self.shift - self.scale * (2 - 2 * match(image, text))
+    @property
+    def affine(self):
+        """Of the match logit, shift - scale CSD with CSD = 2 - 2 match: equations 1 and 2."""
+        return 2 * self.scale, self.shift - 2 * self.scale
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Sum () of the matching loss of B pairs in both directions, that of pseudo-positives in both, and KL."""
-        positive = self.positives(image)
+        group = self.groups(image)
         image, text = self.adapt_image(image), self.adapt_text(text)
-        logit = self.log_likelihood(image, text)
-        loss = 2 * cross_entropy(logit, positive)
+        loss = 2 * self.pair_score(image, text).pairwise_sigmoid(group) / len(group) ** 2
         if self.vib:
             loss = loss + self.vib * (self.kl(image) + self.kl(text))
         if self.pseudo:
+            logit, positive = self.log_likelihood(image, text), group[:, None] == group
             matched = logit.diagonal()
             for threshold in (matched[:, None], matched):
                 loss = loss + self.pseudo * cross_entropy(logit, positive | (logit >= threshold))

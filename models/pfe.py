@@ -1,7 +1,7 @@
 """PFE, probabilistic face embeddings (Shi and Jain 2019, arXiv 1904.09658), for images and captions.
 
-The score of a pair is its mutual likelihood: the log density of both embeddings being the same point, up to constants
-and a factor of 2: -sum over D of (mu_i - mu_t)^2/(sigma_i^2 + sigma_t^2) + ln(sigma_i^2 + sigma_t^2).
+The score of a pair is its mutual likelihood, the log density of both embeddings being the same point, up to a constant:
+-1/2 sum over D of (mu_i - mu_t)^2/(sigma_i^2 + sigma_t^2) + ln(sigma_i^2 + sigma_t^2).
 """
 
 import torch
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.base import COSINE_SCALE, Embedding, info_nce
+from models.base import COSINE_SCALE, Embedding
 from models.gaussian import Gaussian
+from models.pair_loss import PairScore
 from utils.errors import one_of
 
 # Entries of a tile of pairs x D. A small tile stays in a CPU core's cache; a large one needs few kernel launches.
@@ -52,22 +53,32 @@ class PFE(Gaussian):
             output = F.softplus(output.clamp_min(-40)).log() + (output + 40).clamp_max(0)
         return super()._log_variance(output)
 
+    def pair_score(self, image: Embedding, text: Embedding) -> PairScore | None:
+        """Mutual likelihood (N, M); None unless means are unit vectors and variances isotropic."""
+        if self.raw or not self.isotropic:
+            return None
+        kernel = IsotropicLikelihood(image.mean.shape[-1])
+        variances = {"row_parameter": image.uncertainty, "column_parameter": text.uncertainty}
+        return PairScore(image.mean, text.mean, kernel=kernel, **variances)
+
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
-        """Mutual likelihood score (N, M)."""
-        if not self.isotropic:
-            return MutualLikelihood.apply(image.mean, image.spread.exp(), text.mean, text.spread.exp())
-        dim = image.mean.shape[-1]
-        variance = image.uncertainty[:, None] + text.uncertainty
-        squares = image.mean.square().sum(dim=-1)[:, None] + text.mean.square().sum(dim=-1)
-        return -(squares - 2 * image.mean @ text.mean.T) / variance - dim * variance.log()
+        """Mutual likelihood (N, M)."""
+        score = self.pair_score(image, text)
+        if score is not None:
+            return score.dense()
+        variances = [
+            side.uncertainty[:, None].expand_as(side.mean) if self.isotropic else side.spread.exp()
+            for side in (image, text)
+        ]
+        return MutualLikelihood.apply(image.mean, variances[0], text.mean, variances[1])
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Negative mutual likelihood () of the matched pairs, plus InfoNCE of the cosines where means are trained.
+        """-2 times the mutual likelihood () of matched pairs, plus InfoNCE of the cosines where means are trained.
 
         The likelihood has no negatives and would collapse all means to one point.
         """
         image, text = self.adapt_image(image), self.adapt_text(text)
-        contrast = info_nce(COSINE_SCALE * self.similarity(image, text)) if self.trains_means else 0
+        contrast = PairScore(image.mean, text.mean, slope=COSINE_SCALE).info_nce() if self.trains_means else 0
         squares = (image.mean - text.mean).detach().square()
         if self.isotropic:
             variance = (image.uncertainty + text.uncertainty)[:, None]
@@ -76,8 +87,24 @@ class PFE(Gaussian):
         return (squares / variance + variance.log()).sum(dim=-1).mean() + contrast
 
 
+class IsotropicLikelihood:
+    """Mutual likelihood of unit means in `dim` dimensions from their cosine and both variances; see `PairScore`."""
+
+    def __init__(self, dim: int):
+        self.dim = dim
+
+    def value(self, cos: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        variance = row + column
+        return (cos - 1) / variance - self.dim / 2 * variance.log()  # the squared distance is 2 - 2 cos
+
+    def derivatives(self, cos: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inverse = (row + column).reciprocal_()
+        by_variance = inverse * ((1 - cos) * inverse - self.dim / 2)
+        return inverse, by_variance, by_variance
+
+
 class MutualLikelihood(torch.autograd.Function):
-    """Mutual likelihood score (N, M) of means and variances (N, D), (N, D), (M, D), (M, D).
+    """Mutual likelihood (N, M) of means and variances (N, D), (N, D), (M, D), (M, D).
 
     It does not separate into a matrix product. Forward and backward run over tiles of pairs, so that only the result
     and one tile are in memory.
@@ -91,7 +118,7 @@ class MutualLikelihood(torch.autograd.Function):
             difference = image_mean[rows, None] - text_mean[columns]
             variance = image_variance[rows, None] + text_variance[columns]
             score[rows, columns] = difference.square_().div_(variance).add_(variance.log_()).sum(dim=-1)
-        return score.neg_()
+        return score.mul_(-0.5)
 
     @staticmethod
     @once_differentiable
@@ -100,7 +127,7 @@ class MutualLikelihood(torch.autograd.Function):
         grads = [torch.zeros_like(x) for x in ctx.saved_tensors]
         image_mean_grad, image_variance_grad, text_mean_grad, text_variance_grad = grads
         for rows, columns in tiles(grad, image_mean.shape[-1]):
-            weight = grad[rows, columns]
+            weight = grad[rows, columns] / 2
             inverse = (image_variance[rows, None] + text_variance[columns]).reciprocal_()
             ratio = (image_mean[rows, None] - text_mean[columns]).mul_(inverse)
             variance_slope = torch.addcmul(-inverse, ratio, ratio)

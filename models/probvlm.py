@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, info_nce, perceptron
+from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, perceptron
 from models.distributions import GeneralizedGaussian
+from models.pair_loss import PairScore
 from utils.errors import one_of
 
 EPS = 1e-4  # added to 1 / alpha and beta in every likelihood, as in the public code
@@ -118,7 +119,7 @@ class ProbVLM(Adaptor):
             else:
                 total = total + self._term(match, mean.detach() + head.gap, inverse_alpha, beta)
         if self.image.kind == "residual":
-            total = total + info_nce(COSINE_SCALE * means[0] @ means[1].T)
+            total = total + PairScore(*means, slope=COSINE_SCALE).info_nce()
         return total
 
     def _term(self, target: Tensor, mean: Tensor, inverse_alpha: Tensor, beta: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import COSINE_SCALE, Embedding
-from models.gaussian import PairwiseGaussian, kl_to_standard_normal, match
+from models.gaussian import PairwiseGaussian, kl_to_standard_normal
 from utils.errors import one_of
 
 STEEPNESS = 1000  # of the sigmoid of the difference between the inclusions of both directions
@@ -46,16 +46,15 @@ class ProLIP(PairwiseGaussian):
         self.published = one_of("inclusion_weights", inclusion_weights, ("exact", "published")) == "published"
         self.inclusion = inclusion
 
-    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
-        """Match logit (N, M)."""
-        return self.scale * match(image, text) + self.shift
+    @property
+    def affine(self):
+        return self.scale, self.shift
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Sum () of the pairwise sigmoid loss per image, the inclusion loss and KL of B pairs."""
-        positive = self.positives(image)
+        group = self.groups(image)
         image, text = self.adapt_image(image), self.adapt_text(text)
-        logit = self.log_likelihood(image, text)
-        loss = F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype), reduction="sum") / len(logit)
+        loss = self.pair_score(image, text).pairwise_sigmoid(group) / len(group)
         if self.inclusion:
             in_text = log_inclusion(image, text, self.published)
             in_image = log_inclusion(text, image, self.published)

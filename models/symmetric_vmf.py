@@ -5,12 +5,12 @@ kernel, the integral of the product of their densities (Jebara & Kondor 2003), w
 Mises-Fisher (Kirchhof et al. 2022, arXiv 2207.03784).
 """
 
-import torch
 from torch import Tensor
 
 from models.asymvlm import FLOOR, SphericalHead
 from models.base import Adaptor, Embedding
-from models.distributions.von_mises_fisher import log_normalizer
+from models.distributions.von_mises_fisher import log_normalizer, mean_resultant_length
+from models.pair_loss import PairScore
 
 
 class SymmetricVMF(Adaptor):
@@ -32,18 +32,38 @@ class SymmetricVMF(Adaptor):
         mean, kappa = self.text(text)
         return Embedding(mean, uncertainty=1 / kappa, spread=kappa)
 
-    def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
-        """Log expected likelihood kernel (N, M), up to the constant log C_D(0)."""
-        return log_kernel(self.similarity(image, text), image.spread[:, None], text.spread, self.dim)
+    def pair_score(self, image: Embedding, text: Embedding) -> PairScore:
+        """Log expected likelihood kernel (N, M), up to the constant log C_D(0), so 0 if either side is uniform.
+
+        log C(kappa) + log C(kappa') - log C(|kappa mu + kappa' mu'|), each minus log C(0).
+        """
+        row, column = (log_normalizer(side.spread, self.dim) for side in (image, text))
+        return PairScore(
+            image.mean, text.mean, column=column, row=row, kernel=ExpectedLikelihood(self.dim),
+            row_parameter=image.spread, column_parameter=text.spread,
+        )  # fmt: skip
 
 
-def log_kernel(cos: Tensor, kappa: Tensor, other: Tensor, dim: int) -> Tensor:
-    """Log integral of the product of two von Mises-Fisher densities, minus log C_dim(0), elementwise.
+class ExpectedLikelihood:
+    """-log C_dim(|kappa mu + other mu'|) + log C_dim(0), of the cosine of mu and mu'; a kernel of `PairScore`."""
 
-    log C(kappa) + log C(other) - log C(|kappa mu + other mu'|), each minus log C(0), so 0 if either is uniform.
-    """
-    # |kappa mu + other mu'|^2 as a sum of two squares: expanded, opposite directions would cancel. The floor keeps the
-    # gradient of the root finite at zero, where the gradient of log C vanishes.
-    squared = (kappa - other).square() + 2 * kappa * other * (1 + cos).clamp_min(0)
-    both = torch.sqrt(squared + FLOOR**2)
-    return log_normalizer(kappa, dim) + log_normalizer(other, dim) - log_normalizer(both, dim)
+    def __init__(self, dim: int):
+        self.dim = dim
+
+    def value(self, cos: Tensor, kappa: Tensor, other: Tensor) -> Tensor:
+        return -log_normalizer(self.length(cos, kappa, other), self.dim)
+
+    def derivatives(self, cos: Tensor, kappa: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length = self.length(cos, kappa, other)
+        slope = mean_resultant_length(length, self.dim).div_(length)
+        above = (1 + cos).clamp_min_(0)
+        difference = kappa - other
+        by_cos = (slope * kappa).mul_(other).masked_fill_(above == 0, 0)
+        return by_cos, slope * (difference + other * above), slope.mul_(kappa * above - difference)
+
+    @staticmethod
+    def length(cos: Tensor, kappa: Tensor, other: Tensor) -> Tensor:
+        """|kappa mu + other mu'|, elementwise."""
+        # As a sum of two squares: expanded, opposite directions would cancel. The floor keeps the gradient of the root
+        # finite at zero, where the gradient of log C vanishes.
+        return ((kappa - other).square() + 2 * kappa * other * (1 + cos).clamp_min(0) + FLOOR**2).sqrt()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from golden import problem, recorded, reference
 
 from models.asymvlm import AsymVLM
-from models.base import info_nce
+from models.pair_loss import info_nce
 from utils.config import load_config, make_adaptor
 
 

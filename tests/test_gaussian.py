@@ -12,7 +12,7 @@ from golden import problem, recorded, reference
 from scipy import integrate, stats
 
 from models.base import Embedding
-from models.gaussian import kl_to_standard_normal, match
+from models.gaussian import kl_to_standard_normal
 from models.pcmepp import PCMEPP
 from models.pfe import PFE
 from models.prolip import ProLIP, log_inclusion
@@ -95,10 +95,10 @@ def test_pfe_is_the_literal_one(isotropic, options):
             s_i, s_t = variance(adaptor.image_log_variance, image[i]), variance(adaptor.text_log_variance, text[j])
             for d in range(4):
                 total = s_i[d] + s_t[d]
-                score[i, j] = score[i, j] - (mu_i[d] - mu_t[d]) ** 2 / total - torch.log(total)
+                score[i, j] = score[i, j] - (mu_i[d] - mu_t[d]) ** 2 / total / 2 - torch.log(total) / 2
     matrix = adaptor.log_likelihood(adaptor.adapt_image(image), adaptor.adapt_text(text))
     torch.testing.assert_close(matrix, score, rtol=1e-10, atol=1e-12)
-    literal = -sum(score[i, i] for i in range(5)) / 5
+    literal = -2 * sum(score[i, i] for i in range(5)) / 5
     if not raw:
         for i in range(5):
             of_row, of_column = torch.logsumexp(cosine[i], 0), torch.logsumexp(cosine[:, i], 0)
@@ -217,10 +217,12 @@ def test_separable_scores_equal_the_pairwise_ones(dtype, tolerance):
     variance = image.spread.exp()[:, None] + text.spread.exp()
     squares = (image.mean[:, None] - text.mean).square()
     naive = (squares + variance).sum(dim=-1)
-    torch.testing.assert_close(2 - 2 * match(image, text), naive, rtol=tolerance, atol=0)
+    adaptor = PCMEPP(512, width=8, hidden=1).to(dtype)
+    logit = adaptor.log_likelihood(image, text)
+    torch.testing.assert_close(logit, adaptor.shift - adaptor.scale * naive, rtol=tolerance, atol=10 * tolerance)
 
     likelihood = PFE(512, width=8, hidden=1, isotropic=False).log_likelihood(image, text)
-    naive = -(squares / variance + variance.log()).sum(dim=-1)
+    naive = -(squares / variance + variance.log()).sum(dim=-1) / 2
     torch.testing.assert_close(likelihood, naive, rtol=tolerance, atol=0)
 
 
@@ -300,10 +302,11 @@ def test_variance_starts_small_enough_for_means_to_matter():
 
 def test_same_image_captions_are_positives():
     image = torch.randn(3, 8)[[0, 1, 0, 2, 1]]
-    positive = PCMEPP(8, width=4, hidden=1).positives(image)
+    group = PCMEPP(8, width=4, hidden=1).groups(image)
+    positive = group[:, None] == group
     expected = [[i % 5 == j % 5 or {i, j} in ({0, 2}, {1, 4}) for j in range(5)] for i in range(5)]
     assert positive.tolist() == expected
-    assert (PCMEPP(8, width=4, hidden=1, same_image=False).positives(image) == torch.eye(5)).all()
+    assert PCMEPP(8, width=4, hidden=1, same_image=False).groups(image).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -48,11 +48,11 @@ def test_matches_equal_a_loop_over_words(shapes):
 
 
 def test_no_scene_is_in_both_splits():
-    for sizes in ((400, 150), (9000, 3000)):  # with more images than scenes, scenes repeat within a split
-        shapes = Shapes("unused", train_images=sizes[0], val_images=sizes[1])
-        train, val = ({tuple(scene) for scene in shapes.scenes(split)} for split in ("train", "val"))
-        assert not train & val
-    assert SCENES == 5760 and len(train) + len(val) == SCENES
+    for sizes in ((400, 150, 100), (9000, 3000, 3000)):  # with more images than scenes, scenes repeat within a split
+        shapes = Shapes("unused", **dict(zip(("train_images", "val_images", "test_images"), sizes, strict=True)))
+        train, val, test = ({tuple(scene) for scene in shapes.scenes(split)} for split in ("train", "val", "test"))
+        assert not train & val and not train & test and not val & test
+    assert SCENES == 5760 and len(train) + len(val) + len(test) == SCENES and len(val) == len(test) == 1000
 
 
 def test_a_seed_fixes_the_world_for_any_sizes(shapes, tmp_path):
@@ -114,5 +114,5 @@ def test_invalid_sizes_are_refused(name):
 
 
 def test_unknown_split_is_named(shapes):
-    with pytest.raises(UserError, match="no split 'test'; it has train, val"):
-        shapes.images("test")
+    with pytest.raises(UserError, match="no split 'dev'; it has train, val, test"):
+        shapes.images("dev")

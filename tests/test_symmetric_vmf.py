@@ -9,11 +9,18 @@ import torch.nn.functional as F
 
 from models.distributions import VonMisesFisher
 from models.distributions.sphere import log_surface_area
-from models.symmetric_vmf import SymmetricVMF, log_kernel
+from models.distributions.von_mises_fisher import log_normalizer
+from models.symmetric_vmf import ExpectedLikelihood, SymmetricVMF
 
 
 def tensors(*values, dtype=torch.float64):
     return [torch.tensor(value, dtype=dtype) for value in values]
+
+
+def log_kernel(cos, kappa, other, dim):
+    """Log integral of the product of two densities, minus log C_dim(0), elementwise."""
+    normalizers = log_normalizer(kappa, dim) + log_normalizer(other, dim)
+    return normalizers + ExpectedLikelihood(dim).value(cos, kappa, other)
 
 
 @pytest.mark.parametrize(("kappa", "other", "angle"), [(0, 3, 1), (2, 2, np.pi), (1, 4, 0.3), (20, 30, 1.2), (5, 5, 0)])

@@ -22,6 +22,8 @@ def _stirling(terms: int) -> list[float]:
     return [float(bernoulli[2 * j] / (2 * j * (2 * j - 1))) for j in range(1, terms + 1)]
 
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LEAST_COSINE = {dtype: 4 * torch.finfo(dtype).eps - 1 for dtype in FLOATS}
 # From (D-1)/2 = 8 on, the error of a series with these terms is below the rounding of the type.
 _LOWEST = 8
 _STIRLING = {torch.float32: _stirling(3), torch.float64: _stirling(8)}
@@ -107,9 +109,10 @@ class PowerSpherical(SphericalDistribution):
 
     @staticmethod
     def log_kernel(cos: Tensor) -> Tensor:
-        # Rounding takes the product of opposite unit vectors to -1 and below, where log1p and its gradient are not
-        # finite; one such pair would make a whole batch NaN.
-        return torch.log1p(cos.clamp_min(4 * torch.finfo(cos.dtype).eps - 1))
+        # Rounding takes the product of opposite unit vectors to -1 and below, where the logarithm and its gradient are
+        # not finite; one such pair would make a whole batch NaN. log1p is up to 20 times slower than log and adds
+        # nothing: the cosine itself is rounded to eps.
+        return (cos.clamp_min(LEAST_COSINE[cos.dtype]) + 1).log()
 
     def _rsample_angle(self, kappa: Tensor) -> tuple[Tensor, Tensor]:
         # A Dirichlet of two is a Beta that also returns 1 - z, with all digits even if z is close to 1.

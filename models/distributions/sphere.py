@@ -49,6 +49,19 @@ class ExactDerivative(torch.autograd.Function):
         return grad * _in_blocks(ctx.derivative, kappa, ctx.dim), None, None, None
 
 
+def log1p(x: Tensor) -> Tensor:
+    """log(1 + x), elementwise, without a gradient.
+
+    The rounding of u = 1 + x is corrected to first order: log u + (x - (u - 1)) / u. torch.log1p has one rounding less,
+    but is 5 times slower on Intel processors.
+
+    >>> log1p(torch.tensor([1e-30, 1.0]))
+    tensor([1.0000e-30, 6.9315e-01])
+    """
+    u = 1 + x
+    return u.log().sub_(u.sub(1).sub_(x).div_(u))
+
+
 BLOCK = 2**15  # elements whose intermediate results fit a processor's cache
 
 

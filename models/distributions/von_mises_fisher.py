@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.distributions.sphere import ExactDerivative, SphericalDistribution, at_least_float32, horner
+from models.distributions.sphere import ExactDerivative, SphericalDistribution, at_least_float32, horner, log1p
 
 _QUADRATURE_NODES = 32
 
@@ -73,11 +73,11 @@ def _value(kappa: Tensor, dim: int) -> Tensor:
     values, _, order, steps = _start(dim, kappa.dtype)
     s = (kappa * kappa + order * order).sqrt()
     growth = kappa * kappa / (s + order)  # s - order, without the cancellation
-    log_bessel = growth - order * torch.log1p(growth / (2 * order)) - torch.log1p(growth / order) / 2
+    log_bessel = growth - order * log1p(growth / (2 * order)) - log1p(growth / order) / 2
     log_bessel = log_bessel + (_series(values, 1 / s, (order / s) ** 2) - _series(values, 1 / order, 1.0))
     if steps:
         for order, ratio in _bessel_ratios(kappa, dim)[:-1]:
-            log_bessel = log_bessel + torch.log1p(kappa * ratio / (2 * order))
+            log_bessel = log_bessel + log1p(kappa * ratio / (2 * order))
     return -log_bessel
 
 
