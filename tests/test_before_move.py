@@ -1,6 +1,7 @@
 """Caches, runs and results written before reporting/, labeling/ and models/backbones/ existed work as they did then.
 
-tests/data/before_move/README.md lists the files and the commands that made them.
+tests/data/before_move/README.md lists the files and the commands that made them. Since then the drawn world has a test
+split, `shapes-tiny` was trained without its scenes, and PFE's score was halved.
 """
 
 import csv
@@ -22,12 +23,13 @@ import report
 import reproduce
 import train
 import uncertainty
+from utils import config
 from utils.config import load_config, make_adaptor
 
 DATA = Path(__file__).parent / "data" / "before_move"
 ARCHIVE = DATA / "files.tar.xz"
 STATE_DICTS = json.loads((DATA / "state_dicts.json").read_text(encoding="utf-8"))
-TOLERANCE = 1e-6  # of float32 arithmetic on another machine; on the machine that made the files all digits agree
+TOLERANCE = 1e-5  # of float32 arithmetic on another machine, and of a fitted temperature
 ADDED = {"gains"}  # tables that reports did not have
 OPTIONS = ["--quiet", "--device", "cpu"]
 LEVELS = ["--uncer_levels", "4"]
@@ -43,18 +45,15 @@ EVALUATIONS = {
     "clip/seed0/shapes-retrieval": "--dataset shapes --method clip --score both",
     "asymvlm-psd/seed0/shapes-retrieval": "--dataset shapes --method asymvlm-psd --score both",
     "asymvlm-psd/seed1/shapes-retrieval": "--dataset shapes --method asymvlm-psd --seed 1 --score both",
-    "pfe/seed0/shapes-retrieval": "--dataset shapes --method pfe --score both",
     "asymvlm-psd/seed0/shapes-hierarchy": "--dataset shapes --method asymvlm-psd --task hierarchy",
     "clip/seed0/shapes-objects-classification": (
         "--dataset shapes-objects --train-dataset shapes --method clip --val val"
     ),
-    "pfe/seed0/shapes-objects-classification": "--dataset shapes-objects --train-dataset shapes --method pfe --val val",
 }
 PROMPTS = [
     "a photo", "a photo of a circle", "a photo of a small red circle",
     "a photo of a small red circle in the center on a black background",
 ]  # fmt: skip
-IMAGE = "data/shapes/v1-seed0-96px/val/000000.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +70,16 @@ def old(unpacked, tmp_path, monkeypatch):
     """A copy of the files as the working folder."""
     folder = shutil.copytree(unpacked, tmp_path / "old")
     monkeypatch.chdir(folder)
+    named = config._named
+
+    def of_then(kind, name):
+        values = named(kind, name)
+        if (kind, name) == ("datasets", "shapes"):
+            del values["data"]["options"]["test_images"]
+            values["train"]["epochs"] = 30
+        return values
+
+    monkeypatch.setattr(config, "_named", of_then)
     return folder
 
 
@@ -91,6 +100,8 @@ def assert_same(value, expected, place="", tolerance=TOLERANCE):
         for i, pair in enumerate(zip(value, expected, strict=True)):
             assert_same(*pair, f"{place}/{i}", tolerance)
     elif isinstance(expected, float):
+        if "/temperature/" in place:
+            tolerance = 1e-3  # its search stops at a relative 1e-3
         assert value == pytest.approx(expected, rel=tolerance, abs=tolerance), place
     else:
         assert value == expected, place
@@ -144,19 +155,13 @@ def test_eval_gives_the_same_figures(old, name):
             np.testing.assert_allclose(file[key], expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=key)
 
 
-def test_uncertainty_of_prompts_has_the_same_digits(old, capsys):
-    uncertainty.main(["--dataset", "shapes", "--method", "asymvlm-psd", "--device", "cpu", *PROMPTS])
-    assert capsys.readouterr().out == Path("uncertainty-asymvlm-psd.txt").read_text()
-
-
-def test_uncertainty_of_prompts_and_an_image_has_the_same_digits(old, capsys):
-    uncertainty.main(["--dataset", "shapes", "--method", "pfe", "--device", "cpu", *PROMPTS, IMAGE])
-    *lines, image = capsys.readouterr().out.splitlines()
-    *expected, expected_image = Path("uncertainty-pfe.txt").read_text().splitlines()
-    assert lines == expected
-    # Another version of Pillow may decode or resize the image to slightly other pixels.
-    (name, value), (expected_name, expected_value) = image.split(), expected_image.split()
-    assert name == expected_name and float(value) == pytest.approx(float(expected_value), rel=1e-2)
+def test_other_weights_of_the_backbone_are_refused(old, refusal):
+    """What was cached with the weights of then is not mixed with those of now."""
+    command = ["--dataset", "shapes", "--method", "asymvlm-psd", "--device", "cpu", *PROMPTS]
+    assert "weights" in refusal(uncertainty.main, *command)
+    before = contents("embeddings")
+    assert "a different backbone" in refusal(cache_embeddings.main, "--dataset", "shapes", *OPTIONS, "--set", *SIZES)
+    assert contents("embeddings") == before
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -189,10 +194,3 @@ def test_a_cell_of_the_grid_counts_as_done(old, capsys, methods, flags, names):
     reproduce.main([*grid, "--dry-run", *flags])
     done = [f"done   shapes/shapes-tiny/{name}" for name in names]
     assert capsys.readouterr().out.splitlines() == [*done, f"{len(names)} of {len(names)} cells are done."]
-
-
-def test_a_cache_counts_as_made(old, capsys):
-    before = contents("embeddings")
-    cache_embeddings.main(["--dataset", "shapes", *OPTIONS, "--set", *SIZES])
-    assert [line.endswith(" (already there)") for line in capsys.readouterr().out.splitlines()] == [True, True]
-    assert contents("embeddings") == before

@@ -114,7 +114,8 @@ def agrees(figures, expected, tolerance=1e-4):
     if isinstance(expected, dict):
         assert figures.keys() - {"interval", "family"} == expected.keys()
         for name, value in expected.items():
-            agrees(figures[name], value, tolerance)
+            # Confidences that differ by rounding alone may fall on both sides of an edge.
+            agrees(figures[name], value, 2e-3 if name == "adaptive_ece" else tolerance)
     else:
         assert np.array(figures) == pytest.approx(np.array(expected), rel=1e-4, abs=tolerance)
 
@@ -456,7 +457,8 @@ def test_which_score_ranks_is_a_flag(trained, capsys):
     assert other["posterior_scale"] == Pairs("shapes", "shapes-tiny", "val").meta["logit_scale"]
     # For one caption the density rises with the cosine; across captions it does not.
     assert other["text_to_image"]["recall"] == results["both"]["text_to_image"]["recall"]
-    assert other["image_to_text"]["recall"] != results["both"]["image_to_text"]["recall"]
+    of_answers = [part["image_to_text"]["uncertainty"]["retrieved"]["auroc"] for part in (other, results["both"])]
+    assert of_answers[0] != of_answers[1]
 
 
 def test_which_split_is_evaluated_is_a_flag(trained):

@@ -37,7 +37,7 @@ def test_built_in_backbone_answers_full_descriptions(folder, monkeypatch):
 def test_uncertainty_follows_true_ambiguity(folder, monkeypatch, method):
     monkeypatch.chdir(folder)
     run = ["--dataset", "shapes", "--method", method, "--quiet"]
-    train.main([*run, "--set", "train.epochs=15", "train.batch_size=256", "model.width=128"])
+    train.main([*run, "--set", "train.epochs=20", "train.batch_size=256", "model.width=128"])
     evaluation.main(run)
     result = json.loads((folder / f"results/shapes/shapes-tiny/{method}/seed0/shapes-retrieval.json").read_text())
     side = result["text_to_image"]
