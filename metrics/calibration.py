@@ -135,6 +135,61 @@ def fit_scale(score, gallery, query_of_positive, item_of_positive):
     return None if best.fun < 1 / queries else math.exp(best.x) / spread
 
 
+def chance_of_hit(uncertainty, hit, group, seed=0):
+    """Probability (Q,) that each answer is right, a falling function of its uncertainty alone.
+
+    uncertainty, hit: (Q,). An isotonic regression (Barlow et al., 1972) of each half of the groups gives the
+    probabilities of the other half, so that uncertainties on different scales compare, and none is judged on what it
+    was fitted on. Between the fitted values it is linear, and no surer than the fitted number of queries can tell:
+    1 / (number + 2). None if there are not two groups.
+
+    >>> chance_of_hit(np.arange(8.0), np.ones(8), np.arange(8)).round(3).tolist()
+    [0.833, 0.833, 0.833, 0.833, 0.833, 0.833, 0.833, 0.833]
+    """
+    if np.ptp(group) == 0:
+        return None
+    uncertainty, hit = (np.asarray(values, dtype=np.float64) for values in (uncertainty, hit))
+    chance, first = np.empty(len(hit)), halves(group, seed)
+    for half in (first, ~first):
+        value, inverse, count = np.unique(uncertainty[half], return_inverse=True, return_counts=True)
+        mean = np.bincount(inverse, weights=hit[half]) / count
+        fitted = scipy.optimize.isotonic_regression(mean, weights=count, increasing=False).x
+        least = 1 / (half.sum() + 2)
+        chance[~half] = np.interp(uncertainty[~half], value, fitted).clip(least, 1 - least)
+    return chance
+
+
+def scores_of_chance(chance, hit):
+    """Log score and Brier score of the probability (Q,) that each answer is right; 0 is ideal for both.
+
+    >>> scores_of_chance(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    {'log_score': 0.6931471805599453, 'brier_score': 0.25}
+    """
+    log_score = -(hit * np.log(chance) + (1 - hit) * np.log1p(-chance)).mean()
+    return {"log_score": float(log_score), "brier_score": float(np.square(chance - hit).mean())}
+
+
+def expected_error(confidence, bins=15, draws=500, seed=0):
+    """ECE that these confidences (Q,) would have if they were perfectly calibrated: its mean and its 95 % quantile.
+
+    The outcomes are redrawn from the confidences, each by itself. With few queries it is far from 0: a measured ECE
+    below the quantile cannot be told from perfect calibration (Vaicenavicius et al., 2019, arXiv 1902.06977).
+
+    >>> expected_error(np.array([0.5]))
+    (0.5, 0.5)
+    """
+    confidence = np.clip(np.asarray(confidence, dtype=np.float64), 0, 1)
+    order = np.argsort(bin_of(confidence, bins), kind="stable")
+    confidence, number = confidence[order], bin_of(confidence, bins)[order]
+    starts = np.flatnonzero(np.append(True, number[1:] != number[:-1]))
+    rng, errors, step = np.random.default_rng(seed), [], max(1, 2**22 // len(confidence))
+    for start in range(0, draws, step):
+        outcome = rng.random((min(step, draws - start), len(confidence))) < confidence
+        errors.append(np.abs(np.add.reduceat(outcome - confidence, starts, axis=1)).sum(axis=1) / len(confidence))
+    errors = np.concatenate(errors)
+    return float(errors.mean()), float(np.quantile(errors, 0.95))
+
+
 def halves(group, seed=0):
     """Split queries into two random halves of whole groups: (Q,), True for those of half of the groups.
 

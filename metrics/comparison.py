@@ -81,6 +81,19 @@ class PairedBootstrap:
         by_group = np.bincount(self._group, weights=np.atleast_2d(value).mean(axis=0))
         return self._times @ by_group / self._queries
 
+    def calibration_error(self, confidence, hit, bins=15):
+        """ECE (1 + B,) in bins of equal width, as `calibration.reliability` has them; confidence, hit: (Q,).
+
+        Resampling adds noise, so that the draws lie above the ECE itself where that is small.
+
+        >>> PairedBootstrap(group=[0, 1], draws=1).calibration_error([0.75, 0.75], [1, 1]).tolist()
+        [0.25, 0.25]
+        """
+        groups = self._times.shape[1]
+        place = self._group * bins + bin_of(confidence, bins)
+        sums = np.bincount(place, weights=np.subtract(hit, confidence), minlength=groups * bins)
+        return np.abs(self._times @ sums.reshape(groups, bins)).sum(axis=1) / self._queries
+
     def auroc(self, uncertainty, hit):
         """AUROC (1 + B,) of detecting wrong answers by uncertainty; NaN for a draw that lacks hits or misses.
 
@@ -91,6 +104,15 @@ class PairedBootstrap:
         """
         seeds = zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True)
         return np.mean([auroc_of_draws(*seed, self._times, self._group) for seed in seeds], axis=0)
+
+
+def interval(statistic, confidence=0.95):
+    """Percentile interval [low, high] of a statistic (1 + B,) of a `PairedBootstrap`.
+
+    >>> interval([0.5, 0.25, 0.75], confidence=1.0)
+    [0.25, 0.75]
+    """
+    return np.quantile(statistic[1:], [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
 
 
 def paired_difference(ours, theirs, confidence=0.95):

@@ -7,10 +7,12 @@ import numpy as np
 import torch
 
 from metrics import calibration, retrieval
+from metrics.comparison import interval
 from metrics.uncertainty import (
     aupr,
     auroc,
     bootstrap,
+    false_positive_rates,
     kendall,
     level_means,
     levels,
@@ -26,8 +28,10 @@ ENTROPY_LEVELS = 10  # levels of entropy in `of_learner`
 FIT_SCORES = 2**24  # at most as many scores fit a temperature: 64 MB, 600 captions in a gallery of 25,000
 
 
-def of_ranking(ranking, limit=None):
+def of_ranking(ranking, limit=None, drawn=None):
     """Recall@k, median rank of the first positive and, with the Bayes-optimal R@1 `limit` (Q,), the regret.
+
+    drawn: a PairedBootstrap of the queries, for 95 % intervals of the recalls.
 
     >>> scores = torch.eye(2)
     >>> of_ranking(retrieval.rank(lambda rows: scores[rows], 2, [0, 1], [0, 1]))
@@ -35,6 +39,8 @@ def of_ranking(ranking, limit=None):
     """
     hits = {k: retrieval.recall_at(ranking, k) for k in KS}
     figures = {"queries": len(hits[1]), "recall": {str(k): float(hits[k].mean()) for k in KS}}
+    if drawn is not None:
+        figures["interval"] = {"recall": {str(k): interval(drawn.mean(hits[k])) for k in KS}}
     figures["median_rank"] = float(np.median(retrieval.first_rank(ranking)))
     if limit is not None:
         figures |= {"bayes_recall": float(limit.mean()), "regret": regret(hits[1], limit)}
@@ -42,7 +48,9 @@ def of_ranking(ranking, limit=None):
 
 
 def of_uncertainty(uncertainty, ranking, count, drop_remainder=False, limit=None, truth=None, group=None):
-    """AUROC, AUPR, selective prediction, levels and trend of an uncertainty (Q,) of ranked queries.
+    """AUROC, AUPR, FPR95, selective prediction, levels and trend of an uncertainty (Q,) of ranked queries.
+
+    `log_score` and `brier_score` are of the probability that the answer is right, see `calibration.chance_of_hit`.
 
     Trend, AUROC and recall by level have 95 % bootstrap intervals. count: number of levels; there are none if all
     queries are equally uncertain. limit: (Q,), Bayes-optimal R@1. truth: (Q,), in the ideal order, such as true
@@ -55,9 +63,14 @@ def of_uncertainty(uncertainty, ranking, count, drop_remainder=False, limit=None
     hits = {k: retrieval.recall_at(ranking, k) for k in KS}
     area = selective(uncertainty, hits[1])
     figures = {"auroc": auroc(uncertainty, hits[1]), "aupr": aupr(uncertainty, hits[1])}
-    figures |= {"aurc": area.aurc, "e_aurc": area.e_aurc, "selective_recall": area.recall}
+    figures |= {"aurc": area.aurc, "e_aurc": area.e_aurc, "augrc": area.augrc}
+    figures |= {"selective_recall": area.recall, "selective_coverage": area.coverage}
     if np.ptp(uncertainty) == 0:
         return figures | {"constant": True}
+    figures["fpr95_right"], figures["fpr95_wrong"] = false_positive_rates(uncertainty, hits[1])
+    chance = calibration.chance_of_hit(uncertainty, hits[1], np.arange(len(hits[1])) if group is None else group)
+    if chance is not None:
+        figures |= calibration.scores_of_chance(chance, hits[1])
     groups, options = levels(uncertainty, count, drop_remainder), (count, drop_remainder)
     by_level = {
         "count": [len(rows) for rows in groups],
@@ -87,14 +100,17 @@ def gallery_aware(ranking):
     }
 
 
-def of_probabilities(*args, **options):
+def of_probabilities(*args, drawn=None, **options):
     """Calibration of the posterior over the gallery: `of_forecast` of everything that `forecasts` returns.
+
+    drawn: as in `of_forecast`.
 
     >>> scores = torch.eye(2)
     >>> list(of_probabilities(lambda rows: scores[rows], 2, [0, 1], [0, 1], scale=1.0, group=[0, 1]))
     ['model']
     """
-    return {name: of_forecast(forecast, scales) for name, (forecast, scales) in forecasts(*args, **options).items()}
+    parts = forecasts(*args, **options)
+    return {name: of_forecast(forecast, scales, drawn) for name, (forecast, scales) in parts.items()}
 
 
 @torch.inference_mode()
@@ -138,10 +154,11 @@ def _among(rows, query, item):
     return np.searchsorted(rows, query[selected]), item[selected]
 
 
-def of_forecast(forecast, scales):
+def of_forecast(forecast, scales, drawn=None):
     """ECE, adaptive ECE, NLL, Brier score and reliability diagram of a Forecast.
 
-    scales: the factors on the scores, one for all queries or one for each half.
+    `ece_15_expected` and `ece_15_limit` are `calibration.expected_error`. scales: the factors on the scores, one for
+    all queries or one for each half. drawn: a PairedBootstrap of the queries, for 95 % intervals.
 
     >>> certain = calibration.forecast(lambda rows: 100 * torch.eye(2)[rows], 2, [0, 1], [0, 0])
     >>> of_forecast(certain, scales=[1.0])["ece_15"]
@@ -153,6 +170,11 @@ def of_forecast(forecast, scales):
     count = min(BINS[0], len(hit))
     figures["adaptive_ece"] = calibration.calibration_error(calibration.adaptive_reliability(confidence, hit, count))
     figures |= {"nll": float(forecast.nll.mean()), "brier": float(forecast.brier.mean()), "scales": scales}
+    figures["ece_15_expected"], figures["ece_15_limit"] = calibration.expected_error(confidence)
+    if drawn is not None:
+        statistics = {"nll": drawn.mean(forecast.nll), "brier": drawn.mean(forecast.brier)}
+        statistics["ece_15"] = drawn.calibration_error(confidence, hit)
+        figures["interval"] = {name: interval(statistic) for name, statistic in statistics.items()}
     return figures | {"reliability": {name: part.tolist() for name, part in bins[BINS[0]]._asdict().items()}}
 
 

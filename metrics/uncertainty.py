@@ -115,24 +115,54 @@ class Selective(NamedTuple):
 
     aurc: float  # area under the curve; 0 is ideal, and out of reach if any answer is wrong
     e_aurc: float  # excess over the area of the best order; 0 is ideal
+    augrc: float  # area under the generalized curve: the share of queries that are answered wrongly, over coverage
+    coverage: dict  # largest share of queries answered at an error rate of so many percent, {"5": ...}
     recall: dict  # share of right answers by percentage of queries answered, {"80": ...}
 
 
-def selective(uncertainty, hit, coverages=(80, 90, 95)):
-    """Summarize the risk-coverage curve of queries (Q,): AURC, E-AURC and recall at `coverages`, in percent.
+def selective(uncertainty, hit, coverages=(80, 90, 95), risks=(5,)):
+    """Summarize the risk-coverage curve of queries (Q,) by areas, by recall at `coverages`, and coverage at `risks`.
 
-    Geifman, Uziel & El-Yaniv (ICLR 2019), arXiv 1805.08206. The area of the best order, hits first, is exact here,
-    where the paper approximates it. If `hit` is the Bayes-optimal recall, E-AURC is what this order costs the best
-    possible method.
+    coverages, risks: in percent. AURC and E-AURC: Geifman, Uziel & El-Yaniv (ICLR 2019), arXiv 1805.08206. The area of
+    the best order, hits first, is exact here, where the paper approximates it. If `hit` is the Bayes-optimal recall,
+    E-AURC is what this order costs the best possible method. AUGRC: Traub et al. (NeurIPS 2024), arXiv 2407.01032; an
+    AURC weighs the first mistakes far more than the last.
 
-    >>> selective([0.1, 0.2], [0, 1], coverages=[50])
-    Selective(aurc=0.75, e_aurc=0.5, recall={'50': 0.0})
+    >>> selective([0.1, 0.2], [0, 1], coverages=[50], risks=[50])
+    Selective(aurc=0.75, e_aurc=0.5, augrc=0.5, coverage={'50': 1.0}, recall={'50': 0.0})
     """
     risk = risk_coverage(uncertainty, hit)
     best = risk_coverage(-np.asarray(hit, dtype=np.float64), hit)
     answered = {str(c): max(1, round(c * len(risk) / 100)) for c in coverages}
     recall = {c: float(1 - risk[count - 1]) for c, count in answered.items()}
-    return Selective(float(risk.mean()), float((risk - best).mean()), recall)
+    queries = np.arange(1, len(risk) + 1)
+    augrc = float((risk * queries / len(risk)).mean())
+    allowed = {str(r): queries[risk <= r / 100] for r in risks}
+    coverage = {r: float(counts.max(initial=0) / len(risk)) for r, counts in allowed.items()}
+    return Selective(float(risk.mean()), float((risk - best).mean()), augrc, coverage, recall)
+
+
+def false_positive_rates(uncertainty, hit, share=0.95):
+    """Shares of the other kind that pass where 95 % of one kind do: (of misses, of hits); (None, None) without both.
+
+    uncertainty, hit: (Q,). The first takes right answers as positives, as ViLU (arXiv 2507.07620) does: the share of
+    misses below the uncertainty under which `share` of the hits lie. The second takes errors as positives, as Rel-U
+    (arXiv 2306.01710) does: the share of hits above the one over which `share` of the misses lie. Tied queries pass
+    together. 0 is ideal.
+
+    >>> false_positive_rates([0.1, 0.2, 0.3, 0.4], [1, 0, 1, 0])
+    (0.5, 0.5)
+    """
+    rates = []
+    for key, positive in ((uncertainty, hit), (-np.asarray(uncertainty), 1 - np.asarray(hit))):
+        _, positive, starts = _in_order(key, positive)
+        passed = np.cumsum(np.add.reduceat(positive, starts))
+        others = np.cumsum(np.add.reduceat(1 - positive, starts))
+        if not (passed[-1] > 0 and others[-1] > 0):
+            return None, None
+        first = np.argmax(passed >= share * passed[-1] - 1e-9)
+        rates.append(float(others[first] / others[-1]))
+    return tuple(rates)
 
 
 def regret(hit, limit):

@@ -56,6 +56,7 @@ def _higher_and_lower(differences, digits):
 def _before_the_search(gains, base):
     """How well learned uncertainties tell wrong answers, beside the baseline's entropy."""
     by_variant = {variant: gain for variant, gain in gains["query_auroc"].items() if math.isfinite(gain.value)}
+    free = {name: by_variant.pop(name) for name in [*by_variant] if name.startswith(f"{base}, ")}
     entropy = gains["entropy_auroc"][base].value
     if not by_variant or not math.isfinite(entropy):
         return []
@@ -69,6 +70,10 @@ def _before_the_search(gains, base):
         f" training, has {entropy:.3f}.",
         f"Learned query-only uncertainties against that entropy: {above} significantly above, {below} significantly"
         f" below, {len(by_variant) - above - below} neither.",
+        *(
+            f"Without any model, {name.removeprefix(f'{base}, ')} has an AUROC of {gain.value:.3f}."
+            for name, gain in free.items()
+        ),
     ]
 
 

@@ -24,8 +24,10 @@ def result_text(result):
 
 def _direction(direction, result):
     part, classes = result[direction], result["classes"]
+    interval = part.get("interval", {}).get("recall", {}).get("1")
+    error = f"  (R@1 [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}] over images)" if interval else ""
     limit = f"  (Bayes-optimal R@1 {100 * part['bayes_recall']:.1f})" if "bayes_recall" in part else ""
-    lines = [f"  {DIRECTIONS[direction]}  {_recalls(direction, part, classes)}{limit}"]
+    lines = [f"  {DIRECTIONS[direction]}  {_recalls(direction, part, classes)}{error}{limit}"]
     record = part["uncertainty"].get(part["levels_by"], {})
     if "levels" in record:
         name = "top-1" if classes else "R@1"
@@ -63,7 +65,11 @@ def _calibration(entries):
     if entries.keys() <= {"model", "temperature"}:
         if "temperature" not in entries:
             return []
-        return [f"    calibration error (ECE) {errors['model']}, after temperature scaling {errors['temperature']}"]
+        expected = entries["model"].get("ece_15_expected")
+        chance = "" if expected is None else f" (a calibrated method: {expected:.3f})"
+        return [
+            f"    calibration error (ECE) {errors['model']}{chance}, after temperature scaling {errors['temperature']}"
+        ]
     titles = {name: title.format(**entries[name]) for name, title in PROBABILITIES.items() if name in entries}
     head = "calibration of the"
     width = max(map(len, (head, *titles.values())))

@@ -12,6 +12,7 @@ QUERY = {"text_to_image": "caption", "image_to_text": "image", "image_to_class":
 ANSWER = {"text_to_image": "image", "image_to_text": "caption", "image_to_class": "class"}
 SCORES = {"similarity": "cosine", "log_likelihood": "likelihood"}
 GALLERY_AWARE = {"top": "top score", "margin": "margin", "entropy": "entropy", "probability": "top probability"}
+FREE = {"words": "few words", "length": "long embedding"}  # known before the search, without a model
 PROBABILITIES = {  # entries of a result's calibration
     "model": "model",
     "temperature": "temperature",
@@ -34,7 +35,7 @@ COCO = {  # figures of metrics/eccv.py; papers average both directions
 def followed(direction, name):
     """Name an uncertainty in words: of the query caption, of the retrieved image, the entropy over the gallery, ..."""
     query, answer = f"query {QUERY[direction]}", f"retrieved {ANSWER[direction]}"
-    return {"query": query, "retrieved": answer, "sum": f"{query} + {answer}"}.get(name) or GALLERY_AWARE[name]
+    return {"query": query, "retrieved": answer, "sum": f"{query} + {answer}"}.get(name) or (GALLERY_AWARE | FREE)[name]
 
 
 def over(counts, unit):

@@ -63,6 +63,21 @@ def uncertainty_of(embedding):
     return uncertainty
 
 
+def lengths(embeddings, block=8192):
+    """Lengths (N,) of frozen embeddings (N, D): an uncertainty that needs no model.
+
+    Where all are the same up to a hundredth, as of normalized embeddings, the rounding of the cache is not one: 1.
+    """
+    parts = [np.asarray(embeddings[start : start + block], np.float64) for start in range(0, len(embeddings), block)]
+    length = np.concatenate([np.linalg.norm(part, axis=1) for part in parts])
+    return length if np.ptp(length) > 0.01 * length.mean() else np.ones_like(length)
+
+
+def few_words(texts):
+    """Minus the number of words (N,) of texts: an uncertainty that needs no model."""
+    return -np.array([len(text.split()) for text in texts], dtype=np.float64)
+
+
 def choose_levels_by(requested, query, answer):
     """Choose which of FOLLOWED the levels follow: `requested`, else the first that the adaptor has, else None.
 
@@ -86,11 +101,12 @@ def choose_levels_by(requested, query, answer):
     return requested
 
 
-def evaluate_side(ranking, query, answer, choices, levels_by, limit=None, truth=None, group=None):
+def evaluate_side(ranking, query, answer, choices, levels_by, drawn, free=None, limit=None, truth=None, group=None):
     """Figures of ranked queries and of all their uncertainties; returns them and the uncertainty (Q,) of `levels_by`.
 
     query (Q,), answer (G,): the adaptor's uncertainties, or None. levels_by: one of FOLLOWED, as `choose_levels_by`
-    returns it; None means the entropy over the gallery. limit, truth, group: as in `summary.of_uncertainty`.
+    returns it; None means the entropy over the gallery. drawn: a PairedBootstrap of the queries. free: uncertainties
+    that need no model, {name: (Q,)}. limit, truth, group: as in `summary.of_uncertainty`.
     """
     uncertainties = {}
     if query is not None:
@@ -99,11 +115,12 @@ def evaluate_side(ranking, query, answer, choices, levels_by, limit=None, truth=
         uncertainties["retrieved"] = answer[ranking.top]
     if len(uncertainties) == 2:
         uncertainties["sum"] = uncertainties["query"] + uncertainties["retrieved"]
-    uncertainties |= summary.gallery_aware(ranking)
-    figures = summary.of_ranking(ranking, limit) | {"levels_by": levels_by, "uncertainty": {}}
+    query_only = {"query", *(free or ())}
+    uncertainties |= (free or {}) | summary.gallery_aware(ranking)
+    figures = summary.of_ranking(ranking, limit, drawn) | {"levels_by": levels_by, "uncertainty": {}}
     options = choices.levels, choices.drop_remainder, limit, truth, group
     for name, uncertainty in uncertainties.items():
-        family = {"family": "query-only" if name == "query" else "gallery-aware"}
+        family = {"family": "query-only" if name in query_only else "gallery-aware"}
         figures["uncertainty"][name] = family | summary.of_uncertainty(uncertainty, ranking, *options)
     return figures, uncertainties[levels_by or "entropy"]
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from metrics import calibration, retrieval, summary
+from metrics.comparison import PairedBootstrap
 from metrics.uncertainty import label_entropy
 from models.backbones.last_map import cut
 from models.base import adapt_all, cosine
@@ -14,6 +15,7 @@ from tasks import (
     choose_levels_by,
     evaluate_side,
     examples,
+    lengths,
     posterior_scales,
     progress_bar,
     uncertainty_of,
@@ -71,10 +73,11 @@ def evaluate(adaptor, pairs, choices, device):
         val_image = adapt_all(adaptor.adapt_image, val.fed("image", adaptor.pooled), device)
         val_targets = len(val.classes), np.arange(len(val.label)), val.label
 
+    drawn, free = PairedBootstrap(row), {"length": lengths(pairs.image)}
     for name in choices.scores:
         score = score_of(with_progress(computes[name], bar))
         ranking = retrieval.rank(score, classes, row, label, scales[name])
-        side, uncertainty = evaluate_side(ranking, *uncertainties, choices, levels_by, truth=human_entropy)
+        side, uncertainty = evaluate_side(ranking, *uncertainties, choices, levels_by, drawn, free, truth=human_entropy)
         forecasts = summary.forecasts(score, classes, row, label, scales[name], row)
         if val is not None:
             fitted = calibration.fit_scale(score_of(computes[name], val_image), *val_targets)
@@ -86,7 +89,7 @@ def evaluate(adaptor, pairs, choices, device):
             if matched is not None:
                 forecasts["matched"] = forecast_with(matched, score_of(cosine))
         side["calibration"] = {
-            entry: summary.of_forecast(forecast, scale) | summary.of_answers(forecast)
+            entry: summary.of_forecast(forecast, scale, drawn) | summary.of_answers(forecast)
             for entry, (forecast, scale) in forecasts.items()
         }
         if "validation" in forecasts:

@@ -4,7 +4,7 @@ import numpy as np
 
 from metrics.uncertainty import depth_correlation, falling_chains
 from models.base import adapt_all
-from tasks import uncertainty_of
+from tasks import few_words, lengths, uncertainty_of
 from utils.errors import UserError
 
 
@@ -21,9 +21,7 @@ def evaluate(adaptor, pairs, choices, device):
     uncertainty = uncertainty_of(adapt_all(adaptor.adapt_text, pairs.fed("prompt", adaptor.pooled), device))
     if uncertainty is not None:
         arrays["chain_uncertainty"] = uncertainties["query"] = uncertainty
-    uncertainties["long embedding"] = np.linalg.norm(np.asarray(embeddings, dtype=np.float64), axis=1)
-    words = [len(prompt.split()) for prompt in pairs.items["prompt"]]
-    uncertainties["few words"] = -np.array(words, dtype=np.float64)
+    uncertainties |= {"long embedding": lengths(embeddings), "few words": few_words(pairs.items["prompt"])}
     figures = {"chains": len(np.unique(chain)), "prompts": len(chain)}
     figures["uncertainty"] = {name: summarize(values, chain, depth) for name, values in uncertainties.items()}
     return {"hierarchy": figures}, arrays

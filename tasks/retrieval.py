@@ -9,6 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from metrics import eccv, retrieval, summary
+from metrics.comparison import PairedBootstrap, interval
 from metrics.uncertainty import levels, trend
 from models.base import adapt_all
 from tasks import (
@@ -18,7 +19,9 @@ from tasks import (
     choose_levels_by,
     evaluate_side,
     examples,
+    few_words,
     hierarchy,
+    lengths,
     posterior_scales,
     progress_bar,
     uncertainty_of,
@@ -90,6 +93,14 @@ def evaluate(adaptor, pairs, choices, device):
     arrays = {"image_of_text": pairs.image_of_text}  # intervals draw the captions of an image together
     arrays |= {f"{name}_uncertainty": values for name, values in uncertainties.items() if values is not None}
     arrays |= {f"{name}_limit": side.limit for name, side in truth.items() if side.limit is not None}
+    free = {
+        "text": {"words": few_words(pairs.items["text"]), "length": lengths(pairs.text)},
+        "image": {"length": lengths(pairs.image)},
+    }
+    arrays |= {f"{side}_{name}": values for side, part in free.items() for name, values in part.items()}
+    # The captions of one image depend on each other, so that images are drawn, with all their captions.
+    owner = {"text": pairs.image_of_text, "image": np.arange(len(pairs.image))}
+    drawn = {side: PairedBootstrap(group) for side, group in owner.items()}
     ambiguity = truth["text_to_image"].ambiguity
     count = len(pairs.image) * len(pairs.text)
     # Per direction: ranks, probabilities unscaled and scaled, and mAP@R if the true matches are known.
@@ -99,7 +110,7 @@ def evaluate(adaptor, pairs, choices, device):
     for name in choices.scores:
         compute = with_progress(computes[name], bar)
         both = sides(compute, image, text, pairs.image_of_text)
-        figures, side_arrays = evaluate_sides(both, scales[name], uncertainties, truth, choices)
+        figures, side_arrays = evaluate_sides(both, scales[name], uncertainties, truth, choices, drawn, free)
         figures = {"score": name, "posterior_scale": scales[name]} | figures
         if result:
             result["other_score"] = figures
@@ -123,23 +134,28 @@ def evaluate(adaptor, pairs, choices, device):
     return result, arrays
 
 
-def evaluate_sides(both, scale, uncertainties, truth, choices):
-    """Figures of both directions, {name: Side}, under one kind of score, and per-query arrays."""
+def evaluate_sides(both, scale, uncertainties, truth, choices, drawn, free):
+    """Figures of both directions, {name: Side}, under one kind of score, and per-query arrays.
+
+    uncertainties, drawn, free: of images and of captions, see `evaluate_side`.
+    """
     figures, arrays, rankings = {}, {}, []
     for (name, side), query, answer in zip(both.items(), ("text", "image"), ("image", "text"), strict=True):
         of_query, of_answer = uncertainties[query], uncertainties[answer]
         ranking = retrieval.rank(*side, scale)
         levels_by = choose_levels_by(choices.levels_by if query == "image" else None, of_query, of_answer)
-        # The captions of one image depend on each other.
         group = side.item if query == "text" else np.arange(len(ranking.top))
         limit, ambiguity = truth[name].limit, truth[name].ambiguity
-        part, uncertainty = evaluate_side(ranking, of_query, of_answer, choices, levels_by, limit, ambiguity, group)
+        part, uncertainty = evaluate_side(
+            ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group
+        )
         if truth[name].matches is not None:
             precision = retrieval.at_r(side.score, truth[name].matches)
-            part["map_at_r"] = float(precision.mean_average_precision.mean())
-            part["r_precision"] = float(precision.r_precision.mean())
+            for key, values in (("map_at_r", precision.mean_average_precision), ("r_precision", precision.r_precision)):
+                part[key] = float(values.mean())
+                part["interval"][key] = interval(drawn[query].mean(values))
         image_of_item = side.query if query == "image" else None  # the captions of one image answer the same query
-        part["calibration"] = summary.of_probabilities(*side, scale, group, image_of_item)
+        part["calibration"] = summary.of_probabilities(*side, scale, group, image_of_item, drawn=drawn[query])
         figures[name] = part
         arrays |= arrays_of(name, ranking, uncertainty)
         rankings.append(ranking)

@@ -102,6 +102,9 @@ def cells_of(columns, results, selector):
         values = [column.read(result, selector) for result in results]
         if all(isinstance(value, str) for value in values):
             cells[column.key] = Cell(None, text=" / ".join(dict.fromkeys(values)))
+        elif all(isinstance(value, tuple) for value in values):  # intervals: means of both bounds
+            low, high = (number(statistics.fmean(ends), column.digits) for ends in zip(*values, strict=True))
+            cells[column.key] = Cell(None, text=f"[{low}, {high}]")
         elif None not in values:
             cells[column.key] = Cell(*mean_sd(values[:1] if column.published else values))
     return cells

@@ -2,10 +2,10 @@
 
 from reporting.runs import find, is_unified, seeds_of
 from reporting.tables import Column, Row, Selector, cells_of
-from reporting.words import GALLERY_AWARE, MINUS, TREND, followed
+from reporting.words import DIRECTIONS, FREE, GALLERY_AWARE, MINUS, TREND, followed
 
 UNIFIED = "unified objective"  # heads the rows trained by it
-DETERMINISTIC = ("entropy", "top", "margin")  # stand in for the uncertainty of a method that has none
+DETERMINISTIC = ("entropy", "probability", "top", "margin", *FREE)  # stand in where a method has no uncertainty
 TRENDS = (  # key, title, which is best, what it is
     ("s", TREND["s"], min, f"rank correlation of uncertainty level and R@1; {MINUS}1 is ideal"),
     ("r2", TREND["r2"], None, "of the linear fit of R@1 on uncertainty level; 1 is ideal, if S is negative"),
@@ -16,7 +16,13 @@ SELECTIVE = (
     ("aupr", "AUPR", max, "area under precision and recall of right answers, ordered by certainty; 1 is ideal"),
     ("aurc", "AURC", min, "area under risk and coverage: the share of wrong answers, averaged over all coverages"),
     ("e_aurc", "E-AURC", min, "AURC less that of the ideal order of the same answers; 0 is ideal"),
+    ("augrc", "AUGRC", min, "share of queries that are answered and wrong, averaged over all coverages; 0 is ideal"),
+    ("fpr95_right", "FPR95", min, "share of wrong answers let through where 95 % of the right ones are; 0 is ideal"),
+    ("fpr95_wrong", "FPR95, errors positive", min, "share of right answers held back where 95 % of the wrong ones are"),
+    ("log_score", "log score", min, "of the chance that the answer is right, as a falling function of the uncertainty"),
+    ("brier_score", "Brier score", min, "of the same chance, fitted by isotonic regression on the other half"),
 )
+HIDDEN = ("aupr", "e_aurc", "fpr95_wrong", "brier_score")  # of SELECTIVE: in the CSV alone
 AUROC, AURC = SELECTIVE[0][3], SELECTIVE[2][3]
 ERRORS = {
     "nll": ("NLL", "negative log-likelihood of the right answer"),
@@ -68,21 +74,49 @@ def percent(key, group, title, *path, **options):
     return column(key, group, title, 1, *path, scale=100, **options)
 
 
+def bounds(key, group, title, digits, *path, scale=1, **options):
+    """A Column of the 95 % interval at `path`, (low, high); over several seeds, means of both bounds."""
+
+    def read(values, selector):
+        interval = find(values, *path)
+        return None if interval is None else tuple(scale * bound for bound in interval)
+
+    return Column(key, group, title, digits, read, None, **options)
+
+
 def bayes_optimal(cells):
     """The reference row of Bayes-optimal limits: list of one Row, empty where no limit is known."""
     return [Row("Bayes-optimal", None, None, cells)] if cells else []
 
 
 def own_or_deterministic(runs):
-    """One row for a method with an uncertainty; for another a row for each score-based stand-in."""
-    if runs[0].values["text_to_image"]["levels_by"]:
-        return one_row(runs)
-    return [(named(Selector(name)), Selector(name)) for name in DETERMINISTIC]
+    """One row for a method with an uncertainty; for another a row for each stand-in that costs nothing."""
+    return one_row(runs) if _has_own(runs) else [_stand_in(name) for name in DETERMINISTIC if _is_known(runs, name)]
+
+
+def own_or_free(runs):
+    """One row, and for a method without an uncertainty one more for each that is known before the search."""
+    free = [] if _has_own(runs) else [_stand_in(name) for name in FREE if _is_known(runs, name)]
+    return one_row(runs) + free
+
+
+def _has_own(runs):
+    return any(runs[0].values[name]["levels_by"] for name in DIRECTIONS if name in runs[0].values)
+
+
+def _stand_in(name):
+    return named(Selector(name)), Selector(name)
+
+
+def _is_known(runs, name):
+    """Whether the results hold an uncertainty in any direction; those of an earlier eval.py lack FREE."""
+    sides = [runs[0].values[direction] for direction in DIRECTIONS if direction in runs[0].values]
+    return any(name in side["uncertainty"] for side in sides)
 
 
 def named(selector):
-    """What follows a variant's name in the row of a score-based uncertainty."""
-    return f", {GALLERY_AWARE[selector.uncertainty]}" if selector.uncertainty else ""
+    """What follows a variant's name in the row of an uncertainty that costs nothing."""
+    return f", {(GALLERY_AWARE | FREE)[selector.uncertainty]}" if selector.uncertainty else ""
 
 
 def levels_by(direction, values, selector):

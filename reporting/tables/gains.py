@@ -7,9 +7,9 @@ import numpy as np
 
 from metrics.comparison import Difference, PairedBootstrap, holm, paired_difference
 from reporting.runs import baseline_of
-from reporting.tables import Cell, Column, make
+from reporting.tables import Cell, Column, Row, make
 from reporting.tables.columns import AUROC, rows_of
-from reporting.words import LEVEL, MINUS, RETRIEVAL, SIGNIFICANT
+from reporting.words import FREE, LEVEL, MINUS, RETRIEVAL, SIGNIFICANT
 from utils.errors import UserError
 
 
@@ -51,7 +51,8 @@ class Gain(NamedTuple):
 def gains_of(block):
     """The Gains of a block's variants: {figure: {variant: Gain}}; empty without a baseline to compare with.
 
-    A learned query-only uncertainty is compared with the baseline's entropy over the gallery, which costs nothing.
+    A query-only uncertainty is compared with the baseline's entropy over the gallery, which costs no training. Those
+    that need no model stand beside the learned ones, as "clip, few words".
     Figures are means over seeds. Images are resampled, with all their captions.
     """
     base = baseline_of(block)
@@ -77,6 +78,11 @@ def gains_of(block):
                 uncertainty = np.stack([each[name] for each in arrays])
                 auroc = bootstraps["text_to_image"].auroc(uncertainty, hits["text_to_image"])
                 draws.setdefault(figure, {})[variant] = auroc
+    free = {name: f"{base}, {title}" for name, title in FREE.items() if f"text_{name}" in first}
+    hit = np.stack([run.arrays["text_to_image_hit"] for run in block.results[base]])
+    for name, row in free.items():
+        uncertainty = np.stack([run.arrays[f"text_{name}"] for run in block.results[base]])
+        draws.setdefault("query_auroc", {})[row] = bootstraps["text_to_image"].auroc(uncertainty, hit)
     gains = {}
     for figure, by_variant in draws.items():
         against = draws["entropy_auroc"][base] if figure == "query_auroc" else by_variant[base]
@@ -106,7 +112,8 @@ def gains(block):
     by_figure, base = gains_of(block), baseline_of(block)
     if not by_figure:
         return None
-    columns, cells = [], {variant: {} for variant in block.results}
+    rows = {row for by_variant in by_figure.values() for row in by_variant}
+    columns, cells = [], {row: {} for row in rows | block.results.keys()}
     for figure in FIGURES:
         key, less = f"gain_{figure.key}", f"less {base}" + ("'s entropy" if figure.key == "query_auroc" else "")
         columns.append(Column(key, figure.group, figure.title, figure.digits, None, note=figure.note))
@@ -125,6 +132,7 @@ def gains(block):
                 cells[variant] |= {f"{key}_less": Cell(mean, text=text), f"{key}_low": Cell(low)}
                 cells[variant] |= {f"{key}_high": Cell(high), f"{key}_adjusted_p": Cell(gain.adjusted)}
     groups = rows_of(block, columns, cells=lambda runs, _: cells[runs[0].values["variant"]])
+    free = [Row(row, None, None, cells[row]) for row in sorted(rows - block.results.keys())]
     note = (
         "In brackets: the 95 % bootstrap interval of the difference over images, each drawn with all its captions."
         f" {SIGNIFICANT}: p < {LEVEL} after Holm's adjustment over the rows. This is the sampling error of the images;"
@@ -133,4 +141,4 @@ def gains(block):
     )
     if "image_of_text" not in block.results[base][0].arrays:
         note += " These results do not hold which captions share an image, so captions were drawn singly."
-    return make("gains", f"Against {base}", columns, groups, note)
+    return make("gains", f"Against {base}", columns, groups, note, free)

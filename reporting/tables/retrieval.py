@@ -3,8 +3,17 @@
 from functools import partial
 
 from reporting.runs import find
-from reporting.tables import Cell, Column, make, published
-from reporting.tables.columns import ERRORS, bayes_optimal, column, percent, record, rows_of
+from reporting.tables import Cell, Column, Selector, make, published
+from reporting.tables.columns import (
+    ERRORS,
+    bayes_optimal,
+    bounds,
+    column,
+    own_or_deterministic,
+    percent,
+    record,
+    rows_of,
+)
 from reporting.words import COCO, GALLERY_AWARE, RETRIEVAL, SCORES
 
 TRUTH = {"spearman": "Spearman", "kendall": "Kendall"}
@@ -15,7 +24,11 @@ def recall(block):
     columns, by_score, limits = [], [], {}
     for direction, title in RETRIEVAL.items():
         group, shown = f"{title}, %", direction == "text_to_image"
-        columns += [percent(f"{direction}_r{k}", group, f"R@{k}", direction, "recall", str(k)) for k in (1, 5, 10)]
+        for k in (1, 5, 10):
+            columns.append(percent(f"{direction}_r{k}", group, f"R@{k}", direction, "recall", str(k)))
+            path, key = (direction, "interval", "recall", str(k)), f"{direction}_r{k}_interval"
+            note = f"95 % bootstrap interval of R@{k} over images" if k == 1 else ""
+            columns.append(bounds(key, group, f"R@{k}, interval", 1, *path, scale=100, note=note, shown=k == 1))
         read, note = partial(_share_of_limit, direction), "R@1 in percent of the Bayes-optimal R@1"
         columns.append(Column(f"{direction}_share_of_limit", group, "of limit", 1, read, note=note, shown=shown))
         key = f"{direction}_median_rank"
@@ -45,7 +58,7 @@ def truth(block):
     columns = []
     for name in ("query", *GALLERY_AWARE, "retrieved", "sum"):
         for key, title in TRUTH.items():
-            read, shown = partial(record, first, (key,), name=name), name == "query"
+            read, shown = partial(_of_truth, first, key, name), name == "query"
             note = "rank correlation of uncertainty and true ambiguity; 1 is ideal"
             columns.append(Column(f"{name}_{key}", group if shown else name, title, 3, read, note=note, shown=shown))
     for direction, title in RETRIEVAL.items():
@@ -58,9 +71,35 @@ def truth(block):
             ("r_precision", "R-P", "R-precision: the share of true answers among the R best"),
         ):
             columns.append(percent(f"{direction}_{key}", f"{title}, %", heading, direction, key, note=note))
+            path = direction, "interval", key
+            key, heading = f"{direction}_{key}_interval", f"{heading}, interval"
+            columns.append(bounds(key, f"{title}, %", heading, 1, *path, scale=100, shown=False))
     if not block.first.get("bayes_optimal"):
         return None
-    return make("truth", "Against the truth", columns, rows_of(block, columns))
+    columns = [each if each.key.endswith(tuple(TRUTH)) else _plain(each) for each in columns]
+    note = "Uncertainties that need no training have rows of their own; those of the posterior need the search."
+    return make("truth", "Against the truth", columns, rows_of(block, columns, _one_and_stand_ins), note)
+
+
+def _one_and_stand_ins(runs):
+    """The row of a variant, and for one without an uncertainty those of its stand-ins."""
+    return [("", Selector()), *(row for row in own_or_deterministic(runs) if row[0])]
+
+
+def _plain(column):
+    """The column without cells in the rows of stand-ins."""
+
+    def read(values, selector):
+        return None if selector.uncertainty else column.read(values, selector)
+
+    return column._replace(read=read)
+
+
+def _of_truth(direction, key, name, values, selector):
+    """A rank correlation with the truth: of the row's uncertainty, else of `name`."""
+    if selector.uncertainty:
+        name = selector.uncertainty if name == "query" else "none"
+    return record(direction, (key,), values, selector, name)
 
 
 def eccv(block):
@@ -81,6 +120,20 @@ def calibration(block):
                 name = f"{direction}_{key}_scaled" if entry == "temperature" else f"{direction}_{key}"
                 path, shown = (direction, "calibration", entry, key), direction == "text_to_image"
                 columns.append(column(name, group, title, 3, *path, best=min, note=note, shown=shown))
+                if key == "ece_15":
+                    start = direction, "calibration", entry
+                    for suffix, more, note in (
+                        ("expected", "ECE, expected", "ECE of a calibrated method with the same confidences"),
+                        ("limit", "ECE, 95 % limit", "below it, a figure cannot be told from perfect calibration"),
+                    ):
+                        path = *start, f"{key}_{suffix}"
+                        shown_too = shown and suffix == "expected"
+                        columns.append(
+                            column(f"{name}_{suffix}", group, more, 3, *path, best=None, note=note, shown=shown_too)
+                        )
+                if key in ("ece_15", "nll", "brier"):
+                    path = direction, "calibration", entry, "interval", key
+                    columns.append(bounds(f"{name}_interval", group, f"{title}, interval", 3, *path, shown=False))
     note = "Of the posterior over the gallery; the temperature of each half of the queries is fitted on the other half."
     return make("calibration", "Calibration, text→image", columns, rows_of(block, columns), note)
 

@@ -5,7 +5,7 @@ from functools import partial
 from reporting.runs import find, level_counts
 from reporting.tables import Cell, Column, make, published
 from reporting.tables.columns import (
-    DETERMINISTIC,
+    HIDDEN,
     SELECTIVE,
     TRENDS,
     bayes_optimal,
@@ -13,12 +13,14 @@ from reporting.tables.columns import (
     levels_by,
     named,
     own_or_deterministic,
+    own_or_free,
     record,
     rows_of,
 )
 from reporting.words import CLASSIFICATION, GALLERY_AWARE, MINUS, RETRIEVAL, followed
 
 COVERAGES = ("80", "90", "95")
+RISK = "5"  # percent
 
 
 def uncertainty(block):
@@ -86,24 +88,38 @@ def selective(block):
     directions, right = (CLASSIFICATION, "ACC") if block.task == "classification" else (RETRIEVAL, "R@1")
     first, columns = next(iter(directions)), []
     for direction in directions:
-        for name in ("query", *DETERMINISTIC, "probability", "retrieved", "sum"):
+        for name in ("query", "entropy", "top", "margin", "probability", "retrieved", "sum"):
             group = "query-only" if name == "query" else f"gallery-aware: {followed(direction, name)}"
             full = direction == first and name in ("query", "entropy")
             for key, title, best, note in SELECTIVE:
-                read, full_key = partial(record, direction, (key,), name=name), f"{direction}_{name}_{key}"
+                read, full_key = partial(_of, name, direction, (key,)), f"{direction}_{name}_{key}"
                 if direction == first and key == "auroc" and name in GALLERY_AWARE and not full:
                     heads = "gallery-aware: AUROC", GALLERY_AWARE[name]
                     columns.append(Column(full_key, *heads, 3, read, best, note=f"AUROC of the {heads[1]}"))
                 else:
-                    columns.append(Column(full_key, group, title, 3, read, best, note=note, shown=full))
+                    shown = full and key not in HIDDEN
+                    columns.append(Column(full_key, group, title, 3, read, best, note=note, shown=shown))
             for coverage in COVERAGES:
-                read = partial(record, direction, ("selective_recall", coverage), name=name, scale=100)
+                read = partial(_of, name, direction, ("selective_recall", coverage), scale=100)
                 key, title = f"{direction}_{name}_of_surest_{coverage}", f"{right} of {coverage} %"
                 note = f"{right} in % if only the surest {coverage} % are answered"
-                columns.append(Column(key, group, title, 1, read, note=note, shown=full))
+                columns.append(Column(key, group, title, 1, read, note=note, shown=full and coverage == COVERAGES[0]))
+            read = partial(_of, name, direction, ("selective_coverage", RISK), scale=100)
+            key, title = f"{direction}_{name}_coverage_at_{RISK}", f"coverage at {RISK} % risk"
+            note = f"share of queries, in %, that can be answered with {RISK} % of the answers wrong"
+            columns.append(Column(key, group, title, 1, read, note=note, shown=full))
     note = "Query-only uncertainty is known before any search; gallery-aware uncertainty needs scores over the gallery."
     note += constant(block, directions, ("query",))
-    return make("selective", f"Selective answers, {directions[first]}", columns, rows_of(block, columns), note)
+    return make(
+        "selective", f"Selective answers, {directions[first]}", columns, rows_of(block, columns, own_or_free), note
+    )
+
+
+def _of(name, direction, path, values, selector, scale=1):
+    """What stands at `path` of an uncertainty's record; a row of one that needs no model has no others."""
+    if selector.uncertainty:
+        return record(direction, path, values, selector, scale=scale) if name == "query" else None
+    return record(direction, path, values, selector, name, scale)
 
 
 def _family(direction, values, selector):
