@@ -19,7 +19,7 @@ from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieva
 from utils import result_file
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import LEVELS, load_config, needs_pooled
+from utils.config import LEVELS, evaluated_as, load_config, needs_pooled
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
 from utils.files import locked
@@ -105,6 +105,16 @@ def check(args, run, pairs, task, count):
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
 
 
+def repeated(pairs):
+    """How many captions also stand with another image, word for word: no search tells which of these is meant."""
+    if pairs.classes is not None:
+        return 0
+    owners = {}
+    for caption, owner in zip(pairs.items["text"], pairs.image_of_text.tolist(), strict=True):
+        owners.setdefault(caption, set()).add(owner)
+    return sum(len(owners[caption]) > 1 for caption in pairs.items["text"])
+
+
 @exits_cleanly()
 def main(argv=None):
     args = parse(argv)
@@ -131,13 +141,14 @@ def main(argv=None):
         figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
-    evaluated_on = args.dataset if split == data.eval_split else f"{args.dataset}+{split}"
+    evaluated_on = evaluated_as(args.dataset, split, data.eval_split)
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
         "levels_by": args.levels_by, "drop_remainder": args.drop_remainder,
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
         "skipped": pairs.meta["skipped"],
-        "seen_in_training": pairs.shared_with(run.seen),
+        "seen_in_training": pairs.shared_with(run.seen), "untrained": run.untrained,
+        "repeated_captions": repeated(pairs),
         "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip

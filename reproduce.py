@@ -20,7 +20,7 @@ from datasets.embeddings import META, Pairs, cache_folder
 from utils import result_file
 from utils.arguments import PRESET, make_parser
 from utils.checkpoint import Run
-from utils.config import LEVELS, known, load_config, needs_pooled, presets_of
+from utils.config import LEVELS, evaluated_as, known, load_config, needs_pooled, presets_of
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.workers import Workers
@@ -31,6 +31,7 @@ def parse(argv):
     add, names = parser.add_argument, {"nargs": "+", "metavar": "NAME"}
     add("--datasets", **names, required=True, help=f"trained on; any of {', '.join(known('datasets'))}")
     add("--evaluate-on", **names, help="data sets to evaluate every run on; by default the one it is trained on")
+    add("--split", metavar="NAME", help="split to evaluate on; by default that of each data set's YAML")
     add("--backbones", **names, default=[None], help="by default that of the data set trained on")
     add("--methods", **names, default=["all"], help=f"all that the data allow, or any of {', '.join(known('methods'))}")
     add("--presets", **names, default=["default"], help=f"{PRESET}; a method without a preset is left out there")
@@ -52,15 +53,17 @@ def parse(argv):
 class Cell:
     """A run, given by its configuration, and the data sets that it is evaluated on.
 
-    settings: `key=value` of its training. score, levels: as eval.py takes them. left: {data set: why it has no result
-    as asked for}, so a cell with nothing left is done.
+    settings: `key=value` of its training. score, levels, split: as eval.py takes them. left: {data set: why it has no
+    result as asked for}, so a cell with nothing left is done.
     """
 
-    def __init__(self, config, evaluated_on, settings=(), score=None, levels=None):
+    def __init__(self, config, evaluated_on, settings=(), score=None, levels=None, split=None):
         self.config, self.settings, self.score, self.levels = config, settings, score, levels
         self.name = str(Path(*config.checkpoint.parts[1:]))
-        # eval.py takes the split from the data set's YAML, whatever the settings of the training are.
-        self.splits = {name: load_config(name, backbone=config.backbone).data.eval_split for name in evaluated_on}
+        # eval.py takes the usual split from the data set's YAML, whatever the settings of the training are.
+        usual = {name: load_config(name, backbone=config.backbone).data.eval_split for name in evaluated_on}
+        self.splits = {name: split or usual[name] for name in evaluated_on}
+        self.names = {name: evaluated_as(name, self.splits[name], usual[name]) for name in evaluated_on}
         reasons = {name: self._reason(name) for name in evaluated_on}
         self.left = {name: reason for name, reason in reasons.items() if reason}
 
@@ -80,7 +83,7 @@ class Cell:
             return f"its run has another {', '.join(changed)}"
         if not run.done:
             return "not trained"
-        path = config.result(dataset, "retrieval" if pairs.classes is None else "classification")
+        path = config.result(self.names[dataset], "retrieval" if pairs.classes is None else "classification")
         score = self.score if self.score in ("log_likelihood", "similarity") else config.score
         wanted = {
             "checkpoint": run.weights_hash(), "fingerprint": pairs.meta["fingerprint"],
@@ -121,7 +124,7 @@ class Cell:
         force = ["--overwrite"] if overwrite else []
         steps = [("train", [*as_words(flags), *force, *as_set(self.settings)])]
         for dataset in self.left:
-            more = {"dataset": dataset, "train-dataset": self.config.dataset}
+            more = {"dataset": dataset, "train-dataset": self.config.dataset, "split": self.splits[dataset]}
             if self.levels:
                 more["uncer_levels"] = self.levels
             if self.score:
@@ -157,7 +160,7 @@ def grid(args):
             config = load_config(dataset, method, backbone, *flags)
             if every and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
                 continue  # embeddings computed elsewhere have no pooled features
-            cell = Cell(config, args.evaluate_on or [dataset], args.set, args.score, args.uncer_levels)
+            cell = Cell(config, args.evaluate_on or [dataset], args.set, args.score, args.uncer_levels, args.split)
             cells[cell.name] = cell
     return cells
 

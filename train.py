@@ -38,6 +38,8 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
     """
     config = run.config
     batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
+    # Where means are frozen, InfoNCE of the score need not notice what the method's own loss teaches its uncertainty.
+    native = config.objective == "native" and config.model.get("mean") == "frozen"
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
@@ -49,7 +51,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
         schedule.load_state_dict(state["schedule"])
         log, best = state["log"], state["best"]
     elif held_out:
-        best = snapshot(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out))
+        best = snapshot(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out, native))
     saved = time.perf_counter()
     started = saved - (log[-1]["seconds"] if log else 0)
     bar = tqdm(total=steps * epochs, initial=steps * len(log), desc=config.variant, unit="step", disable=quiet or None)
@@ -77,7 +79,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
         seconds = round(time.perf_counter() - started, 3)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
         if held_out:
-            val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out)
+            val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out, native)
             log[-1]["val_loss"] = val_loss
             if val_loss < best["val_loss"]:
                 best = snapshot(adaptor, epoch + 1, val_loss, temperature)
@@ -106,19 +108,23 @@ def snapshot(adaptor, epoch, val_loss, temperature):
 
 
 @torch.no_grad()
-def validate(adaptor, image, text, image_of_text, blocks):
-    """The unified loss of held-out pairs at their best temperature, and that temperature."""
+def validate(adaptor, image, text, image_of_text, blocks, native=False):
+    """The loss of held-out pairs, and the temperature that suits them best.
+
+    native: the method's own loss; by default the unified one at that temperature.
+    """
     adaptor.eval()
-    pairs = [
-        (adaptor.adapt_image(image[image_of_text[rows]].float()), adaptor.adapt_text(text[rows].float()))
-        for rows in blocks
-    ]
+    inputs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
+    pairs = [(adaptor.adapt_image(images), adaptor.adapt_text(texts)) for images, texts in inputs]
     scores = [adaptor.log_likelihood(*pair) for pair in pairs]
     if not all(torch.isfinite(score).all() for score in scores):
         return math.inf, math.nan  # never the best epoch; overfitted densities diverge
     temperature = best_temperature(scores)
     total = 0.0
-    for pair, score in zip(pairs, scores, strict=True):
+    for each, pair, score in zip(inputs, pairs, scores, strict=True):
+        if native:
+            total += len(score) * adaptor.loss(*each).item()
+            continue
         auxiliary = adaptor.auxiliary_loss(*pair, cross_entropies(adaptor.temperature * score))
         total += len(score) * float(info_nce(temperature * score) + auxiliary)
     return total / sum(map(len, scores)), temperature
@@ -184,7 +190,7 @@ def main(argv=None):
             print(f"{run.folder}: already trained")
             return
         learned = adaptor.prepare(pairs, args.quiet)
-        log, outcome = [], "nothing to train"
+        log, outcome, untrained = [], "nothing to train", False
         if any(p.requires_grad for p in adaptor.parameters()):
             log, kept = fit(adaptor, optimizer, *pairs.to(device, adaptor.pooled), rows, held_out, run, args.quiet)
             outcome = f"trained, loss {log[-1]['loss']:.4f}"
@@ -192,6 +198,7 @@ def main(argv=None):
                 outcome += f", epoch {kept} kept"
             elif held_out:
                 outcome += "; the untrained start is kept, as the best on held-out pairs"
+                untrained = True
         elif held_out:
             _, temperature = validate(adaptor, *pairs.to(device, adaptor.pooled), held_out)
             adaptor.given_scale.fill_(temperature)
@@ -201,7 +208,7 @@ def main(argv=None):
         write_log(run.folder / "log.csv", log)
         # A method without training has seen only the images that it was prepared with or calibrated on.
         captions = torch.cat([rows if log else rows[:0], *held_out]).numpy()
-        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned))
+        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned), untrained)
     print(f"{run.folder}: {outcome}")
 
 

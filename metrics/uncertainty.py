@@ -115,9 +115,9 @@ class Selective(NamedTuple):
 
     aurc: float  # area under the curve; 0 is ideal, and out of reach if any answer is wrong
     e_aurc: float  # excess over the area of the best order; 0 is ideal
+    recall: dict  # share of right answers by percentage of queries answered, {"80": ...}
     augrc: float  # area under the generalized curve: the share of queries that are answered wrongly, over coverage
     coverage: dict  # largest share of queries answered at an error rate of so many percent, {"5": ...}
-    recall: dict  # share of right answers by percentage of queries answered, {"80": ...}
 
 
 def selective(uncertainty, hit, coverages=(80, 90, 95), risks=(5,)):
@@ -129,7 +129,7 @@ def selective(uncertainty, hit, coverages=(80, 90, 95), risks=(5,)):
     AURC weighs the first mistakes far more than the last.
 
     >>> selective([0.1, 0.2], [0, 1], coverages=[50], risks=[50])
-    Selective(aurc=0.75, e_aurc=0.5, augrc=0.5, coverage={'50': 1.0}, recall={'50': 0.0})
+    Selective(aurc=0.75, e_aurc=0.5, recall={'50': 0.0}, augrc=0.5, coverage={'50': 1.0})
     """
     risk = risk_coverage(uncertainty, hit)
     best = risk_coverage(-np.asarray(hit, dtype=np.float64), hit)
@@ -139,7 +139,7 @@ def selective(uncertainty, hit, coverages=(80, 90, 95), risks=(5,)):
     augrc = float((risk * queries / len(risk)).mean())
     allowed = {str(r): queries[risk <= r / 100] for r in risks}
     coverage = {r: float(counts.max(initial=0) / len(risk)) for r, counts in allowed.items()}
-    return Selective(float(risk.mean()), float((risk - best).mean()), augrc, coverage, recall)
+    return Selective(float(risk.mean()), float((risk - best).mean()), recall, augrc, coverage)
 
 
 def false_positive_rates(uncertainty, hit, share=0.95):

@@ -59,6 +59,12 @@ def draw_pairs(image_of_text, most: int):
     return images, order[starts[images] + offsets]
 
 
+def seeds_of(embeddings: Tensor) -> list[int]:
+    """Seeds of random numbers, one for each embedding (N, D), which depend on its bits alone."""
+    bits = embeddings.float().cpu().contiguous().view(torch.int32).long()
+    return ((bits * (2 * torch.arange(bits.shape[1]) + 1)).sum(dim=1) & (2**62 - 1)).tolist()
+
+
 class Tower(nn.Module):
     """The posterior of a tower's last layer as buffers, whose sizes are set when a posterior is stored or loaded."""
 
@@ -180,8 +186,7 @@ class BayesVLM(Adaptor):
         else:
             halves = self._halves(image, text)
             logit, variance = self.logit_scale * mean_of(*halves), self.logit_scale**2 * variance_of(*halves)
-            generator = torch.Generator().manual_seed(0)
-            probability = independent_probabilities(logit, variance, self.draws, generator)
+            probability = independent_probabilities(logit, variance, self.draws, seeds_of(image.mean))
         return probability.clamp_min(torch.finfo(probability.dtype).tiny).log()
 
     def matched_scale(self, image: Embedding, text: Embedding) -> float | None:

@@ -104,16 +104,18 @@ def probit_factor(variance: Tensor) -> Tensor:
     return (1 + math.pi / 8 * variance).rsqrt()
 
 
-def independent_probabilities(logit: Tensor, variance: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+def independent_probabilities(logit: Tensor, variance: Tensor, draws: int, seeds: list[int]) -> Tensor:
     """Class probabilities (N, C): the mean softmax over draws of logits with these means and variances (N, C).
 
-    The logits of a draw are independent; for joint draws see `joint_probabilities`.
+    The logits of a draw are independent; for joint draws see `joint_probabilities`. seeds: of each item, so that its
+    draws neither depend on the other items nor repeat theirs.
     """
-    deviation, total = variance.sqrt(), torch.zeros_like(logit)
-    for _ in range(draws):
-        noise = torch.randn(logit.shape, generator=generator, dtype=logit.dtype, device=generator.device)
-        total += torch.addcmul(logit, deviation, noise.to(logit.device)).softmax(dim=-1)
-    return total / draws
+    deviation, mean, generator = variance.sqrt(), torch.empty_like(logit), torch.Generator()
+    for row, seed in enumerate(seeds):
+        generator.manual_seed(seed)
+        noise = torch.randn(draws, logit.shape[1], generator=generator, dtype=logit.dtype).to(logit.device)
+        mean[row] = torch.addcmul(logit[row], deviation[row], noise).softmax(dim=-1).mean(dim=0)
+    return mean
 
 
 def joint_probabilities(draws: Iterable[tuple[Tensor, Tensor]], scale: float) -> Tensor:

@@ -21,7 +21,8 @@ class ProLIP(PairwiseGaussian):
 
     mean, width, hidden, start, floor: see Gaussian. scale, vib, same_image: see PairwiseGaussian. kl: `exact`, or
     `halved`, with log sigma^2 halved first, as published. inclusion: weight of the inclusion loss. inclusion_weights:
-    `exact`, or `published`, which uses log sigma^2 as if it were log sigma.
+    `exact`, or `published`, which uses log sigma^2 as if it were log sigma. inclusion_eps: ln of a factor on the
+    squared distance of the means in the inclusion; 0, or -20 as published, which leaves the variances alone.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ProLIP(PairwiseGaussian):
         kl: str = "exact",
         inclusion: float = 1e-7,
         inclusion_weights: str = "exact",
+        inclusion_eps: float = 0.0,
         same_image: bool = True,
         start: float | None = 0.1,
         floor: float = 1e-6,
@@ -44,7 +46,7 @@ class ProLIP(PairwiseGaussian):
         super().__init__(dim, mean, width, hidden, start, floor, **pairwise)
         self.halved = one_of("kl", kl, ("exact", "halved")) == "halved"
         self.published = one_of("inclusion_weights", inclusion_weights, ("exact", "published")) == "published"
-        self.inclusion = inclusion
+        self.inclusion, self.closeness = inclusion, math.exp(inclusion_eps)
 
     @property
     def affine(self):
@@ -56,8 +58,8 @@ class ProLIP(PairwiseGaussian):
         image, text = self.adapt_image(image), self.adapt_text(text)
         loss = self.pair_score(image, text).pairwise_sigmoid(group) / len(group)
         if self.inclusion:
-            in_text = log_inclusion(image, text, self.published)
-            in_image = log_inclusion(text, image, self.published)
+            in_text = log_inclusion(image, text, self.published, self.closeness)
+            in_image = log_inclusion(text, image, self.published, self.closeness)
             loss = loss - self.inclusion * F.logsigmoid(STEEPNESS * (in_text - in_image)).mean()
         return loss + self.vib * (self.kl(image) + self.kl(text))
 
@@ -67,13 +69,13 @@ class ProLIP(PairwiseGaussian):
         return super().kl(embedding)
 
 
-def log_inclusion(inner: Embedding, outer: Embedding, published: bool = False) -> Tensor:
+def log_inclusion(inner: Embedding, outer: Embedding, published: bool = False, closeness: float = 1.0) -> Tensor:
     """Inclusion (N, D) of `inner` in `outer` per coordinate: ln of the integral of p_inner^2 p_outer.
 
     The square is a Gaussian of half the variance over 2 sqrt(pi) sigma, and the integral of a product of two Gaussians
-    is a Gaussian density at the distance of their means.
+    is a Gaussian density at the distance of their means. closeness: factor on the square of that distance.
     """
     width = inner.spread.exp() + 2 * outer.spread.exp()
     squares = (inner.mean - outer.mean).square()
-    exact = -inner.spread / 2 - width.log() / 2 - squares / width - math.log(2 * math.pi)
+    exact = -inner.spread / 2 - width.log() / 2 - closeness * squares / width - math.log(2 * math.pi)
     return exact - inner.spread - outer.spread / 2 if published else exact

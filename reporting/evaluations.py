@@ -60,6 +60,8 @@ class Evaluation(Block, Part):
         if result["classes"]:
             facts["classes"] = f"{result['classes']:,}"
         facts["prompts" if result["classes"] else "captions"] = f"{result['captions']:,}"
+        if result.get("repeated_captions"):
+            facts["captions that also stand with another image"] = f"{result['repeated_captions']:,}"
         if result["skipped"]:
             facts["skipped as unreadable"] = f"{result['skipped']:,}"
         if result.get("hierarchy"):
@@ -88,7 +90,12 @@ class Evaluation(Block, Part):
             for direction in self.directions
             if result[direction]["uncertainty"].get(result[direction]["levels_by"], {}).get("constant")
         ]
-        return leakage + constant
+        untrained = [
+            f"{variant}: held-out pairs chose the start, so its uncertainty is of random weights and left out."
+            for variant, runs in self.results.items()
+            if any(run.values.get("untrained") for run in runs)
+        ]
+        return leakage + constant + untrained
 
     @property
     def files(self):

@@ -12,6 +12,11 @@ def result_text(result):
     lines = [f"{result['variant']} on {result['evaluated_on']} ({size}){ranked}"]
     if result["seen_in_training"]:
         lines.append(f"  leakage: {result['seen_in_training']:,} of the images were trained on")
+    if result.get("untrained"):
+        lines.append("  untrained: held-out pairs chose the start, so the method's own uncertainty means nothing")
+    if result.get("repeated_captions"):
+        count = f"{result['repeated_captions']:,}"
+        lines.append(f"  {count} captions also stand with another image: no search can tell which of these is meant")
     for direction in DIRECTIONS:
         if direction in result:
             lines += _direction(direction, result)

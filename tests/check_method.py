@@ -34,6 +34,7 @@ import eval as evaluation
 import train
 from datasets.embeddings import Pairs
 from models.base import Adaptor, Embedding
+from models.pair_loss import cross_entropies, mean_of
 from utils.arguments import make_parser
 from utils.config import MEANS, contract_of, known, load_config, make_adaptor, presets_of
 from utils.device import pick_device
@@ -116,6 +117,16 @@ def independent(case):
         elif name != "classify":  # which may normalize over classes
             wanted[name] = value[images, captions]
     require_equal(part, wanted, tolerance=1e-12)
+
+
+def unified(case):
+    """`unified_loss` is symmetric InfoNCE over temperature times `log_likelihood`, plus `auxiliary_loss`."""
+    adaptor = case.build().double()
+    image, text = (x.double()[:N] for x in inputs(adaptor))
+    pair = adaptor.adapt_image(image), adaptor.adapt_text(text)
+    losses = cross_entropies(adaptor.temperature * adaptor.log_likelihood(*pair))
+    wanted = mean_of(losses) + adaptor.auxiliary_loss(*pair, losses)
+    require_equal({"unified_loss": adaptor.unified_loss(image, text)}, {"unified_loss": wanted}, tolerance=1e-8)
 
 
 def state(case):
@@ -235,7 +246,8 @@ REQUIRED = (constructs, shapes, finite)
 CHECKS = {
     check.__name__: check
     for check in (
-        *REQUIRED, zero, tiny, huge, independent, state, float64, device, gradients, learns, means, sign, ordered
+        *REQUIRED, zero, tiny, huge, independent, unified, state, float64, device, gradients, learns,
+        means, sign, ordered,
     )
 }  # fmt: skip
 

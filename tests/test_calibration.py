@@ -209,3 +209,42 @@ def test_a_half_is_judged_by_the_temperature_of_the_other(monkeypatch):
     assert few["temperature"]["nll"] < few["model"]["nll"] and few["model"] == every["model"]
     assert few["temperature"]["ece_15"] < 0.6 * few["model"]["ece_15"]
     assert list(summary.of_probabilities(score, 200, *pairs, 1.0, np.zeros(600))) == ["model"]
+
+
+def test_the_chance_of_a_hit_is_the_best_falling_function_of_the_other_half():
+    """Against a search over all falling step functions by pooling neighbors, one pair at a time; clipped, with ties."""
+    rng = np.random.default_rng(3)
+    uncertainty, group = rng.normal(size=80).round(1), np.arange(80) // 2
+    hit = (rng.random(80) < 1 / (1 + np.exp(2 * uncertainty))).astype(float)
+    chance = calibration.chance_of_hit(uncertainty, hit, group)
+    first = calibration.halves(group)
+    for half in (first, ~first):
+        blocks = [[hit[half & (uncertainty == value)].tolist(), [value]] for value in np.unique(uncertainty[half])]
+        while True:
+            means = [np.mean(values) for values, _ in blocks]
+            rises = [i for i in range(len(blocks) - 1) if means[i + 1] > means[i] + 1e-12]
+            if not rises:
+                break
+            following = blocks.pop(rises[0] + 1)
+            blocks[rises[0]] = [blocks[rises[0]][0] + following[0], blocks[rises[0]][1] + following[1]]
+        at = [value for _, values in blocks for value in values]
+        steps = [np.mean(values) for values, places in blocks for _ in places]
+        expected = np.interp(uncertainty[~half], at, steps).clip(1 / (half.sum() + 2), 1 - 1 / (half.sum() + 2))
+        np.testing.assert_allclose(chance[~half], expected, atol=1e-9)
+    scores = calibration.scores_of_chance(chance, hit)
+    assert scores["brier_score"] == pytest.approx(np.mean([(c - h) ** 2 for c, h in zip(chance, hit, strict=True)]))
+    assert scores["log_score"] == pytest.approx(np.mean([-np.log(c if h else 1 - c) for c, h in zip(chance, hit)]))
+    assert calibration.chance_of_hit(uncertainty, hit, np.zeros(80)) is None
+
+
+def test_the_expected_error_is_that_of_redrawn_outcomes():
+    confidence = np.random.default_rng(4).beta(2, 2, 200)
+    mean, limit = calibration.expected_error(confidence, draws=2000)
+    rng, errors = np.random.default_rng(5), []
+    for _ in range(2000):
+        hit = (rng.random(200) < confidence).astype(float)
+        errors.append(calibration.calibration_error(calibration.reliability(confidence, hit)))
+    assert mean == pytest.approx(np.mean(errors), rel=0.02) and limit == pytest.approx(
+        np.quantile(errors, 0.95), rel=0.03
+    )
+    assert 0.05 < mean < 0.12  # as large as many that are measured

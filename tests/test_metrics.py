@@ -17,6 +17,7 @@ from metrics.uncertainty import (
     bootstrap,
     depth_correlation,
     falling_chains,
+    false_positive_rates,
     kendall,
     label_entropy,
     level_means,
@@ -468,3 +469,47 @@ def test_correlation_with_depth_by_loop():
     assert depth_correlation(-depth, chain, depth) == pytest.approx((-1, -1))
     with pytest.raises(ValueError, match="only one prompt"):
         depth_correlation([1, 2, 3], [0, 0, 1], [0, 1, 0])
+
+
+def test_more_measures_by_loops():
+    """AUGRC, coverage at a risk, FPR95 and the chance of a hit, in loops over thresholds, with ties."""
+    rng = np.random.default_rng(0)
+    for ties in (False, True):
+        uncertainty = rng.normal(size=120)
+        uncertainty = uncertainty.round(1) if ties else uncertainty
+        hit = (rng.random(120) < 1 / (1 + np.exp(2 * uncertainty - 1))).astype(float)
+        area = selective(uncertainty, hit, risks=[5, 20])
+        risks, orders = np.zeros(120), 400
+        for _ in range(orders if ties else 1):
+            order = np.lexsort([rng.random(120), uncertainty])
+            risks += np.cumsum(1 - hit[order]) / (orders if ties else 1)
+        counts = np.arange(1, 121)
+        assert area.augrc == pytest.approx(np.mean(risks / 120), abs=2e-3 if ties else 1e-12)
+        if not ties:
+            for risk in (5, 20):
+                allowed = [count for count in counts if risks[count - 1] / count <= risk / 100]
+                assert area.coverage[str(risk)] == max(allowed, default=0) / 120
+        right, wrong = false_positive_rates(uncertainty, hit)
+        let_through = [
+            (uncertainty <= t)[hit == 0].mean()
+            for t in np.unique(uncertainty)
+            if (uncertainty <= t)[hit == 1].mean() >= 0.95
+        ]
+        held_back = [
+            (uncertainty >= t)[hit == 1].mean()
+            for t in np.unique(uncertainty)
+            if (uncertainty >= t)[hit == 0].mean() >= 0.95
+        ]
+        assert (right, wrong) == (pytest.approx(min(let_through)), pytest.approx(min(held_back)))
+    assert false_positive_rates([1, 2], [1, 1]) == (None, None)
+
+
+def test_false_positive_rates_by_a_foreign_library():
+    """torchmetrics' specificity at a sensitivity, with right answers and with errors as positives."""
+    from torchmetrics.functional.classification import binary_specificity_at_sensitivity as specificity
+
+    rng = np.random.default_rng(1)
+    uncertainty, hit = rng.random(300), (rng.random(300) < 0.6).astype(int)
+    score, target = torch.tensor(uncertainty), torch.tensor(hit)
+    expected = [1 - specificity(1 - score, target, 0.95)[0].item(), 1 - specificity(score, 1 - target, 0.95)[0].item()]
+    assert false_positive_rates(uncertainty, hit) == pytest.approx(expected, abs=1e-6)

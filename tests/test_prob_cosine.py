@@ -245,7 +245,7 @@ def test_points_of_no_length_are_finite():
 def test_independent_probabilities_are_those_of_quadrature():
     logit, variance = 3 * randn(3, 4), 2 * torch.rand(3, 4, generator=generator(1), dtype=torch.float64)
     np.testing.assert_allclose(probit_factor(variance)[0, 0], (1 + math.pi * variance[0, 0] / 8) ** -0.5)
-    probability = independent_probabilities(logit, variance, 4000, generator())
+    probability = independent_probabilities(logit, variance, 4000, range(len(logit)))
     nodes, weights = np.polynomial.hermite_e.hermegauss(24)
     grid = torch.tensor(np.stack(np.meshgrid(*[nodes] * 4, indexing="ij"), axis=-1).reshape(-1, 4))
     weight = torch.tensor(np.prod(np.meshgrid(*[weights] * 4, indexing="ij"), axis=0).ravel())
@@ -288,7 +288,7 @@ def test_probabilities_of_real_images(real):
         "map": (100 * cosines(g.mean, h.mean)).softmax(dim=-1),
         "mean": logit.softmax(dim=-1),
         "probit": (probit_factor(variance) * logit).softmax(dim=-1),
-        "independent": independent_probabilities(logit, variance, 2000, generator()),
+        "independent": independent_probabilities(logit, variance, 2000, range(len(logit))),
     }
     draws = [p.samples(phi, mean, generator(seed), 150) for seed, (mean, phi, p) in enumerate(real.values())]
     probabilities["joint"] = joint_probabilities(zip(*draws), 100.0)

@@ -74,16 +74,20 @@ class Run:
         """Save the state from which a killed run resumes."""
         _save(self.state_file, state | {"identity": self.identity})
 
-    def finish(self, adaptor, seen):
-        """Save the trained weights. seen: which images they were trained on (`Pairs.seen`)."""
+    def finish(self, adaptor, seen, untrained=False):
+        """Save the trained weights. seen: which images they were trained on (`Pairs.seen`).
+
+        untrained: whether held-out pairs chose the start, whose uncertainty is that of random weights.
+        """
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
-        _save(self.adaptor_file, {"state_dict": state, "identity": self.identity, "seen": seen})
+        saved = {"state_dict": state, "identity": self.identity, "seen": seen}
+        _save(self.adaptor_file, saved | ({"untrained": True} if untrained else {}))
         self.state_file.unlink(missing_ok=True)
 
     def load(self, device):
         """Read the trained adaptor, its configuration and identity; raises UserError if missing or damaged.
 
-        Sets `seen`: which images it was trained on.
+        Sets `seen`, which images it was trained on, and `untrained`, whether its start was kept.
         """
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
@@ -94,7 +98,7 @@ class Run:
         trained = Config.load(self.folder / "config.yaml")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])
         try:
-            self.seen = saved["seen"]
+            self.seen, self.untrained = saved["seen"], saved.get("untrained", False)
             adaptor.load_state_dict(saved["state_dict"])
         except BROKEN as error:
             reason = str(error).splitlines()[-1].strip()

@@ -170,6 +170,11 @@ def presets_of(method):
     return ["default", *_named("methods", method).get("presets", {})]
 
 
+def evaluated_as(dataset, split, usual):
+    """Name of what a result is of: the data set, and the split unless it is the `usual` one."""
+    return dataset if split == usual else f"{dataset}+{split}"
+
+
 def contract_of(method, preset="default"):
     """Read the section `contract` of a method's YAML, overridden by its preset's: for tests/check_method.py."""
     values, where = _named("methods", method), f"configs/methods/{method}.yaml"

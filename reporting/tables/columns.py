@@ -4,6 +4,7 @@ from reporting.runs import find, is_unified, seeds_of
 from reporting.tables import Column, Row, Selector, cells_of
 from reporting.words import DIRECTIONS, FREE, GALLERY_AWARE, MINUS, TREND, followed
 
+FOLLOWED = ("query", "retrieved", "sum")  # a method's own uncertainties
 UNIFIED = "unified objective"  # heads the rows trained by it
 DETERMINISTIC = ("entropy", "probability", "top", "margin", *FREE)  # stand in where a method has no uncertainty
 TRENDS = (  # key, title, which is best, what it is
@@ -53,6 +54,8 @@ def rows_of(block, columns, rows=one_row, cells=None):
     for variant, runs in block.results.items():
         seen = max(run.values["seen_in_training"] for run in runs)
         name = f"{variant} (trained on {seen:,} of the images)" if seen else variant
+        if any(run.values.get("untrained") for run in runs):
+            name += " (untrained start)"
         for label, selector in rows(runs):
             row = Row(name + label, runs[0].path.parent.parent, seeds_of(runs), cells(runs, selector), variant)
             groups.setdefault(UNIFIED if is_unified(runs) else "", []).append(row)
@@ -128,10 +131,11 @@ def levels_by(direction, values, selector):
 def record(direction, path, values, selector, name=None, scale=1):
     """What stands at `path` of an uncertainty's record: of `name`, else the selector's, else the one levels follow.
 
-    None where all queries are equally uncertain.
+    None where all queries are equally uncertain, and for a method's own where held-out pairs chose its start.
     """
-    value = find(values, direction, "uncertainty", name or selector.uncertainty or values[direction]["levels_by"])
-    if value is None or value.get("constant"):
+    name = name or selector.uncertainty or values[direction]["levels_by"]
+    value = find(values, direction, "uncertainty", name)
+    if value is None or value.get("constant") or (values.get("untrained") and name in FOLLOWED):
         return None
     for key in path:
         value = value[key] if isinstance(key, int) else value.get(key)

@@ -74,7 +74,8 @@ def gains_of(block):
             draws.setdefault(f"{direction}_r1", {})[variant] = bootstraps[direction].mean(hits[direction])
         uncertainties = {"entropy_auroc": "text_to_image_entropy", "query_auroc": "text_uncertainty"}
         for figure, name in uncertainties.items():
-            if all(name in each for each in arrays):
+            untrained = figure == "query_auroc" and any(run.values.get("untrained") for run in runs)
+            if all(name in each for each in arrays) and not untrained:
                 uncertainty = np.stack([each[name] for each in arrays])
                 auroc = bootstraps["text_to_image"].auroc(uncertainty, hits["text_to_image"])
                 draws.setdefault(figure, {})[variant] = auroc

@@ -5,10 +5,10 @@ from functools import lru_cache
 import yaml
 
 from reporting.tables import Column
-from utils.config import HOME
+from utils.config import HOME, known, presets_of
 
 FILE = HOME / "configs" / "published.yaml"
-COMPARABLE = {"official"}  # parts of a variant's name, beside the method, with which published figures are comparable
+PRESETS = ("official", "reference", "default")  # the first that a method has computes what its paper published
 
 
 @lru_cache
@@ -36,6 +36,14 @@ def columns(block, table, ours, suffix=no_suffix):
     ]
 
 
+@lru_cache
+def computes_it(method):
+    """What follows the method's name in the variant with which its published figures are comparable: a list."""
+    has = ["default", *(presets_of(method) if method in known("methods") else ())]
+    preset = next(preset for preset in PRESETS if preset in has)
+    return [] if preset == "default" else [preset]
+
+
 def _twin(column, entry, suffix):
     place = entry["columns"].index(column.key)
     figures = {row: values[place] for row, values in entry["rows"].items()}
@@ -43,7 +51,7 @@ def _twin(column, entry, suffix):
 
     def read(values, selector):
         config, (method, *differences) = values["config"], values["variant"].split("+")
-        if config["objective"] != "native" or not COMPARABLE.issuperset(differences):
+        if config["objective"] != "native" or differences != computes_it(method):
             return None
         return figures.get(method + suffix(selector))
 
