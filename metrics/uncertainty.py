@@ -137,7 +137,7 @@ def selective(uncertainty, hit, coverages=(80, 90, 95), risks=(5,)):
     recall = {c: float(1 - risk[count - 1]) for c, count in answered.items()}
     queries = np.arange(1, len(risk) + 1)
     augrc = float((risk * queries / len(risk)).mean())
-    allowed = {str(r): queries[risk <= r / 100] for r in risks}
+    allowed = {str(r): queries[risk <= r / 100 + 1e-12] for r in risks}
     coverage = {r: float(counts.max(initial=0) / len(risk)) for r, counts in allowed.items()}
     return Selective(float(risk.mean()), float((risk - best).mean()), recall, augrc, coverage)
 

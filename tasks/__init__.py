@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
 FOLLOWED = ("query", "retrieved", "sum")  # what levels follow: the query's uncertainty, its answer's, or their sum
-STORED_SCORES = 2**24  # scores, 64 MB, that are computed once and stored; more are computed anew for every metric
+STORED_SCORES = 2**25  # scores, 128 MB, that are computed once and stored; more are computed anew for every metric
 EXAMPLES, BEST_ANSWERS = 10, 5  # most and least certain queries in the report, and best answers to each
 
 

@@ -74,6 +74,15 @@ def slow_uncertainty(uncertainty, hits, count, limit, truth):
     risk = [1 - even(hit)[order[:answered]].mean() for answered in range(1, len(hit) + 1)]
     best = [1 - np.sort(hit)[::-1][:answered].mean() for answered in range(1, len(hit) + 1)]
     figures["aurc"], figures["e_aurc"] = np.mean(risk), np.mean(risk) - np.mean(best)
+    wrongs = [risk[answered - 1] * answered / len(hit) for answered in range(1, len(hit) + 1)]
+    figures["augrc"] = np.mean(wrongs)
+    allowed = [answered for answered in range(1, len(hit) + 1) if risk[answered - 1] <= 0.05 + 1e-12]
+    figures["selective_coverage"] = {"5": max(allowed, default=0) / len(hit)}
+    thresholds = np.unique(uncertainty)
+    shares = [((wrong <= t).mean(), (right <= t).mean()) for t in thresholds]
+    figures["fpr95_right"] = min(of_wrong for of_wrong, of_right in shares if of_right >= 0.95)
+    shares = [((wrong >= t).mean(), (right >= t).mean()) for t in thresholds]
+    figures["fpr95_wrong"] = min(of_right for of_wrong, of_right in shares if of_wrong >= 0.95)
     figures["selective_recall"] = {str(c): 1 - risk[round(c * len(hit) / 100) - 1] for c in (80, 90, 95)}
     if truth is not None:
         figures["spearman"] = stats.spearmanr(uncertainty, truth)[0]
@@ -109,10 +118,14 @@ def slow_calibration(posterior, positives, scale, shares):
     return figures
 
 
+# Checked by themselves: tests/test_calibration.py, tests/test_metrics.py.
+APART = {"interval", "family", "log_score", "brier_score", "ece_15_expected", "ece_15_limit"}
+
+
 def agrees(figures, expected, tolerance=1e-4):
-    """Compare nested figures with expected ones, which lack only intervals and families."""
+    """Compare nested figures with expected ones, which lack only those that are checked APART."""
     if isinstance(expected, dict):
-        assert figures.keys() - {"interval", "family"} == expected.keys()
+        assert figures.keys() - APART == expected.keys()
         for name, value in expected.items():
             # Confidences that differ by rounding alone may fall on both sides of an edge.
             agrees(figures[name], value, 2e-3 if name == "adaptive_ece" else tolerance)
@@ -178,12 +191,17 @@ def test_every_figure_by_a_slow_script(world, method, levels):
             expected["retrieved"] = uncertainties[answer][rows.argmax(axis=1)]
         if len(uncertainties) == 2:
             expected["sum"] = expected["query"] + expected["retrieved"]
+        frozen = np.array(pairs.text if query == "text" else pairs.image, dtype=np.float64)
+        free = {"length": np.sqrt((frozen**2).sum(axis=1))}
+        if query == "text":
+            free["words"] = np.array([-len(caption.split()) for caption in pairs.items["text"]], dtype=float)
+        expected |= free
         assert part["uncertainty"].keys() == expected.keys()
         assert part["levels_by"] == ("query" if query in uncertainties else "retrieved")
         truth = np.log(count) if query == "text" else None
         for name, values in expected.items():
             agrees(part["uncertainty"][name], slow_uncertainty(values, hits, levels, limit, truth))
-            family = "query-only" if name == "query" else "gallery-aware"
+            family = "query-only" if name in ("query", *free) else "gallery-aware"
             assert part["uncertainty"][name]["family"] == family
         assert arrays[f"{side}_uncertainty"] == pytest.approx(expected[part["levels_by"]])
         assert arrays[f"{side}_hit"] == pytest.approx(hits[1])
@@ -301,7 +319,8 @@ def test_clip_has_recall_and_no_uncertainty(world, capsys):
     evaluation.main(run)
     result = json.loads((world / (RESULT.format("clip") + ".json")).read_text())
     side = result["text_to_image"]
-    assert side["levels_by"] is None and side["uncertainty"].keys() == {"top", "margin", "entropy", "probability"}
+    free = {"words", "length", "top", "margin", "entropy", "probability"}
+    assert side["levels_by"] is None and side["uncertainty"].keys() == free
     # Without an uncertainty of the method, the entropy over the gallery selects the examples.
     shown = [example["uncertainty"] for part in ("most_certain", "least_certain") for example in side["examples"][part]]
     assert shown[:10] == sorted(shown[:10]) and shown[10:] == sorted(shown[10:], reverse=True)
