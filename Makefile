@@ -1,8 +1,9 @@
-# make demo      cache, train, evaluate and report on the built-in data set
-# make bayesvlm  BayesVLM on the built-in data: classes on familiar and new backgrounds, active learning
-# make test      lint and every test
-# make bench     speed and memory, each beside a textbook baseline
-# make docs      docs/map.md anew
+# make demo            cache, train, evaluate and report on the built-in data set
+# make bayesvlm        BayesVLM on the built-in data: classes on familiar and new backgrounds, active learning
+# make test            lint and every test
+# make test-published  every figure of configs/methods/README.md against the script that measures it
+# make bench           speed and memory, each beside a textbook baseline
+# make docs            docs/map.md anew
 # Each sets up .venv first.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test lint bench docs
+.PHONY: demo bayesvlm test test-published lint bench docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
 # slowest, symmetric-vmf, both end at about the same time.
@@ -40,6 +41,9 @@ embeddings/%/shapes-tiny/shifted-test/meta.json: $(wildcard configs/backbones/sh
 
 test: lint
 	$(PY) -m pytest -n auto --dist worksteal
+
+test-published: .venv/dev
+	$(PY) -m pytest -m slow tests/test_published.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .

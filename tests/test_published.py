@@ -14,8 +14,13 @@ def test_the_page_and_the_script_have_the_same_rows():
     assert re.findall(r"\| `(\w+_\w+)`: ", PAGE) == list(ROWS)
 
 
-# The fast rows whose figures no other test checks.
-@pytest.mark.parametrize("row", ["asymvlm_normalizer", "probvlm_variance", "probvlm_blow_up"])
+# The fast rows whose figures no other test checks, and all others in `make test-published`.
+FAST = ["asymvlm_normalizer", "probvlm_variance", "probvlm_blow_up"]
+
+
+@pytest.mark.parametrize(
+    "row", [*FAST, *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS if row not in FAST)]
+)
 def test_the_page_gives_the_figures(row, capsys):
     main([row])
     printed = capsys.readouterr().out
