@@ -79,7 +79,7 @@ def normalizers(device):
 
 
 def evaluation(device, best=None):
-    """R@1/5/10 and R@1 by level both ways at COCO's size, 5,000 x 25,014, D = 512: tiles, against matrix and argsort."""
+    """R@1/5/10 and R@1 by level both ways, 5,000 x 25,014, D = 512: in tiles, against one matrix and argsort."""
     best = best or (lambda score: score.argsort(dim=1, descending=True)[:, :10])
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(5000, 512, generator=generator), dim=-1)

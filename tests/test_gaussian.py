@@ -265,6 +265,13 @@ def test_published_kl_and_inclusion_have_the_known_errors():
     for published, expected in ((False, 0.3447), (True, 0.8447)):
         logit = log_inclusion(narrow, wide, published) - log_inclusion(wide, narrow, published)
         np.testing.assert_allclose(logit.item(), expected, atol=1e-3)
+    # The published eps of -20 takes the means out, wherever they are.
+    official = make_adaptor(load_config("coco", "prolip", preset="official", settings=["model.width=4"]), 8)
+    moved = wide._replace(mean=torch.full((1, 1), 4.0))
+    arguments = official.published, official.closeness
+    logit = log_inclusion(narrow, moved, *arguments) - log_inclusion(moved, narrow, *arguments)
+    np.testing.assert_allclose(logit.item(), 0.8447, atol=1e-3)
+    assert log_inclusion(narrow, moved, True) - log_inclusion(moved, narrow, True) > 0.8447 + 0.5
 
 
 @pytest.mark.parametrize("objective", ["loss", "unified_loss"])
