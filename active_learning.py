@@ -27,6 +27,7 @@ from labeling.strategies import STRATEGIES, Choice
 from metrics import summary
 from models.laplace import loss_of
 from reporting.curves import curves_text
+from reporting.runs import Result
 from tasks.classification import class_embeddings
 from utils import result_file
 from utils.arguments import add_data_flags, make_parser
@@ -219,7 +220,8 @@ def main(argv=None):
             result_file.write(paths[seed, strategy], metadata | result, arrays)
         bar.close()
     if not args.quiet:
-        print(curves_text({cell: read_json(path) for cell, path in paths.items()}))
+        arrays = {cell: Result(path, {}).arrays for cell, path in paths.items()}
+        print(curves_text({cell: read_json(path) for cell, path in paths.items()}, arrays))
     print(folder)
 
 

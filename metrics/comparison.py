@@ -137,10 +137,12 @@ def paired_difference(ours, theirs, confidence=0.95):
     return Difference(mean, low, high, min(1.0, 2 * (rarer + 1) / (len(drawn) + 1)))
 
 
-def paired(values, against):
+def paired(values, against, image_error=0.0):
     """Compare two statistics (S,) of the same seeds by a paired t-test: a `Difference`, None for fewer than two seeds.
 
-    Its interval is the 95 % one of Student's t. If all seeds have the same difference there is no test: p is 1.
+    image_error: standard error of the mean difference by the choice of the images, which all seeds share; it adds to
+    that of the seeds. The interval is the 95 % one of Student's t with S - 1 degrees of freedom. If all seeds have the
+    same difference and no image error is given there is no test: p is 1.
 
     >>> float(round(paired([0.9, 0.8, 0.85], against=[0.5, 0.5, 0.5]).p, 3))
     0.007
@@ -148,11 +150,12 @@ def paired(values, against):
     difference = np.subtract(values, against)
     if len(difference) < 2:
         return None
-    mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))
+    mean = difference.mean()
+    error = np.hypot(difference.std(ddof=1) / np.sqrt(len(difference)), image_error)
     if error <= 1e-9 * np.abs([values, against]).max():  # equal up to rounding, as counts may be: t is undefined
         return Difference(mean, mean, mean, 1.0)
     low, high = stats.t.interval(0.95, len(difference) - 1, mean, error)
-    return Difference(mean, low, high, stats.ttest_1samp(difference, 0).pvalue)
+    return Difference(mean, low, high, 2 * stats.t.sf(abs(mean) / error, len(difference) - 1))
 
 
 def holm(p):

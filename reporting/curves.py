@@ -4,7 +4,9 @@ import statistics
 import textwrap
 from typing import NamedTuple
 
-from metrics.comparison import Difference, holm, paired
+import numpy as np
+
+from metrics.comparison import Difference, holm, paired, resampled
 from reporting.words import LEVEL, REAL, SIGNIFICANT
 
 TITLES = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece": "ECE, %"}
@@ -12,11 +14,11 @@ SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 ORDER = ("random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center")  # others come after
 BASE = "random"  # the strategy that others are compared with
-INTERVAL = (  # what follows ± of a difference, and what the marks mean
-    f"half of the 95 % interval (Student's t, paired by seed). {REAL}: it leaves 0 out (no mark where all seeds are"
-    f" alike). {SIGNIFICANT}: p < {LEVEL} also after Holm's adjustment over all strategies and budgets (means: over all"
-    " strategies)"
+MARKS = (  # what they mean
+    f"{REAL}: it leaves 0 out (no mark where all seeds are alike). {SIGNIFICANT}: p < {LEVEL} also after Holm's"
+    " adjustment over all strategies and budgets (means: over all strategies)"
 )
+DRAWS = 200  # of images, for the sampling error of an ECE
 WIDTH = 19  # of a column
 
 
@@ -49,10 +51,50 @@ def curves(results, figure):
     return by_strategy
 
 
-def gaps(curves):
+def interval_note(errors):
+    """What follows ± of a difference; errors: as `image_errors` gives them, or None."""
+    covers = "the seeds and of the target's images" if errors else "the seeds alone"
+    return f"half of the 95 % interval (Student's t, paired by seed; sampling error of {covers}). {MARKS}"
+
+
+def image_errors(arrays, figure):
+    """Standard errors of each strategy's mean difference from random choice, by the choice of the target's images.
+
+    arrays: {(seed, strategy): the arrays of a file of active_learning.py}. figure: one of TITLES. Returns {strategy:
+    [by budget, ..., of their mean]} in the unit of TITLES.
+    """
+    seeds, errors = {seed for seed, strategy in arrays if strategy == BASE}, {}
+    for strategy in dict.fromkeys(name for _, name in arrays if name != BASE):
+        shared = sorted(seed for seed, name in arrays if name == strategy and seed in seeds)
+        if not shared:
+            continue
+        if figure == "ece":
+            error = _calibration_errors(arrays, strategy, shared)
+        else:
+            field = {"accuracy": "hit", "nll": "nll"}[figure]
+            gap = np.mean([arrays[seed, strategy][field] - arrays[seed, BASE][field] for seed in shared], axis=0)
+            gap = np.vstack([gap, gap.mean(axis=0)])  # (budgets + 1, Q)
+            error = gap.std(axis=1, ddof=1) / np.sqrt(gap.shape[1])
+        errors[strategy] = (SCALE[figure] * error).tolist()
+    return errors
+
+
+def _calibration_errors(arrays, strategy, seeds):
+    """Standard errors of the mean difference in ECE, (budgets + 1,), over bootstrap draws of the images."""
+    gaps = 0
+    for name, sign in ((strategy, 1), (BASE, -1)):
+        fields = (
+            np.concatenate([arrays[seed, name][field] for seed in seeds]) for field in ("nll", "confidence", "hit")
+        )
+        drawn = resampled(*fields, draws=DRAWS)["ece"][1:]
+        gaps = gaps + sign * drawn.reshape(DRAWS, len(seeds), -1).mean(axis=1)
+    return np.column_stack([gaps, gaps.mean(axis=1)]).std(axis=0, ddof=1)
+
+
+def gaps(curves, errors=None):
     """The Gaps of every strategy that shares two or more seeds with random choice: {strategy: [by budget, ..., mean]}.
 
-    curves: as `curves` gives them. Holm's adjustment covers all strategies and budgets; for the means, which add no
+    curves: as `curves` gives them. errors: as `image_errors` gives them. Holm's adjustment covers all strategies and budgets; for the means, which add no
     information, all strategies.
     """
     base, differences = curves.get(BASE, {}), {}
@@ -60,7 +102,9 @@ def gaps(curves):
         shared = [seed for seed in by_seed if seed in base]
         if strategy != BASE and len(shared) > 1:
             columns = (zip(*(curve[seed] for seed in shared), strict=True) for curve in (by_seed, base))
-            differences[strategy] = [paired(*pair) for pair in zip(*columns, strict=True)]
+            by_images = (errors or {}).get(strategy) or [0.0] * len(by_seed[shared[0]])
+            pairs = zip(*columns, by_images, strict=True)
+            differences[strategy] = [paired(*pair) for pair in pairs]
     single = iter(holm([each.p for row in differences.values() for each in row[:-1]]))
     means = iter(holm([row[-1].p for row in differences.values()]))
     return {
@@ -69,8 +113,11 @@ def gaps(curves):
     }
 
 
-def curves_text(results):
-    """Lay out results by (seed, strategy): every figure by budget and on average, and gaps to random choice."""
+def curves_text(results, arrays):
+    """Lay out results by (seed, strategy): every figure by budget and on average, and gaps to random choice.
+
+    arrays: as in `image_errors`.
+    """
     first = next(iter(results.values()))
     seeds = dict.fromkeys(seed for seed, _ in results)
     budgets = [point["budget"] for point in first["curve"]]
@@ -87,14 +134,14 @@ def curves_text(results):
         for name, by_seed in by_strategy.items():
             columns = zip(*by_seed.values(), strict=True)
             lines.append(f"  {name:16}" + "".join(f"{_mean(column, digits):>{WIDTH}}" for column in columns))
-        compared = gaps(by_strategy)
+        compared = gaps(by_strategy, image_errors(arrays, figure))
         if compared:
             lines.append(f"  less {BASE}, 95 % interval")
         for name, row in compared.items():
             texts = [gap.text(digits) if gap.mark else f"{gap.text(digits)} " for gap in row]
             lines.append(f"  {name:16}" + "".join(f"{text:>{WIDTH}}" for text in texts))
     if len(seeds) > 1:
-        note = f"± is the standard deviation over seeds; of differences it is {INTERVAL}."
+        note = f"± is the standard deviation over seeds; of differences it is {interval_note(arrays)}."
         lines += ["", *textwrap.wrap(note, 7 * WIDTH - 5)]
     return "\n".join(lines)
 

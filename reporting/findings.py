@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from reporting.curves import BASE, TITLES, curves, gaps
+from reporting.curves import BASE, TITLES
 from reporting.runs import baseline_of, find
 from reporting.tables.gains import FIGURES, gains_of
 from reporting.words import MINUS, REAL, SIGNIFICANT
@@ -116,7 +116,7 @@ def _study(study):
     """Which strategies of active learning differ from random choice, on average over the budgets."""
     text = []
     for figure in ("accuracy", "nll"):
-        compared = gaps(curves(study.results, figure))
+        compared = study.gaps(figure)
         if compared:
             significant = {
                 name: row[-1].difference.mean for name, row in compared.items() if row[-1].mark == SIGNIFICANT

@@ -3,10 +3,12 @@
 from collections import defaultdict
 from functools import cached_property
 
-from reporting.curves import BASE, DIGITS, INTERVAL, ORDER, SCALE, TITLES, curves, gaps
+from reporting.curves import BASE, DIGITS, ORDER, SCALE, TITLES, curves, gaps, image_errors, interval_note
 from reporting.parts import Part
+from reporting.runs import Result
 from reporting.tables import Cell, Column, Row, make, mean_sd
 from reporting.words import MINUS, over
+from utils import result_file
 from utils.config import difference
 from utils.errors import UserError
 from utils.files import read_json
@@ -38,13 +40,13 @@ class Study(Part):
     """The results of one folder of active_learning.py: on one target, with the same settings.
 
     results: {(seed, strategy): a file's values}, in the order of strategies and seeds. folder: where they lie, relative
-    to the report's.
+    to the report's, root. arrays: the files' arrays likewise, {} where any file lacks them.
     """
 
     task = "active"
 
-    def __init__(self, folder, results):
-        self.folder, self.results = folder, results
+    def __init__(self, folder, results, root):
+        self.folder, self.results, self._root = folder, results, root
         self.first = next(iter(results.values()))  # for what all results agree in
         self.evaluated_on, self.backbone = folder.name, self.first["backbone"]
         self.title = f"{self.first['dataset']}, {self.backbone}: active learning, target {folder.name}"
@@ -85,6 +87,19 @@ class Study(Part):
             "numbers": self.summary,
         }
 
+    @cached_property
+    def arrays(self):
+        files = {
+            (seed, name): Result(self.folder / f"{name}-seed{seed}.json", {}, self._root) for seed, name in self.results
+        }
+        if not all(result_file.has_arrays(file.folder / file.path) for file in files.values()):
+            return {}
+        return {cell: file.arrays for cell, file in files.items()}
+
+    def gaps(self, figure):
+        """The `curves.Gap`s of a figure, with the sampling error of the images where the arrays are at hand."""
+        return gaps(curves(self.results, figure), image_errors(self.arrays, figure))
+
     @property
     def files(self):
         """The result files by strategy."""
@@ -101,7 +116,7 @@ class Study(Part):
     def _table(self, figure):
         """One figure by budget and on average, and its difference from random choice."""
         digits, by_strategy = DIGITS[figure], curves(self.results, figure)
-        compared = gaps(by_strategy)
+        compared = self.gaps(figure)
         heads = [*(f"{budget:,}" for budget in self.budgets), "mean"]
         keys = [f"{figure}_{name}" for name in (*self.budgets, "mean")]
         # Means over different numbers of seeds do not compare.
@@ -132,8 +147,8 @@ class Study(Part):
             )
         if compared:
             note += (
-                f" Less {BASE}: mean difference ± {INTERVAL}. Seeds draw the part of the pool on offer; all share one"
-                " target, so intervals do not cover other targets."
+                f" Less {BASE}: mean difference ± {interval_note(self.arrays)}. Seeds draw the part of the pool on"
+                " offer, and these parts overlap, so seeds are not quite independent; all share one target."
             )
         return make(
             figure, f"{HEADINGS[figure]} by number of labels", columns, [("", rows)], note,
@@ -164,7 +179,7 @@ def read(folder, backbone=None):
     studies = []
     for study_folder, results in by_folder.items():
         _must_agree(study_folder, results)
-        studies.append(Study(study_folder.relative_to(folder), dict(sorted(results.items(), key=place))))
+        studies.append(Study(study_folder.relative_to(folder), dict(sorted(results.items(), key=place)), folder))
     return studies
 
 

@@ -14,6 +14,7 @@ from studies import BUDGETS, FIGURES, SETTINGS, make_result, write_result, write
 
 import report
 from labeling.strategies import STRATEGIES
+from metrics import calibration
 from reporting import page as pages
 from reporting import studies as study_results
 from reporting import traces
@@ -426,3 +427,50 @@ def test_nothing_is_cut_off_and_colors_come_from_the_page(tmp_path, width, optio
             text = style.svg(figure, "name")
             assert not set(text.split("#")[1:]) & set(style.LIGHT["colors"]) and "var(--figure-ink)" in text
             assert not any(hue in text for theme in style.THEMES for hue in style.variables(theme).values())
+
+
+def write_arrays(folder, images=200, budgets=3):
+    """Write the arrays of every result of a study, random by strategy and seed; returns them by (seed, strategy)."""
+    written = {}
+    for path in sorted(folder.glob("*.json")):
+        strategy, _, seed = path.stem.rpartition("-seed")
+        rng = np.random.default_rng([*strategy.encode(), int(seed)])
+        arrays = {name: rng.random((budgets, images)) for name in ("nll", "confidence")}
+        arrays["hit"] = (rng.random((budgets, images)) < arrays["confidence"]).astype(float)
+        np.savez(path.with_suffix(".npz"), **arrays)
+        written[int(seed), strategy] = arrays
+    return written
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_error_of_the_images_adds_to_that_of_the_seeds(tmp_path, figure):
+    """The standard error over images by a bootstrap of whole images, the same for every seed and both strategies."""
+    seeds, scale = range(4), SCALE[figure]
+    folder = write_study(tmp_path, seeds=seeds)
+    [alone] = study_results.read(tmp_path / "shapes")
+    assert "sampling error of the seeds alone" in alone.tables[0].note
+    arrays = write_arrays(folder)
+    [study] = study_results.read(tmp_path / "shapes")
+    assert "of the seeds and of the target's images" in study.tables[0].note
+    rng, draws = np.random.default_rng(3), []
+
+    def value(of, rows):
+        if figure != "ece":
+            return of[{"accuracy": "hit", "nll": "nll"}[figure]][:, rows].mean(axis=1)
+        parts = [calibration.reliability(of["confidence"][k, rows], of["hit"][k, rows]) for k in range(3)]
+        return np.array([calibration.calibration_error(part) for part in parts])
+
+    for _ in range(400):
+        rows = rng.integers(200, size=200)
+        gap = np.mean(
+            [value(arrays[seed, "bald"], rows) - value(arrays[seed, "random"], rows) for seed in seeds], axis=0
+        )
+        draws.append([*gap, gap.mean()])
+    by_images = scale * np.std(draws, axis=0, ddof=1)
+    gaps = values_of("bald", seeds, figure) - values_of("random", seeds, figure)
+    by_seeds = gaps.std(axis=0, ddof=1) / len(seeds) ** 0.5
+    half = stats.t.ppf(0.975, len(seeds) - 1) * np.hypot(by_seeds, by_images)
+    row = rows_of(study.tables[FIGURES.index(figure)])["bald"]
+    for name, expected, mean in zip(NAMES, half, gaps.mean(axis=0), strict=True):
+        low, high = (row.cells[f"{figure}_{name}_gap_{end}"].mean for end in ("low", "high"))
+        assert ((low + high) / 2, (high - low) / 2) == (pytest.approx(mean), pytest.approx(expected, rel=0.05))

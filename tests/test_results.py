@@ -60,6 +60,19 @@ def test_no_recall_differs_from_that_of_clip():
     assert gaps and not any("\N{DOUBLE DAGGER}" in gap for gap in gaps)
 
 
+@pytest.mark.parametrize("method", [name for name in RESULTS["METHODS"] if name != "clip"])
+def test_the_yaml_of_a_method_has_the_stored_figures(method):
+    text = (HOME / f"configs/methods/{method}.yaml").read_text(encoding="utf-8")
+    pattern = (
+        r"test split of shapes, three seeds: Spearman with true ambiguity (\S+), AUROC (\S+); words: (\S+), (\S+)\."
+    )
+    printed = [float(number) for number in re.search(pattern, text).groups()]
+    query, words = SELECTIVE.format("query"), "clip, few words"
+    stored = [mean("truth", row, TRUTH.format("query")) for row in (method, words)]
+    stored += [mean("selective", row, query) for row in (method, words)]
+    assert printed == [round(stored[place], 3) for place in (0, 2, 1, 3)]
+
+
 def test_counting_words_is_no_evidence():
     """What docs/results.md says of minus S R^2: words lead it, above the Bayes-optimal order."""
     column = "text_to_image_minus_s_r2"
