@@ -94,8 +94,8 @@ def _calibration_errors(arrays, strategy, seeds):
 def gaps(curves, errors=None):
     """The Gaps of every strategy that shares two or more seeds with random choice: {strategy: [by budget, ..., mean]}.
 
-    curves: as `curves` gives them. errors: as `image_errors` gives them. Holm's adjustment covers all strategies and budgets; for the means, which add no
-    information, all strategies.
+    curves: as `curves` gives them. errors: as `image_errors` gives them. Holm's adjustment covers all strategies and
+    budgets; for the means, which add no information, all strategies.
     """
     base, differences = curves.get(BASE, {}), {}
     for strategy, by_seed in curves.items():

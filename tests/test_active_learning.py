@@ -605,7 +605,7 @@ def test_a_sigmoid_model_has_the_curvature_of_the_sigmoid_loss(caches):
 def test_the_printed_table_holds_means_and_differences(caches):
     run(*VAL, "--seeds", "0", "1", "2", "--strategies", "random", "entropy")
     cells = {(s, n): result(n, s)[0] for s in (0, 1, 2) for n in ("random", "entropy")}
-    lines = curves_text(cells).splitlines()
+    lines = curves_text(cells, {}).splitlines()
     part = lines[lines.index(next(line for line in lines if line.startswith("NLL"))) :]
     values = {n: np.array([[p["nll"] for p in cells[s, n]["curve"]] for s in (0, 1, 2)]) for n in ("random", "entropy")}
     row = next(line for line in part if line.startswith("  entropy"))
