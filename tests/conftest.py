@@ -19,6 +19,11 @@ from datasets.shapes import VALUES, Shapes
 gc.disable()  # until all is imported: it takes a quarter of the time that collecting tests takes
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests go first: at the end, one core would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()

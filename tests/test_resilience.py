@@ -44,6 +44,7 @@ def empty_world(small_world, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 def test_ten_kills_at_random_moments_leave_no_trace(empty_world, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 8)
     monkeypatch.setattr(blocks, "TEXTS", 32)
@@ -84,6 +85,7 @@ def torchrun(ranks, *command):
                           env=environment, timeout=300)  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_ranks_write_the_bytes_of_one(empty_world):
     folder = empty_world / "embeddings/shapes/shapes-tiny/val"
