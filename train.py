@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.embeddings import Pairs, all_seen, hold_out
-from models.base import best_temperature
+from models.base import Adaptor, best_temperature
 from models.pair_loss import cross_entropies, info_nce
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
@@ -38,8 +38,9 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
     """
     config = run.config
     batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
-    # Where means are frozen, InfoNCE of the score need not notice what the method's own loss teaches its uncertainty.
-    native = config.objective == "native" and config.model.get("mean") == "frozen"
+    # Where means are frozen, InfoNCE of the score need not notice what a loss of its own teaches a method.
+    own_loss = type(adaptor).loss is not Adaptor.loss and config.objective == "native"
+    native = own_loss and config.model.get("mean") == "frozen"
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
@@ -127,7 +128,8 @@ def validate(adaptor, image, text, image_of_text, blocks, native=False):
             continue
         auxiliary = adaptor.auxiliary_loss(*pair, cross_entropies(adaptor.temperature * score))
         total += len(score) * float(info_nce(temperature * score) + auxiliary)
-    return total / sum(map(len, scores)), temperature
+    mean = total / sum(map(len, scores))
+    return mean if math.isfinite(mean) else math.inf, temperature
 
 
 def make_optimizer(adaptor, config):

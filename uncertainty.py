@@ -92,6 +92,8 @@ def main(argv=None):
     device = pick_device(args.device)
     run = Run(run_config(args, args.dataset))
     adaptor, config, identity = run.load(device)
+    if run.untrained:
+        print(f"{run.folder} kept its untrained start: these are uncertainties of random weights.", file=sys.stderr)
     encoder = Encoder(**identity["encoder"])
     if encoder.pretrained == "elsewhere":
         raise UserError(

@@ -84,7 +84,7 @@ class ShapeClasses(Source):
 
     def images(self, split):
         """List the images of `split`, drawing the files that are missing; raises UserError for an unknown split."""
-        scenes, stream = self.scenes(split), 11 + list(RANGES).index(split)  # `shapes` uses streams 1 and 2
+        scenes, stream = self.scenes(split), 11 + list(RANGES).index(split)  # `shapes` uses streams below 11
         paint = paint_unseen if is_shifted(split) else None
         return drawn(
             self.folder / split,

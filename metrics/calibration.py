@@ -140,11 +140,11 @@ def chance_of_hit(uncertainty, hit, group, seed=0):
 
     uncertainty, hit: (Q,). An isotonic regression (Barlow et al., 1972) of each half of the groups gives the
     probabilities of the other half, so that uncertainties on different scales compare, and none is judged on what it
-    was fitted on. Between the fitted values it is linear, and no surer than the fitted number of queries can tell:
-    1 / (number + 2). None if there are not two groups.
+    was fitted on. Each step of the regression counts two more queries, at the mean of all, so that a step of few
+    queries is not sure; between the fitted values it is linear. None if there are not two groups.
 
-    >>> chance_of_hit(np.arange(8.0), np.ones(8), np.arange(8)).round(3).tolist()
-    [0.833, 0.833, 0.833, 0.833, 0.833, 0.833, 0.833, 0.833]
+    >>> chance_of_hit(np.arange(8.0), [1, 1, 1, 1, 0, 0, 0, 0], np.arange(8)).round(3).tolist()
+    [0.75, 0.75, 0.75, 0.583, 0.417, 0.25, 0.25, 0.25]
     """
     if np.ptp(group) == 0:
         return None
@@ -153,10 +153,19 @@ def chance_of_hit(uncertainty, hit, group, seed=0):
     for half in (first, ~first):
         value, inverse, count = np.unique(uncertainty[half], return_inverse=True, return_counts=True)
         mean = np.bincount(inverse, weights=hit[half]) / count
-        fitted = scipy.optimize.isotonic_regression(mean, weights=count, increasing=False).x
-        least = 1 / (half.sum() + 2)
-        chance[~half] = np.interp(uncertainty[~half], value, fitted).clip(least, 1 - least)
+        fitted = _falling(mean, count)
+        _, step = np.unique(fitted, return_inverse=True)
+        queries = np.bincount(step, weights=count)[step]
+        fitted = _falling((queries * fitted + 2 * hit[half].mean()) / (queries + 2), count)
+        chance[~half] = np.interp(uncertainty[~half], value, fitted)
+    least = 1 / (len(hit) + 2)
+    chance = chance.clip(least, 1 - least)  # where all are right, or all wrong
     return chance
+
+
+def _falling(values, weights):
+    """The falling sequence nearest to `values`, by weighted least squares."""
+    return scipy.optimize.isotonic_regression(values, weights=weights, increasing=False).x
 
 
 def scores_of_chance(chance, hit):
@@ -174,6 +183,8 @@ def expected_error(confidence, bins=15, draws=500, seed=0):
 
     The outcomes are redrawn from the confidences, each by itself. With few queries it is far from 0: a measured ECE
     below the quantile cannot be told from perfect calibration (Vaicenavicius et al., 2019, arXiv 1902.06977).
+    Captions of one image depend on each other: with several of an image the quantile is too low, and an ECE above it
+    proves nothing.
 
     >>> expected_error(np.array([0.5]))
     (0.5, 0.5)

@@ -174,7 +174,9 @@ def of_forecast(forecast, scales, drawn=None):
     if drawn is not None:
         statistics = {"nll": drawn.mean(forecast.nll), "brier": drawn.mean(forecast.brier)}
         statistics["ece_15"] = drawn.calibration_error(confidence, hit)
-        figures["interval"] = {name: interval(statistic) for name, statistic in statistics.items()}
+        figures["interval"] = {
+            name: interval(statistic, basic=name == "ece_15") for name, statistic in statistics.items()
+        }
     return figures | {"reliability": {name: part.tolist() for name, part in bins[BINS[0]]._asdict().items()}}
 
 

@@ -62,7 +62,11 @@ def draw_pairs(image_of_text, most: int):
 def seeds_of(embeddings: Tensor) -> list[int]:
     """Seeds of random numbers, one for each embedding (N, D), which depend on its bits alone."""
     bits = embeddings.float().cpu().contiguous().view(torch.int32).long()
-    return ((bits * (2 * torch.arange(bits.shape[1]) + 1)).sum(dim=1) & (2**62 - 1)).tolist()
+    # Odd factors from a generator: a sum weighs every bit, and its high half, which the generator of noise ignores, is
+    # folded into the low one.
+    factors = 2 * torch.randint(2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0)) + 1
+    total = (bits * factors).sum(dim=1)
+    return ((total ^ (total >> 32)) & (2**32 - 1)).tolist()
 
 
 class Tower(nn.Module):

@@ -11,6 +11,7 @@ import numpy as np
 from reporting.words import DIRECTIONS, over
 from utils.errors import UserError
 
+OWN_ARRAYS = ("text_uncertainty", "image_uncertainty", "chain_uncertainty")  # a method's own uncertainties
 TASKS = ("retrieval", "classification", "hierarchy")
 
 
@@ -39,10 +40,15 @@ class Result:
         path = self.folder / self.path
         beside = path.with_suffix(".npz")
         try:
-            with np.load(beside) as arrays:
-                return Arrays(beside, arrays)
+            with np.load(beside) as file:
+                arrays = dict(file)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{beside} is missing or damaged: delete {path} and evaluate again.") from None
+        if self.values.get("untrained"):  # what follows the method's own uncertainty, of random weights, is left out
+            arrays = {name: values for name, values in arrays.items() if name not in OWN_ARRAYS}
+            for name in arrays.keys() & {f"{direction}_uncertainty" for direction in DIRECTIONS}:
+                arrays[name] = arrays[name.replace("_uncertainty", "_entropy")]
+        return Arrays(beside, arrays)
 
 
 class Block:

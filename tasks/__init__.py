@@ -70,7 +70,8 @@ def lengths(embeddings, block=8192):
     """
     parts = [np.asarray(embeddings[start : start + block], np.float64) for start in range(0, len(embeddings), block)]
     length = np.concatenate([np.linalg.norm(part, axis=1) for part in parts])
-    return length if np.ptp(length) > 0.01 * length.mean() else np.ones_like(length)
+    low, high = np.percentile(length, [1, 99])  # a single zero among normalized embeddings is no spread
+    return length if high - low > 0.01 * length.mean() else np.ones_like(length)
 
 
 def few_words(texts):

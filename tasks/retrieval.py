@@ -83,6 +83,20 @@ def truths(pairs):
     }
 
 
+def scenes(pairs):
+    """Number (N,) of what an image shows: images that depend on each other are drawn together, with all their captions.
+
+    Where true matches are known, two images that the same captions are true of show the same scene; else each image
+    is a scene of its own.
+    """
+    if pairs.matches is None:
+        return np.arange(len(pairs.image))
+    matches = pairs.matches.tocsr().sorted_indices()
+    rows = [matches.indices[start:stop].tobytes() for start, stop in zip(matches.indptr, matches.indptr[1:])]
+    number = {}
+    return np.array([number.setdefault(row, len(number)) for row in rows])
+
+
 def evaluate(adaptor, pairs, choices, device):
     """Evaluate retrieval in both directions; returns the figures, and per-query arrays for the .npz."""
     image = adapt_all(adaptor.adapt_image, pairs.fed("image", adaptor.pooled), device)
@@ -98,9 +112,10 @@ def evaluate(adaptor, pairs, choices, device):
         "image": {"length": lengths(pairs.image)},
     }
     arrays |= {f"{side}_{name}": values for side, part in free.items() for name, values in part.items()}
-    # The captions of one image depend on each other, so that images are drawn, with all their captions.
-    owner = {"text": pairs.image_of_text, "image": np.arange(len(pairs.image))}
-    drawn = {side: PairedBootstrap(group) for side, group in owner.items()}
+    scene = scenes(pairs)
+    groups = {"text": scene[pairs.image_of_text], "image": scene}
+    drawn = {side: PairedBootstrap(group) for side, group in groups.items()}
+    arrays["group_of_image"] = scene
     ambiguity = truth["text_to_image"].ambiguity
     count = len(pairs.image) * len(pairs.text)
     # Per direction: ranks, probabilities unscaled and scaled, and mAP@R if the true matches are known.
@@ -110,7 +125,7 @@ def evaluate(adaptor, pairs, choices, device):
     for name in choices.scores:
         compute = with_progress(computes[name], bar)
         both = sides(compute, image, text, pairs.image_of_text)
-        figures, side_arrays = evaluate_sides(both, scales[name], uncertainties, truth, choices, drawn, free)
+        figures, side_arrays = evaluate_sides(both, scales[name], uncertainties, truth, choices, groups, drawn, free)
         figures = {"score": name, "posterior_scale": scales[name]} | figures
         if result:
             result["other_score"] = figures
@@ -134,17 +149,17 @@ def evaluate(adaptor, pairs, choices, device):
     return result, arrays
 
 
-def evaluate_sides(both, scale, uncertainties, truth, choices, drawn, free):
+def evaluate_sides(both, scale, uncertainties, truth, choices, groups, drawn, free):
     """Figures of both directions, {name: Side}, under one kind of score, and per-query arrays.
 
-    uncertainties, drawn, free: of images and of captions, see `evaluate_side`.
+    uncertainties, groups, drawn, free: of images and of captions, see `evaluate_side`.
     """
     figures, arrays, rankings = {}, {}, []
     for (name, side), query, answer in zip(both.items(), ("text", "image"), ("image", "text"), strict=True):
         of_query, of_answer = uncertainties[query], uncertainties[answer]
         ranking = retrieval.rank(*side, scale)
         levels_by = choose_levels_by(choices.levels_by if query == "image" else None, of_query, of_answer)
-        group = side.item if query == "text" else np.arange(len(ranking.top))
+        group = groups[query]
         limit, ambiguity = truth[name].limit, truth[name].ambiguity
         part, uncertainty = evaluate_side(
             ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group

@@ -6,7 +6,7 @@ import torch
 from scipy import optimize, special
 from torchmetrics.functional import classification
 
-from metrics import calibration, retrieval, summary
+from metrics import calibration, comparison, retrieval, summary
 
 LOGIT = np.random.default_rng(0).standard_normal((200, 7)) * 2
 LABEL = np.where(np.random.default_rng(1).random(200) < 0.6, LOGIT.argmax(axis=1), 3)
@@ -211,30 +211,56 @@ def test_a_half_is_judged_by_the_temperature_of_the_other(monkeypatch):
     assert list(summary.of_probabilities(score, 200, *pairs, 1.0, np.zeros(600))) == ["model"]
 
 
-def test_the_chance_of_a_hit_is_the_best_falling_function_of_the_other_half():
-    """Against a search over all falling step functions by pooling neighbors, one pair at a time; clipped, with ties."""
+def falling(values, counts):
+    """The nearest falling sequence, by pooling neighbors that rise, one pair at a time."""
+    blocks = [[[value], [count]] for value, count in zip(values, counts, strict=True)]
+    while True:
+        means = [np.average(*block[:1], weights=block[1]) for block in blocks]
+        rises = [i for i in range(len(blocks) - 1) if means[i + 1] > means[i] - 1e-12]
+        if not rises:
+            return [(mean, sum(block[1])) for mean, block in zip(means, blocks, strict=True) for _ in block[0]]
+        following = blocks.pop(rises[0] + 1)
+        blocks[rises[0]] = [blocks[rises[0]][0] + following[0], blocks[rises[0]][1] + following[1]]
+
+
+def test_the_chance_of_a_hit_is_a_falling_function_of_the_other_half():
+    """Against pooling by hand: each step with two more queries at the mean of all, then falling again; with ties."""
     rng = np.random.default_rng(3)
     uncertainty, group = rng.normal(size=80).round(1), np.arange(80) // 2
     hit = (rng.random(80) < 1 / (1 + np.exp(2 * uncertainty))).astype(float)
     chance = calibration.chance_of_hit(uncertainty, hit, group)
     first = calibration.halves(group)
     for half in (first, ~first):
-        blocks = [[hit[half & (uncertainty == value)].tolist(), [value]] for value in np.unique(uncertainty[half])]
-        while True:
-            means = [np.mean(values) for values, _ in blocks]
-            rises = [i for i in range(len(blocks) - 1) if means[i + 1] > means[i] + 1e-12]
-            if not rises:
-                break
-            following = blocks.pop(rises[0] + 1)
-            blocks[rises[0]] = [blocks[rises[0]][0] + following[0], blocks[rises[0]][1] + following[1]]
-        at = [value for _, values in blocks for value in values]
-        steps = [np.mean(values) for values, places in blocks for _ in places]
-        expected = np.interp(uncertainty[~half], at, steps).clip(1 / (half.sum() + 2), 1 - 1 / (half.sum() + 2))
+        values = np.unique(uncertainty[half])
+        hits = [hit[half & (uncertainty == value)] for value in values]
+        counts, base = [len(part) for part in hits], hit[half].mean()
+        steps = falling([part.mean() for part in hits], counts)
+        shrunk = falling([(mean * count + 2 * base) / (count + 2) for mean, count in steps], counts)
+        expected = np.interp(uncertainty[~half], values, [mean for mean, _ in shrunk])
         np.testing.assert_allclose(chance[~half], expected, atol=1e-9)
     scores = calibration.scores_of_chance(chance, hit)
     assert scores["brier_score"] == pytest.approx(np.mean([(c - h) ** 2 for c, h in zip(chance, hit, strict=True)]))
     assert scores["log_score"] == pytest.approx(np.mean([-np.log(c if h else 1 - c) for c, h in zip(chance, hit)]))
     assert calibration.chance_of_hit(uncertainty, hit, np.zeros(80)) is None
+    # An uncertainty without a signal is hardly worse than the constant, whether its values tie or not.
+    hit = (rng.random(400) < 0.7).astype(float)
+    constant = calibration.scores_of_chance(np.full(400, hit.mean()), hit)["log_score"]
+    for values in (rng.integers(5, size=400), rng.random(400)):
+        score = calibration.scores_of_chance(calibration.chance_of_hit(values, hit, np.arange(400)), hit)["log_score"]
+        assert constant - 0.01 < score < constant + 0.05
+
+
+def test_the_interval_of_an_ece_covers_the_truth():
+    """True ECE 0.1, 300 queries: the basic interval holds it in most redrawn samples, that of percentiles seldom."""
+    rng, covered = np.random.default_rng(6), []
+    for _ in range(60):
+        confidence = rng.beta(2, 2, 300)
+        truth = 0.1
+        hit = (rng.random(300) < np.clip(confidence - truth, 0, 1)).astype(float)
+        statistic = comparison.PairedBootstrap(np.arange(300), draws=200).calibration_error(confidence, hit)
+        low, high = comparison.interval(statistic, basic=True)
+        covered.append(low <= truth <= high)
+    assert np.mean(covered) > 0.75
 
 
 def test_the_expected_error_is_that_of_redrawn_outcomes():

@@ -152,7 +152,7 @@ def test_scores_of_a_wide_range(form, small_tiles):
 
 
 def test_a_saturated_loss_keeps_its_digits_in_float32():
-    """Power spherical at kappa = 300 with almost perfect matches: p - 1 of a match is far below the rounding of p."""
+    """Power spherical with almost perfect matches: p - 1 of a match is far below the rounding of p."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(64, 512, generator=generator), dim=-1)
     text = F.normalize(image + 0.9 * torch.randn(64, 512, generator=generator) / 512**0.5, dim=-1)

@@ -50,7 +50,7 @@ class ExactDerivative(torch.autograd.Function):
 
 
 def log1p(x: Tensor) -> Tensor:
-    """log(1 + x), elementwise, without a gradient.
+    """log(1 + x), elementwise, of finite x, without a gradient.
 
     The rounding of u = 1 + x is corrected to first order: log u + (x - (u - 1)) / u. torch.log1p has one rounding less,
     but is 5 times slower on Intel processors.

@@ -4,7 +4,6 @@ from reporting.runs import find, is_unified, seeds_of
 from reporting.tables import Column, Row, Selector, cells_of
 from reporting.words import DIRECTIONS, FREE, GALLERY_AWARE, MINUS, TREND, followed
 
-FOLLOWED = ("query", "retrieved", "sum")  # a method's own uncertainties
 UNIFIED = "unified objective"  # heads the rows trained by it
 DETERMINISTIC = ("entropy", "probability", "top", "margin", *FREE)  # stand in where a method has no uncertainty
 TRENDS = (  # key, title, which is best, what it is
@@ -131,11 +130,11 @@ def levels_by(direction, values, selector):
 def record(direction, path, values, selector, name=None, scale=1):
     """What stands at `path` of an uncertainty's record: of `name`, else the selector's, else the one levels follow.
 
-    None where all queries are equally uncertain, and for a method's own where held-out pairs chose its start.
+    None where all queries are equally uncertain.
     """
     name = name or selector.uncertainty or values[direction]["levels_by"]
     value = find(values, direction, "uncertainty", name)
-    if value is None or value.get("constant") or (values.get("untrained") and name in FOLLOWED):
+    if value is None or value.get("constant"):
         return None
     for key in path:
         value = value[key] if isinstance(key, int) else value.get(key)

@@ -61,10 +61,9 @@ def gains_of(block):
     draws = {}  # {figure: {variant: statistic (1 + B,)}}
     first = block.results[base][0].arrays
     captions, images = len(first["text_to_image_hit"]), len(first["image_to_text_hit"])
-    groups = {
-        "text_to_image": first["image_of_text"] if "image_of_text" in first else np.arange(captions),
-        "image_to_text": np.arange(images),
-    }
+    owner = first["image_of_text"] if "image_of_text" in first else np.arange(captions)
+    scene = first["group_of_image"] if "group_of_image" in first else np.arange(images)
+    groups = {"text_to_image": scene[owner] if "image_of_text" in first else owner, "image_to_text": scene}
     count = max(1000, 100 * len(block.results))  # a p-value of 2 / count must survive Holm over all rows
     bootstraps = {direction: PairedBootstrap(group, count) for direction, group in groups.items()}
     for variant, runs in block.results.items():
@@ -74,12 +73,15 @@ def gains_of(block):
             draws.setdefault(f"{direction}_r1", {})[variant] = bootstraps[direction].mean(hits[direction])
         uncertainties = {"entropy_auroc": "text_to_image_entropy", "query_auroc": "text_uncertainty"}
         for figure, name in uncertainties.items():
-            untrained = figure == "query_auroc" and any(run.values.get("untrained") for run in runs)
-            if all(name in each for each in arrays) and not untrained:
+            if all(name in each for each in arrays):
                 uncertainty = np.stack([each[name] for each in arrays])
                 auroc = bootstraps["text_to_image"].auroc(uncertainty, hits["text_to_image"])
                 draws.setdefault(figure, {})[variant] = auroc
-    free = {name: f"{base}, {title}" for name, title in FREE.items() if f"text_{name}" in first}
+    free = {
+        name: f"{base}, {title}"
+        for name, title in FREE.items()
+        if all(f"text_{name}" in run.arrays and np.ptp(run.arrays[f"text_{name}"]) for run in block.results[base])
+    }
     hit = np.stack([run.arrays["text_to_image_hit"] for run in block.results[base]])
     for name, row in free.items():
         uncertainty = np.stack([run.arrays[f"text_{name}"] for run in block.results[base]])

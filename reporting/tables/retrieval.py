@@ -46,8 +46,8 @@ def recall(block):
     note = ""
     if limits:
         note = (
-            "A caption can be true of many images, but only its own counts: Bayes-optimal is the best mean R@1 that any"
-            " method can reach."
+            "A caption can be true of many images, but only its own counts: Bayes-optimal is the best R@1 that a method"
+            " can expect, for queries asked one by one; a sample may exceed it."
         )
     return make("recall", "Recall", columns, rows_of(block, columns), note, bayes_optimal(limits))
 
