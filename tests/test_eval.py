@@ -3,12 +3,13 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL_WORLD, write_classes
-from scipy import stats
+from scipy import sparse, stats
 
 import cache_embeddings
 import eval as evaluation
@@ -19,6 +20,7 @@ from datasets.embeddings import Pairs
 from datasets.shapes import VALUES
 from metrics.calibration import halves
 from metrics.uncertainty import bootstrap
+from tasks import retrieval
 from utils.checkpoint import Run
 from utils.config import load_config
 
@@ -481,6 +483,25 @@ def test_which_score_ranks_is_a_flag(trained, capsys):
     assert other["text_to_image"]["recall"] == results["both"]["text_to_image"]["recall"]
     of_answers = [part["image_to_text"]["uncertainty"]["retrieved"]["auroc"] for part in (other, results["both"])]
     assert of_answers[0] != of_answers[1]
+
+
+def test_repeated_captions_are_counted():
+    """Captions that stand with another image, word for word; one that an image has twice is none."""
+    pairs = SimpleNamespace(
+        classes=None,
+        items={"text": ["a cat", "a cat", "a dog", "two dogs", "a dog"]},
+        image_of_text=np.array([0, 0, 0, 1, 1]),
+    )
+    assert evaluation.repeated(pairs) == 2
+    assert evaluation.repeated(SimpleNamespace(classes=["cat"])) == 0
+
+
+def test_images_of_one_scene_are_drawn_together():
+    """Two drawings that the same captions are true of; without known matches every image is by itself."""
+    matches = sparse.csr_array(np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0]]))
+    pairs = SimpleNamespace(matches=matches, image=np.zeros((3, 2)))
+    assert retrieval.scenes(pairs).tolist() == [0, 1, 0]
+    assert retrieval.scenes(SimpleNamespace(matches=None, image=pairs.image)).tolist() == [0, 1, 2]
 
 
 def test_which_split_is_evaluated_is_a_flag(trained):

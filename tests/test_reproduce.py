@@ -151,6 +151,7 @@ def test_what_is_not_as_asked_for_is_noticed(made, capsys):
     assert why(*command("--uncer_levels", "5")) == "its result has another uncer_levels"
     assert why(*command("--score", "similarity")) == "its result has another config.score"
     assert why(*command("--score", "both")) == "its result has another choice of scores"
+    assert why(*command("--split", "val")) == "" and why(*command("--split", "test")) == "no embeddings"
     assert why(*command("--score", "log_likelihood")) == why(*command("--tag", "", "--overwrite")) == ""
     result = made / "results" / CELLS[0] / "shapes-retrieval.json"
     whole, arrays = result.read_text(), result.with_suffix(".npz").read_bytes()
