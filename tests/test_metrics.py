@@ -1,6 +1,8 @@
 """Metrics against loops, simulation and scipy."""
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -513,3 +515,37 @@ def test_false_positive_rates_by_a_foreign_library():
     score, target = torch.tensor(uncertainty), torch.tensor(hit)
     expected = [1 - specificity(1 - score, target, 0.95)[0].item(), 1 - specificity(score, 1 - target, 0.95)[0].item()]
     assert false_positive_rates(uncertainty, hit) == pytest.approx(expected, abs=1e-6)
+
+
+def of_torch_uncertainty(name):
+    """A module of torch-uncertainty's metrics, without the package, which imports a training framework."""
+    package = importlib.util.find_spec("torch_uncertainty")
+    if package is None:
+        pytest.skip("`pip install --no-deps torch-uncertainty einops` is no requirement: its own are too many")
+    path = Path(package.origin).parent / "metrics" / "classification" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"of_torch_uncertainty_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_selective_measures_by_torch_uncertainty():
+    """Its areas are trapezes over the same curves, so they differ by the last of Q steps; the shares are equal."""
+    curves, rates = of_torch_uncertainty("risk_coverage"), of_torch_uncertainty("fpr")
+    rng = np.random.default_rng(0)
+    confidence = 0.3 + 0.7 * rng.beta(3, 2, 2000)
+    hit = (rng.random(2000) < confidence).astype(int)
+    probability = torch.tensor(np.stack([confidence, *[(1 - confidence) / 3] * 3], axis=1))
+    target, area = torch.tensor(1 - hit), selective(-confidence, hit)
+
+    def measured(metric, *arguments):
+        metric.update(*arguments)
+        return metric.compute().item()
+
+    assert measured(curves.AURC(), probability, target) == pytest.approx(area.aurc, abs=1e-3)
+    assert measured(curves.AUGRC(), probability, target) == pytest.approx(area.augrc, abs=1e-3)
+    assert measured(curves.CovAt5Risk(), probability, target) == pytest.approx(area.coverage["5"], abs=1e-6)
+    assert measured(curves.RiskAt80Cov(), probability, target) == pytest.approx(1 - area.recall["80"], abs=1e-3)
+    score, right = torch.tensor(confidence), torch.tensor(hit)
+    expected = measured(rates.FPR95(pos_label=1), score, right), measured(rates.FPR95(pos_label=1), -score, 1 - right)
+    assert false_positive_rates(-confidence, hit) == pytest.approx(expected, abs=1e-6)
