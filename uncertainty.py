@@ -92,8 +92,6 @@ def main(argv=None):
     device = pick_device(args.device)
     run = Run(run_config(args, args.dataset))
     adaptor, config, identity = run.load(device)
-    if run.untrained:
-        print(f"{run.folder} kept its untrained start: these are uncertainties of random weights.", file=sys.stderr)
     encoder = Encoder(**identity["encoder"])
     if encoder.pretrained == "elsewhere":
         raise UserError(
@@ -111,6 +109,8 @@ def main(argv=None):
             f"{run.folder} was trained on embeddings of size {identity['dim']}, but backbone '{config.backbone}' gives"
             f" size {backbone.dim}: cache and train with the backbone that they are from."
         )
+    if run.untrained:
+        print(f"{run.folder} kept its untrained start: these are uncertainties of random weights.", file=sys.stderr)
     for item in args.items:
         if not is_image(item) and not backbone.reads_whole(item):
             print(f"'{item[:40]}...' is longer than the backbone reads: its end is cut off.", file=sys.stderr)

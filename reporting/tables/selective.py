@@ -17,7 +17,7 @@ from reporting.tables.columns import (
     record,
     rows_of,
 )
-from reporting.words import CLASSIFICATION, GALLERY_AWARE, MINUS, RETRIEVAL, followed
+from reporting.words import CLASSIFICATION, FREE, GALLERY_AWARE, MINUS, RETRIEVAL, followed
 
 COVERAGES = ("80", "90", "95")
 RISK = "5"  # percent
@@ -52,8 +52,10 @@ def uncertainty(block):
             " Bayes-optimal: levels by true ambiguity. R@1 falls over them in a curve, so an imperfect order can have a"
             f" higher R² and {MINUS}S·R²."
         )
-    note += constant(block, RETRIEVAL)
     rows = rows_of(block, columns, own_or_deterministic)
+    if any(row.name.endswith(FREE["words"]) for _, group in rows for row in group):
+        note += " Where counting words leads, a measure is no evidence for a method."
+    note += constant(block, RETRIEVAL)
     return make("uncertainty", "R@1 and uncertainty", columns, rows, note, bayes_optimal(limits))
 
 
