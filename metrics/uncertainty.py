@@ -25,10 +25,13 @@ def auroc(uncertainty, hit):
     return None if np.isnan(area) else float(area)
 
 
-def _auroc(hits, misses):
-    """AUROC (...,) of hits and misses (..., groups of ties) by ascending uncertainty; NaN if either sums to 0."""
+def _auroc(hits, misses, total=None):
+    """AUROC (...,) of hits and misses (..., groups of ties) by ascending uncertainty; NaN if either sums to 0.
+
+    total: the cumulative hits, where they are at hand.
+    """
     # A miss outranks the hits of all lower groups, and half of those in its own.
-    outranked = np.cumsum(hits, axis=-1) - hits / 2
+    outranked = (np.cumsum(hits, axis=-1) if total is None else total) - hits / 2
     pairs = hits.sum(axis=-1) * misses.sum(axis=-1)
     return np.divide((misses * outranked).sum(axis=-1), pairs, where=pairs > 0, out=np.full(np.shape(pairs), np.nan))
 
@@ -321,7 +324,6 @@ def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidenc
     for drawn in times_drawn(groups, draws, seed, max(1, DRAWN // queries)):
         rows, times = np.arange(len(drawn))[:, None], drawn[:, of_group]
         tied_times, tied_hits = _sum_ties(times, hit, starts)
-        auroc = _auroc(tied_hits, tied_times - tied_hits)
         if len(starts) < queries:  # tied queries share their hits
             recall = np.repeat(tied_hits / np.maximum(tied_times, 1), sizes, axis=1)
             hits = times * recall
@@ -329,6 +331,7 @@ def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidenc
             recall, hits = np.broadcast_to(hit, times.shape), tied_hits
         # A level may end within the copies of one query: the copies above its end are subtracted again.
         ends, total = np.cumsum(times, axis=1), np.cumsum(hits, axis=1)
+        auroc = _auroc(tied_hits, tied_times - tied_hits, total if hits is tied_hits else None)
         edges = _edges(ends[:, -1], count, drop_remainder)
         offset = (ends[:, -1].max() + 1) * rows  # so that one search serves all draws
         last = np.searchsorted((ends + offset).ravel(), edges + offset) - queries * rows
