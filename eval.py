@@ -83,11 +83,6 @@ def check(args, run, pairs, task, count):
 
     run: loaded. pairs: the opened split. count: of uncertainty levels.
     """
-    if args.levels_by and run.untrained:
-        raise UserError(
-            f"{run.folder} kept its untrained start, whose uncertainty is of random weights: leave out --levels_by, or"
-            " train without held-out pairs, --val-fraction 0."
-        )
     has_classes = pairs.classes is not None
     if (task == "classification") != has_classes:
         content = "classes and no captions" if has_classes else "captions and no classes"
@@ -141,7 +136,7 @@ def main(argv=None):
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     val = open_val(args, pairs, run, identity) if args.val else None
-    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, run.untrained, val)
+    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val)
     try:
         figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:

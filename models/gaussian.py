@@ -81,7 +81,7 @@ class PairwiseGaussian(Gaussian):
 
     @property
     def affine(self) -> tuple[Tensor | float, Tensor | float]:
-        """Slope and offset of the logit as a function of match."""
+        """Slope and offset of the logit as a function of `match`."""
         raise NotImplementedError
 
     @property
@@ -99,7 +99,7 @@ class PairwiseGaussian(Gaussian):
         return (image.float().view(torch.int32).long() * self.hash_factors).sum(dim=-1)
 
     def pair_score(self, image: Embedding, text: Embedding) -> PairScore:
-        """Match logit (N, M), affine in match = cos - (S_i + S_t)/2."""
+        """Match logit (N, M), affine in `match`."""
         half = image.mean.shape[-1] / 2  # S is D times the mean variance
         slope, offset = self.affine
         row, column = (-slope * half * side.uncertainty for side in (image, text))

@@ -6,7 +6,7 @@ from functools import cached_property
 from reporting.parts import Part
 from reporting.runs import TASKS, Block, Result, data_sets, has_uncertainty, level_counts
 from reporting.tables import by_task, formats
-from reporting.words import DIRECTIONS, QUERY, followed
+from reporting.words import DIRECTIONS, OWN, QUERY, followed
 from utils.errors import UserError
 from utils.files import read_json
 from utils.result_file import NUMBER, must_hold
@@ -193,10 +193,21 @@ def _read_one(path):
                 must_hold(record, {"family": str} | ({} if record.get("constant") else RECORD))
             for probabilities in values[direction]["calibration"].values():
                 must_hold(probabilities, CALIBRATION)
+        if values.get("untrained"):
+            _leave_out_own(values)
         _must_print(Evaluation(task, "", "", {values["variant"]: [Result(path, values)]}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         raise UserError(f"{path} is damaged or not a result of eval.py: delete it and evaluate again.") from None
     return values
+
+
+def _leave_out_own(values):
+    """Remove a method's own uncertainties, of random weights, from a result whose start was kept."""
+    for direction in DIRECTIONS.keys() & values.keys():
+        values[direction]["levels_by"] = None
+        for name in OWN:
+            values[direction]["uncertainty"].pop(name, None)
+    values.get("hierarchy", {"uncertainty": {}})["uncertainty"].pop("query", None)
 
 
 def _must_print(part):

@@ -11,6 +11,7 @@ import numpy as np
 from reporting.words import DIRECTIONS, over
 from utils.errors import UserError
 
+OWN_ARRAYS = ("text_uncertainty", "image_uncertainty", "chain_uncertainty")  # a method's own uncertainties
 TASKS = ("retrieval", "classification", "hierarchy")
 
 
@@ -39,10 +40,15 @@ class Result:
         path = self.folder / self.path
         beside = path.with_suffix(".npz")
         try:
-            with np.load(beside) as arrays:
-                return Arrays(beside, arrays)
+            with np.load(beside) as file:
+                arrays = dict(file)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{beside} is missing or damaged: delete {path} and evaluate again.") from None
+        if self.values.get("untrained"):  # what follows the method's own uncertainty, of random weights, is left out
+            arrays = {name: values for name, values in arrays.items() if name not in OWN_ARRAYS}
+            for name in arrays.keys() & {f"{direction}_uncertainty" for direction in DIRECTIONS}:
+                arrays[name] = arrays[name.replace("_uncertainty", "_entropy")]
+        return Arrays(beside, arrays)
 
 
 class Block:
@@ -80,10 +86,8 @@ def baseline_of(block):
 
 
 def has_uncertainty(run):
-    """Whether a Result is of a method with an uncertainty of its own, even if its untrained start's was left out."""
+    """Whether a Result is of a method with an uncertainty of its own."""
     values = run.values
-    if values.get("untrained"):
-        return True
     has_levels = any(values[side]["levels_by"] for side in DIRECTIONS if side in values)
     return has_levels or "query" in (values.get("hierarchy") or {}).get("uncertainty", {})
 

@@ -12,6 +12,7 @@ QUERY = {"text_to_image": "caption", "image_to_text": "image", "image_to_class":
 ANSWER = {"text_to_image": "image", "image_to_text": "caption", "image_to_class": "class"}
 SCORES = {"similarity": "cosine", "log_likelihood": "likelihood"}
 GALLERY_AWARE = {"top": "top score", "margin": "margin", "entropy": "entropy", "probability": "top probability"}
+OWN = ("query", "retrieved", "sum")  # uncertainties of a method itself, or made of them
 FREE = {"words": "few words", "length": "long embedding"}  # known before the search, without a model
 PROBABILITIES = {  # entries of a result's calibration
     "model": "model",

@@ -28,7 +28,6 @@ class Choices:
     levels_by: str | None = None  # of images: one of FOLLOWED; None: their own uncertainty, else the answer's
     drop_remainder: bool = False  # levels of one size, as in the public AsymVLM code
     quiet: bool = False  # no progress bar
-    untrained: bool = False  # the start was kept, so the method's own uncertainty is of random weights and left out
     val: Pairs | None = None  # images of the same classes, on all of which a temperature is fitted
 
 
@@ -54,9 +53,9 @@ def posterior_scales(adaptor, pairs):
     return {"similarity": pairs.meta["logit_scale"], "log_likelihood": adaptor.posterior_scale}
 
 
-def uncertainty_of(embedding, choices):
+def uncertainty_of(embedding):
     """Uncertainty of adapted embeddings, (N,) or None; raises FloatingPointError if one is not finite."""
-    if embedding.uncertainty is None or choices.untrained:
+    if embedding.uncertainty is None:
         return None
     uncertainty = embedding.uncertainty.cpu().double().numpy()
     if not np.isfinite(uncertainty).all():

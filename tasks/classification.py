@@ -45,7 +45,7 @@ def evaluate(adaptor, pairs, choices, device):
     image = adapt_all(adaptor.adapt_image, pairs.fed("image", adaptor.pooled), device)
     prompt = adapt_all(adaptor.adapt_text, class_embeddings(pairs, adaptor.pooled), device)
     scales, row, label = posterior_scales(adaptor, pairs), np.arange(len(pairs.label)), pairs.label
-    uncertainties = uncertainty_of(image, choices), uncertainty_of(prompt, choices)
+    uncertainties = uncertainty_of(image), uncertainty_of(prompt)
     levels_by = choose_levels_by(choices.levels_by, *uncertainties)
     classes, count = len(pairs.classes), len(label) * len(pairs.classes)
     bar = progress_bar(count, 1 if count <= STORED_SCORES else 3, choices)

@@ -18,7 +18,7 @@ def evaluate(adaptor, pairs, choices, device):
         raise UserError(f"{pairs.folder} has no chains of prompts, which --task hierarchy needs.")
     embeddings, chain, depth = (pairs.chains[name] for name in ("text", "chain", "depth"))
     arrays, uncertainties = {"chain": chain, "depth": depth}, {}
-    uncertainty = uncertainty_of(adapt_all(adaptor.adapt_text, pairs.fed("prompt", adaptor.pooled), device), choices)
+    uncertainty = uncertainty_of(adapt_all(adaptor.adapt_text, pairs.fed("prompt", adaptor.pooled), device))
     if uncertainty is not None:
         arrays["chain_uncertainty"] = uncertainties["query"] = uncertainty
     uncertainties |= {"long embedding": lengths(embeddings), "few words": few_words(pairs.items["prompt"])}

@@ -101,7 +101,7 @@ def evaluate(adaptor, pairs, choices, device):
     """Evaluate retrieval in both directions; returns the figures, and per-query arrays for the .npz."""
     image = adapt_all(adaptor.adapt_image, pairs.fed("image", adaptor.pooled), device)
     text = adapt_all(adaptor.adapt_text, pairs.fed("text", adaptor.pooled), device)
-    uncertainties = {"image": uncertainty_of(image, choices), "text": uncertainty_of(text, choices)}
+    uncertainties = {"image": uncertainty_of(image), "text": uncertainty_of(text)}
     choose_levels_by(choices.levels_by, uncertainties["image"], uncertainties["text"])  # raises UserError early
     scales, truth, result = posterior_scales(adaptor, pairs), truths(pairs), {}
     arrays = {"image_of_text": pairs.image_of_text}  # intervals draw the captions of an image together

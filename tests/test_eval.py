@@ -504,28 +504,6 @@ def test_images_of_one_scene_are_drawn_together():
     assert retrieval.scenes(SimpleNamespace(matches=None, image=pairs.image)).tolist() == [0, 1, 2]
 
 
-def test_the_uncertainty_of_an_untrained_start_is_left_out(trained, monkeypatch, refusal):
-    """It is of random weights: neither figures nor arrays hold it, nor what is made of it."""
-    load = Run.load
-
-    def untrained(self, device):
-        loaded = load(self, device)
-        self.untrained = True
-        return loaded
-
-    monkeypatch.setattr(Run, "load", untrained)
-    assert "kept its untrained start" in refusal(evaluation.main, *RUN, "--levels_by", "retrieved")
-    evaluation.main([*RUN, "--device", "cpu", "--quiet"])
-    path = trained / (RESULT.format("asymvlm-vmf") + ".json")
-    result, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
-    assert result["untrained"] and "query" not in result["hierarchy"]["uncertainty"]
-    for side in ("text_to_image", "image_to_text"):
-        assert result[side]["levels_by"] is None
-        assert not {"query", "retrieved", "sum"} & result[side]["uncertainty"].keys()
-        assert (arrays[f"{side}_uncertainty"] == arrays[f"{side}_entropy"]).all()
-    assert not {"text_uncertainty", "image_uncertainty", "chain_uncertainty"} & set(arrays.files)
-
-
 def test_which_split_is_evaluated_is_a_flag(trained):
     """Each split has a separate result."""
     evaluation.main([*RUN, "--device", "cpu", "--quiet"])

@@ -12,7 +12,7 @@ from conftest import put
 
 import report
 from reporting import evaluations, tables
-from reporting.runs import TASKS, Result, baseline_of
+from reporting.runs import TASKS, Result
 from reporting.tables import columns, formats, published
 from reporting.words import NONE, RETRIEVAL
 from utils.config import HOME
@@ -818,13 +818,19 @@ def test_arrays_without_an_expected_entry_are_named(tmp_path):
         _ = run.arrays["text_to_image_hit"]
 
 
-def test_an_untrained_start_is_named(tmp_path):
-    """eval.py leaves its uncertainty out; the report says why."""
-    write(tmp_path, "clip", 0, 0.3)
-    write(tmp_path, "prolip", 0, 0.3, untrained=True)
+def test_the_uncertainty_of_an_untrained_start_is_left_out(tmp_path):
+    """Of tables, chains of prompts and findings: it is of random weights."""
+    write(tmp_path, "clip", 0, 0.3, truth=True)
+    write(tmp_path, "pfe", 0, 0.3, -0.5, truth=True)
+    write(tmp_path, "prolip", 0, 0.3, -0.5, truth=True, untrained=True, hierarchy=chains(spearman_depth=-1.0))
     (part,) = blocks_of(tmp_path)
-    assert {"clip", "prolip (untrained start)"} == set(rows_of(tables_of(part)["recall"]))
-    assert any(warning.startswith("prolip: held-out pairs chose the start") for warning in part.warnings)
-    write(tmp_path, "asymvlm", 0, 0.3, untrained=True)
-    (part,) = blocks_of(tmp_path)
-    assert baseline_of(part) == "clip"  # not the first that shows no uncertainty
+    side = part.results["prolip"][0].values["text_to_image"]
+    assert side["levels_by"] is None and not {"query", "retrieved", "sum"} & side["uncertainty"].keys()
+    assert "prolip (untrained start)" in rows_of(tables_of(part)["recall"])
+    for name in ("uncertainty", "selective", "truth", "hierarchy"):
+        table = tables_of(part).get(name)
+        rows = (
+            {} if table is None else {row: cells for row, cells in rows_of(table).items() if row.startswith("prolip")}
+        )
+        assert not any("query" in key and key.startswith("text") for row in rows.values() for key in row.cells), name
+    assert any("held-out pairs chose the start" in warning for warning in part.warnings)
