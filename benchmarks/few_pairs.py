@@ -62,7 +62,7 @@ def figures(values, side):
     row = []
     for score, *path in COLUMNS.values():
         value = parts[score]
-        if values["untrained"] and path[1:2] == ["query"]:
+        if values.get("untrained") and path[1:2] == ["query"]:
             value = {}  # of random weights
         for key in path:
             value = (value or {}).get(key)

@@ -99,7 +99,7 @@ class PairwiseGaussian(Gaussian):
         return (image.float().view(torch.int32).long() * self.hash_factors).sum(dim=-1)
 
     def pair_score(self, image: Embedding, text: Embedding) -> PairScore:
-        """Match logit (N, M), affine in `match`."""
+        """Match logit (N, M), affine in match = cos - (S_i + S_t)/2."""
         half = image.mean.shape[-1] / 2  # S is D times the mean variance
         slope, offset = self.affine
         row, column = (-slope * half * side.uncertainty for side in (image, text))

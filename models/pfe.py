@@ -63,9 +63,8 @@ class PFE(Gaussian):
 
     def log_likelihood(self, image: Embedding, text: Embedding) -> Tensor:
         """Mutual likelihood (N, M)."""
-        score = self.pair_score(image, text)
-        if score is not None:
-            return score.dense()
+        if self.isotropic and not self.raw:
+            return super().log_likelihood(image, text)
         variances = [
             side.uncertainty[:, None].expand_as(side.mean) if self.isotropic else side.spread.exp()
             for side in (image, text)

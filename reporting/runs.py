@@ -86,8 +86,10 @@ def baseline_of(block):
 
 
 def has_uncertainty(run):
-    """Whether a Result is of a method with an uncertainty of its own."""
+    """Whether a Result is of a method with an uncertainty of its own, even if its untrained start's was left out."""
     values = run.values
+    if values.get("untrained"):
+        return True
     has_levels = any(values[side]["levels_by"] for side in DIRECTIONS if side in values)
     return has_levels or "query" in (values.get("hierarchy") or {}).get("uncertainty", {})
 

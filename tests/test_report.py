@@ -12,7 +12,7 @@ from conftest import put
 
 import report
 from reporting import evaluations, tables
-from reporting.runs import TASKS, Result
+from reporting.runs import TASKS, Result, baseline_of
 from reporting.tables import columns, formats, published
 from reporting.words import NONE, RETRIEVAL
 from utils.config import HOME
@@ -834,3 +834,6 @@ def test_the_uncertainty_of_an_untrained_start_is_left_out(tmp_path):
         )
         assert not any("query" in key and key.startswith("text") for row in rows.values() for key in row.cells), name
     assert any("held-out pairs chose the start" in warning for warning in part.warnings)
+    write(tmp_path, "asymvlm", 0, 0.3, -0.5, truth=True, untrained=True)
+    (part,) = blocks_of(tmp_path)
+    assert baseline_of(part) == "clip"  # not the first that shows no uncertainty
