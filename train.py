@@ -15,6 +15,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from datasets.bank import draw
 from datasets.embeddings import Pairs, all_seen, hold_out
 from models.base import Adaptor, best_temperature
 from models.pair_loss import cross_entropies, info_nce
@@ -191,7 +192,8 @@ def main(argv=None):
         if run.done:
             print(f"{run.folder}: already trained")
             return
-        learned = adaptor.prepare(pairs, args.quiet)
+        bank = draw(pairs, rows, config.seed, adaptor.pooled)
+        learned = adaptor.prepare(pairs, bank, args.quiet)
         log, outcome, untrained = [], "nothing to train", False
         if any(p.requires_grad for p in adaptor.parameters()):
             log, kept = fit(adaptor, optimizer, *pairs.to(device, adaptor.pooled), rows, held_out, run, args.quiet)
@@ -210,7 +212,7 @@ def main(argv=None):
         write_log(run.folder / "log.csv", log)
         # A method without training has seen only the images that it was prepared with or calibrated on.
         captions = torch.cat([rows if log else rows[:0], *held_out]).numpy()
-        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned), untrained)
+        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned), bank, untrained)
     print(f"{run.folder}: {outcome}")
 
 

@@ -116,10 +116,11 @@ class Adaptor(nn.Module):
         """The method's own loss () of B pairs (B, D), (B, D): `--objective native`; by default `unified_loss`."""
         return self.unified_loss(image, text)
 
-    def prepare(self, pairs, quiet: bool = False) -> dict | None:
+    def prepare(self, pairs, bank, quiet: bool = False) -> dict | None:
         """Read the cached training split, an opened `Pairs`, once before training.
 
-        quiet: show no progress. Returns `Pairs.seen` of the images that something was learned from, or None.
+        bank: a datasets.bank.Bank of pairs to learn from; the split also holds pairs that are held out. quiet: show no
+        progress. Returns `Pairs.seen` of the images that something was learned from, or None.
         """
 
 

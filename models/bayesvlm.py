@@ -145,7 +145,7 @@ class BayesVLM(Adaptor):
         self.register_buffer("logit_scale", torch.tensor(math.nan))
         self._half_of = {}  # the last embedding of each side, and its Half
 
-    def prepare(self, pairs, quiet: bool = False) -> dict | None:
+    def prepare(self, pairs, bank=None, quiet: bool = False) -> dict | None:
         """Gather or load the factors of both towers, and find the precisions that maximize the marginal likelihood.
 
         Returns `Pairs.seen` of the images behind the factors, or None if unknown. Raises UserError for a cache without

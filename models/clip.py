@@ -9,6 +9,6 @@ class Clip(Adaptor):
     def __init__(self, dim: int):
         super().__init__()
 
-    def prepare(self, pairs, quiet: bool = False) -> None:
+    def prepare(self, pairs, bank=None, quiet: bool = False) -> None:
         """Use the frozen model's logit scale as `posterior_scale`."""
         self.given_scale.fill_(pairs.meta["logit_scale"])

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import cache_embeddings
 import eval as evaluation
 import train
+from datasets.bank import draw
 from datasets.embeddings import Pairs
 from models.base import Adaptor, Embedding
 from models.pair_loss import cross_entropies, mean_of
@@ -158,7 +159,7 @@ def device(case):
     if accelerator.type == "cpu":
         raise DoesNotApply("this machine has no accelerator")
     adaptor = case.construct().to(accelerator)
-    adaptor.prepare(drawn_pairs(), quiet=True)
+    prepare(adaptor)
     image, text = inputs(adaptor)
     results = outputs(adaptor, image.to(accelerator), text.to(accelerator))
     for name, value in results.items():
@@ -315,7 +316,7 @@ class Case(NamedTuple):
     def build(self, mean=""):
         """Construct the adaptor and prepare it with the drawn pairs."""
         adaptor = self.construct(mean=mean)
-        adaptor.prepare(drawn_pairs(), quiet=True)
+        prepare(adaptor)
         return adaptor
 
 
@@ -347,6 +348,12 @@ def drawn_pairs():
     """Draw N images and M captions, the first N of which match the images in order."""
     generator = torch.Generator().manual_seed(0)
     return Drawn(*(3 * torch.randn(count, DIM, generator=generator).numpy() for count in (N, M)))
+
+
+def prepare(adaptor):
+    """Prepare the adaptor with the drawn pairs."""
+    pairs = drawn_pairs()
+    adaptor.prepare(pairs, draw(pairs, range(M), seed=0, pooled=adaptor.pooled), quiet=True)
 
 
 def inputs(adaptor):

@@ -270,7 +270,7 @@ class LearnsInPrepare(Adaptor):
         super().__init__(temperature="exp")
         self.register_buffer("mean_length", torch.zeros(()))
 
-    def prepare(self, pairs, quiet=False):
+    def prepare(self, pairs, bank, quiet=False):
         self.mean_length.fill_(torch.as_tensor(pairs.text).norm(dim=-1).mean())
 
     def adapt_text(self, text):

@@ -211,7 +211,7 @@ def test_a_process_that_dies_fails_its_cell_alone(world, forked, monkeypatch, ca
     (world / "crash.py").write_text(
         "import os, torch\nfrom models.clip import Clip\n\n\n"
         "class Crash(Clip):\n"
-        "    def prepare(self, data, quiet):\n"
+        "    def prepare(self, data, bank, quiet):\n"
         "        if torch.initial_seed() == 0:\n            os.kill(os.getpid(), 9)\n"
         "        if torch.initial_seed() == 1:\n            raise RuntimeError('CUDA error:\\nan odd one')\n"
     )

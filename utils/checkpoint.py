@@ -74,20 +74,21 @@ class Run:
         """Save the state from which a killed run resumes."""
         _save(self.state_file, state | {"identity": self.identity})
 
-    def finish(self, adaptor, seen, untrained=False):
+    def finish(self, adaptor, seen, bank, untrained=False):
         """Save the trained weights. seen: which images they were trained on (`Pairs.seen`).
 
-        untrained: whether held-out pairs chose the start, whose uncertainty is that of random weights.
+        bank: NamedTuple of training queries. untrained: whether held-out pairs chose the start, of random weights.
         """
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
-        saved = {"state_dict": state, "identity": self.identity, "seen": seen}
+        saved = {"state_dict": state, "identity": self.identity, "seen": seen, "bank": bank._asdict()}
         _save(self.adaptor_file, saved | ({"untrained": True} if untrained else {}))
         self.state_file.unlink(missing_ok=True)
 
     def load(self, device):
         """Read the trained adaptor, its configuration and identity; raises UserError if missing or damaged.
 
-        Sets `seen`, which images it was trained on, and `untrained`, whether its start was kept.
+        Sets `seen`, which images it was trained on, `bank`, the fields of its bank of training queries, None if it was
+        trained before there were banks, and `untrained`, whether its start was kept.
         """
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
@@ -98,7 +99,7 @@ class Run:
         trained = Config.load(self.folder / "config.yaml")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])
         try:
-            self.seen, self.untrained = saved["seen"], saved.get("untrained", False)
+            self.seen, self.bank, self.untrained = saved["seen"], saved.get("bank"), saved.get("untrained", False)
             adaptor.load_state_dict(saved["state_dict"])
         except BROKEN as error:
             reason = str(error).splitlines()[-1].strip()
