@@ -13,13 +13,15 @@ query.
 
 import dataclasses
 
+from datasets.bank import Bank
 from datasets.embeddings import Pairs
+from metrics import hubs
 from reporting.terminal import result_text
 from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieval
 from utils import result_file
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import LEVELS, evaluated_as, load_config, needs_pooled
+from utils.config import HUBS, LEVELS, evaluated_as, load_config, needs_pooled
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
 from utils.files import locked
@@ -38,6 +40,9 @@ def parse(argv):
     parser.add_argument("--score", choices=[*SCORES, "both"], help=which)
     task = "by default classification where images have classes, else retrieval; retrieval includes chains of prompts"
     parser.add_argument("--task", choices=TASKS, help=task)
+    correct = "correct scores for gallery items that are near any query, retrieval; auto takes the kind, or none, that"
+    correct += " cross-validation of the training queries of the run prefers; by default the method's choice"
+    parser.add_argument("--hubs", choices=HUBS, help=correct)
     levels = f"levels of uncertainty of equal size; by default {LEVELS}, or as many as there are queries"
     parser.add_argument("--uncer_levels", "--uncer-levels", type=int, help=levels)
     by = "uncertainty that orders images into levels: their own, their best answer's or the sum; default: the first"
@@ -76,6 +81,30 @@ def open_val(args, pairs, run, identity):
     if val.classes != pairs.classes:
         raise UserError(f"{val.folder} has other classes than {pairs.folder}: name another --val.")
     return val
+
+
+def choose_hubs(run, pairs, kind, task):
+    """Choose the hub correction of each direction on the bank of a loaded run; returns it and the Bank.
+
+    Raises UserError for another task than retrieval, for a run without a bank, and if it holds an evaluated image.
+    """
+    if task != "retrieval":
+        raise UserError(f"--hubs {kind} corrects retrieval: leave it out of --task {task}.")
+    if run.bank is None:
+        raise UserError(
+            f"{run.folder} keeps no training queries, as it was trained by an earlier version: train again with"
+            " --overwrite, or leave out --hubs."
+        )
+    bank = Bank(**run.bank)
+    shared = pairs.shared_with(bank.seen)
+    if shared:
+        raise UserError(
+            f"{shared:,} of the {len(pairs.image):,} images of {pairs.folder} are among the training queries of"
+            f" {run.folder}, from which --hubs learns: name another --split, or use --hubs none."
+        )
+    dim = pairs.dim  # pooled features may follow
+    frozen = bank.image[:, :dim], bank.text[:, :dim], bank.image_of_text
+    return hubs.decide(hubs.choose(*frozen, pairs.meta["logit_scale"], run.config.seed), kind), bank
 
 
 def check(args, run, pairs, task, count):
@@ -136,7 +165,9 @@ def main(argv=None):
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     val = open_val(args, pairs, run, identity) if args.val else None
-    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val)
+    kind = args.hubs or (config.hubs if task == "retrieval" else "none")
+    correction, bank = choose_hubs(run, pairs, kind, task) if kind != "none" else (None, None)
+    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank)
     try:
         figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
@@ -152,9 +183,13 @@ def main(argv=None):
         "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
     }  # fmt: skip
+    if correction:
+        metadata["hubs"] = {name: one._asdict() for name, one in correction.items()}
+        metadata["hubs"]["bank"] = {"images": len(bank.image), "captions": len(bank.text)}
     path = config.result(evaluated_on, task)
+    chosen = {"score": first, "hubs": kind}
     with locked(path.parent):
-        result_file.write(path, metadata | {"config": dataclasses.asdict(config) | {"score": first}} | figures, arrays)
+        result_file.write(path, metadata | {"config": dataclasses.asdict(config) | chosen} | figures, arrays)
     if not args.quiet:
         print(result_text(metadata | figures))
     print(path)

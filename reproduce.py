@@ -20,7 +20,7 @@ from datasets.embeddings import META, Pairs, cache_folder
 from utils import result_file
 from utils.arguments import PRESET, make_parser
 from utils.checkpoint import Run
-from utils.config import LEVELS, evaluated_as, known, load_config, needs_pooled, presets_of
+from utils.config import HUBS, LEVELS, evaluated_as, known, load_config, needs_pooled, presets_of
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.workers import Workers
@@ -40,6 +40,7 @@ def parse(argv):
     add("--mean", default="", help="of every run: frozen, residual or learned")
     add("--tag", default="", help="of every run: a name that keeps it apart from other runs of the method")
     add("--score", choices=["log_likelihood", "similarity", "both"], help="which score ranks, as in eval.py")
+    add("--hubs", choices=HUBS, help="correction of scores, as in eval.py")
     add("--uncer_levels", "--uncer-levels", type=int, help="levels of uncertainty of equal size, as in eval.py")
     devices = "a process on each, for example cuda:0 cuda:1; a device may be repeated, its processes share the threads"
     add("--devices", nargs="+", default=["auto"], metavar="DEVICE", help=devices)
@@ -57,8 +58,8 @@ class Cell:
     result as asked for}, so a cell with nothing left is done.
     """
 
-    def __init__(self, config, evaluated_on, settings=(), score=None, levels=None, split=None):
-        self.config, self.settings, self.score, self.levels = config, settings, score, levels
+    def __init__(self, config, evaluated_on, settings=(), score=None, levels=None, split=None, hubs=None):
+        self.config, self.settings, self.score, self.levels, self.hubs = config, settings, score, levels, hubs
         self.name = str(Path(*config.checkpoint.parts[1:]))
         # eval.py takes the usual split from the data set's YAML, whatever the settings of the training are.
         usual = {name: load_config(name, backbone=config.backbone).data.eval_split for name in evaluated_on}
@@ -83,20 +84,24 @@ class Cell:
             return f"its run has another {', '.join(changed)}"
         if not run.done:
             return "not trained"
-        path = config.result(self.names[dataset], "retrieval" if pairs.classes is None else "classification")
         score = self.score if self.score in ("log_likelihood", "similarity") else config.score
+        task = "retrieval" if pairs.classes is None else "classification"
+        hubs = (self.hubs or config.hubs) if task == "retrieval" else "none"
         wanted = {
             "checkpoint": run.weights_hash(), "fingerprint": pairs.meta["fingerprint"],
             "split": self.splits[dataset], "uncer_levels": self.levels or min(LEVELS, pairs.queries),
             "levels_by": None, "drop_remainder": False,
-            "config": dataclasses.asdict(config) | {"score": score},
+            "config": dataclasses.asdict(config) | {"score": score, "hubs": hubs},
         }  # fmt: skip
+        path = config.result(self.names[dataset], task)
         try:
             values, changed = result_file.compare(path, wanted)
         except FileNotFoundError:
             return "not evaluated"
         except ValueError:
             return "its result is damaged"
+        if hubs == "none" and "hubs" not in values["config"]:  # of a version that corrected none
+            changed = [name for name in changed if name != "config.hubs"]
         if not result_file.has_arrays(path):
             return "its result is damaged"
         if self.score == "both" and "other_score" not in values:
@@ -129,6 +134,8 @@ class Cell:
                 more["uncer_levels"] = self.levels
             if self.score:
                 more["score"] = self.score
+            if self.hubs:
+                more["hubs"] = self.hubs
             steps.append(("eval", as_words(flags | more)))
         return steps
 
@@ -160,7 +167,8 @@ def grid(args):
             config = load_config(dataset, method, backbone, *flags)
             if every and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
                 continue  # embeddings computed elsewhere have no pooled features
-            cell = Cell(config, args.evaluate_on or [dataset], args.set, args.score, args.uncer_levels, args.split)
+            options = args.set, args.score, args.uncer_levels, args.split, args.hubs
+            cell = Cell(config, args.evaluate_on or [dataset], *options)
             cells[cell.name] = cell
     return cells
 

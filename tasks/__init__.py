@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from metrics import summary
 from metrics.retrieval import recall_at
@@ -29,6 +30,8 @@ class Choices:
     drop_remainder: bool = False  # levels of one size, as in the public AsymVLM code
     quiet: bool = False  # no progress bar
     val: Pairs | None = None  # images of the same classes, on all of which a temperature is fitted
+    hubs: dict | None = None  # the hubs.Correction of each direction, if scores are corrected
+    bank: Bank | None = None  # the training queries that a correction needs
 
 
 def with_progress(compute, bar):

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from metrics import eccv, retrieval, summary
+from metrics import calibration, eccv, retrieval, summary
 from metrics.comparison import PairedBootstrap, interval
-from metrics.uncertainty import levels, trend
+from metrics.hubs import DIRECTIONS, constants
+from metrics.uncertainty import auroc, levels, selective, trend
 from models.base import adapt_all
 from tasks import (
     STORED_SCORES,
@@ -38,6 +39,10 @@ class Side(NamedTuple):
     gallery: int
     query: np.ndarray  # (P,) rows of the positives' queries
     item: np.ndarray  # (P,) rows of the positives' items
+
+    def less(self, constants):
+        """The same direction with constants (G,) subtracted from the scores of its items."""
+        return self._replace(score=lambda rows: self.score(rows) - constants)
 
 
 class Truth(NamedTuple):
@@ -117,6 +122,7 @@ def evaluate(adaptor, pairs, choices, device):
     drawn = {side: PairedBootstrap(group) for side, group in groups.items()}
     arrays["group_of_image"] = scene
     ambiguity = truth["text_to_image"].ambiguity
+    bank = choices.hubs and adapted_bank(adaptor, choices.bank, device)
     count = len(pairs.image) * len(pairs.text)
     # Per direction: ranks, probabilities unscaled and scaled, and mAP@R if the true matches are known.
     passes = 2 * (3 if ambiguity is None else 4)
@@ -124,13 +130,18 @@ def evaluate(adaptor, pairs, choices, device):
     computes = {"log_likelihood": adaptor.log_likelihood, "similarity": adaptor.similarity}
     for name in choices.scores:
         compute = with_progress(computes[name], bar)
-        both = sides(compute, image, text, pairs.image_of_text)
-        figures, side_arrays = evaluate_sides(both, scales[name], uncertainties, truth, choices, groups, drawn, free)
+        both, scale = sides(compute, image, text, pairs.image_of_text), dict.fromkeys(DIRECTIONS, scales[name])
+        plain = both
+        if choices.hubs:
+            both, scale = corrected(both, computes[name], image, text, bank, choices.hubs, scales[name])
+        figures, side_arrays = evaluate_sides(both, scale, uncertainties, truth, choices, groups, drawn, free)
         figures = {"score": name, "posterior_scale": scales[name]} | figures
+        if choices.hubs:
+            figures["uncorrected"] = without_correction(plain, scales[name], drawn, side_arrays)
         if result:
             result["other_score"] = figures
             continue
-        result = figures | coco(compute, image, text, pairs)
+        result = figures | coco(compute, image, text, pairs)  # of scores without hub correction
         arrays |= side_arrays
         for side, part in both.items():
             names = example_names(side, truth[side], pairs)
@@ -152,12 +163,13 @@ def evaluate(adaptor, pairs, choices, device):
 def evaluate_sides(both, scale, uncertainties, truth, choices, groups, drawn, free):
     """Figures of both directions, {name: Side}, under one kind of score, and per-query arrays.
 
-    uncertainties, groups, drawn, free: of images and of captions, see `evaluate_side`.
+    scale: of the posterior, {name: factor}. uncertainties, groups, drawn, free: of images and of captions, see
+    `evaluate_side`.
     """
     figures, arrays, rankings = {}, {}, []
     for (name, side), query, answer in zip(both.items(), ("text", "image"), ("image", "text"), strict=True):
         of_query, of_answer = uncertainties[query], uncertainties[answer]
-        ranking = retrieval.rank(*side, scale)
+        ranking = retrieval.rank(*side, scale[name])
         levels_by = choose_levels_by(choices.levels_by if query == "image" else None, of_query, of_answer)
         group = groups[query]
         limit, ambiguity = truth[name].limit, truth[name].ambiguity
@@ -170,11 +182,60 @@ def evaluate_sides(both, scale, uncertainties, truth, choices, groups, drawn, fr
                 part[key] = float(values.mean())
                 part["interval"][key] = interval(drawn[query].mean(values))
         image_of_item = side.query if query == "image" else None  # the captions of one image answer the same query
-        part["calibration"] = summary.of_probabilities(*side, scale, group, image_of_item, drawn=drawn[query])
+        part["calibration"] = summary.of_probabilities(*side, scale[name], group, image_of_item, drawn=drawn[query])
         figures[name] = part
         arrays |= arrays_of(name, ranking, uncertainty)
         rankings.append(ranking)
     return figures | {"rsum": retrieval.rsum(*rankings, ks=summary.KS)}, arrays
+
+
+def adapted_bank(adaptor, bank, device):
+    """Adapt the images and the captions of a Bank: {direction: its queries}."""
+    image = adapt_all(adaptor.adapt_image, bank.image.numpy(), device)
+    return {"text_to_image": adapt_all(adaptor.adapt_text, bank.text.numpy(), device), "image_to_text": image}
+
+
+def corrected(both, compute, image, text, bank, hubs, scale):
+    """Both directions less the constants of hub correction, {name: Side}, and the scales of their posteriors.
+
+    bank: the adapted queries of each direction. hubs: the Correction of each. scale: of the uncorrected posterior.
+    """
+    scores = {
+        "text_to_image": lambda rows: compute(image.rows(rows), bank["text_to_image"]),
+        "image_to_text": lambda rows: compute(bank["image_to_text"], text.rows(rows)).T,
+    }
+    result, scales = {}, {}
+    for name, side in both.items():
+        correction, queries = hubs[name], len(bank[name].mean)
+        scales[name] = scale * correction.ratio
+        result[name] = side
+        if correction.kind != "none":
+            result[name] = side.less(constants(scores[name], side.gallery, queries, correction, scale))
+    return result, scales
+
+
+def without_correction(both, scale, drawn, arrays):
+    """Figures of both directions before hub correction, and what it gains in R@1, with its interval over images.
+
+    drawn: as in `evaluate_side`. arrays: per query, of the corrected scores.
+    """
+    figures = {}
+    for (name, side), query in zip(both.items(), ("text", "image"), strict=True):
+        ranking, draws = retrieval.rank(*side, scale), drawn[query]
+        hit = retrieval.recall_at(ranking, 1)
+        gain = draws.mean(arrays[f"{name}_hit"] - hit)
+        image_of_item = side.query if query == "image" else None
+        forecast = calibration.forecast(*side, scale, image_of_item)
+        of_bins = calibration.reliability(forecast.confidence, forecast.hit)
+        figures[name] = summary.of_ranking(ranking, drawn=draws) | {
+            "gain": {"recall": {"1": float(gain[0])}, "interval": {"recall": {"1": interval(gain)}}},
+            "uncertainty": {
+                key: {"auroc": auroc(values, hit), "aurc": selective(values, hit).aurc}
+                for key, values in summary.gallery_aware(ranking).items()
+            },
+            "calibration": {"ece_15": calibration.calibration_error(of_bins), "nll": float(forecast.nll.mean())},
+        }
+    return figures
 
 
 def example_names(side, truth, pairs):

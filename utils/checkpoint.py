@@ -47,7 +47,8 @@ class Run:
             self.state_file.unlink(missing_ok=True)
         if self.done:
             self.state_file.unlink(missing_ok=True)  # a kill may have left it
-        self.config.save(self.folder / "config.yaml")
+        else:
+            self.config.save(self.folder / "config.yaml")
 
     def changed(self, identity):
         """List what differs between the run in the folder and this one on embeddings of `identity`.

@@ -18,6 +18,7 @@ from utils.errors import UserError, one_of
 from utils.files import write_text
 
 MEANS = ("frozen", "residual", "learned")  # how the mean follows from the frozen direction: --mean
+HUBS = ("auto", "none", "nnn", "inverted-softmax")  # metrics/hubs.py
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 LEVELS = 10  # uncertainty levels of an evaluation; no more than it has queries
 FEW = 10_000  # with fewer pairs than this an adaptor overfits long before its last epoch
@@ -91,6 +92,7 @@ class Config:
     tag: str = ""
     seed: int = 0
     score: str = "log_likelihood"  # the score that ranks: log_likelihood or similarity
+    hubs: str = "none"  # correction of scores in retrieval, as in eval.py: auto, nnn or inverted-softmax
     ordered: bool = False  # tested claim: on shapes, uncertainty and true ambiguity have a Spearman of at least 0.8
     data: Data = field(default_factory=Data)
     encoder: Encoder = field(default_factory=Encoder)
@@ -260,6 +262,7 @@ def _check(config):
         one_of("--mean", config.mean, MEANS, UserError)
     one_of("encoder.precision", config.encoder.precision, PRECISIONS, UserError)
     one_of("score", config.score, ("log_likelihood", "similarity"), UserError)
+    one_of("hubs", config.hubs, HUBS, UserError)
     train = config.train
     if train.val_fraction is not None and not 0 <= train.val_fraction < 1:
         raise UserError(f"train.val_fraction must lie in [0, 1), not {train.val_fraction}.")
