@@ -12,11 +12,12 @@ import io
 import math
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from datasets.bank import draw
-from datasets.embeddings import Pairs, all_seen, hold_out
+from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, hold_out
 from models.base import Adaptor, best_temperature
 from models.pair_loss import cross_entropies, info_nce
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
@@ -185,6 +186,9 @@ def main(argv=None):
     rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
     seed_everything(config.seed)
     adaptor = make_adaptor(config, pairs.dim).to(device)
+    if held_out and not any(p.requires_grad for p in adaptor.parameters()):  # all are there to calibrate on
+        rows = torch.arange(len(pairs.text))
+        held_out = blocks(pairs.image_of_text, np.full(len(rows), True))[:BLOCKS]
     optimizer = make_optimizer(adaptor, config.optim)
     run = Run(config)
     with locked(run.folder):

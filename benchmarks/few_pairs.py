@@ -1,16 +1,19 @@
-"""Few pairs, as in a user's own data: every method on five random splits of one .npz of embeddings.
+"""Few pairs, as in a user's own data: every method, as it is and corrected for hubs, against plain CLIP.
 
-    python -m benchmarks.few_pairs ../shared/data/coco500_vitb16.npz
+    python -m benchmarks.few_pairs ../shared/data/coco500_vitb16.npz --methods clip linear --sizes 100 200
 
-calls the scripts to cache, train and evaluate in the current folder, skips results that exist there, and prints
-Markdown: means and standard deviations over the splits, which are by images, of R@1 and of the AUROC with which an
-uncertainty detects wrong answers.
+calls the scripts to cache, train and evaluate in the current folder, under few_pairs/<file>, skips results that exist
+there, and prints Markdown. The five test parts are disjoint, so that every image is a query once, in a gallery of a
+fifth. Intervals draw images, and differences from plain CLIP are paired. `--figure FILE.png` draws R@1 and AURC against
+the number of training pairs.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +21,18 @@ import numpy as np
 import cache_embeddings
 import eval as evaluation
 import train
+from metrics.calibration import calibration_error, reliability
+from metrics.uncertainty import auroc, selective
 from reporting.words import NONE, RETRIEVAL
 from utils.config import known, load_config, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
-SPLITS = 5
-COLUMNS = {  # title: the score, and the path of keys in that score's part of a result
-    "R@1 by cosine": ("similarity", "recall", "1"),
-    "by likelihood": ("log_likelihood", "recall", "1"),
-    "query-only": (None, "uncertainty", "query", "auroc"),
-    "cosine: top": ("similarity", "uncertainty", "top", "auroc"),
-    "margin": ("similarity", "uncertainty", "margin", "auroc"),
-    "entropy": ("similarity", "uncertainty", "entropy", "auroc"),
-    "posterior: entropy": ("log_likelihood", "uncertainty", "entropy", "auroc"),
-    "top probability": ("log_likelihood", "uncertainty", "probability", "auroc"),
-}
+SPLITS, DRAWS = 5, 500
+BASELINE = "clip"
+COLUMNS = {  # figure: title
+    "recall": "R@1", "aurc": "AURC", "probability": "AUROC of the probability", "entropy": "of the entropy",
+    "query": "query-only", "words": "words", "ece": "ECE",
+}  # fmt: skip
 
 
 def run(script, *argv):
@@ -41,59 +41,181 @@ def run(script, *argv):
         script.main([str(argument) for argument in argv])
 
 
-def result(method, mean, split, settings):
-    """Train and evaluate one method on one split, unless the result exists; returns the result file's values."""
-    flags = ["--dataset", "embeddings", "--method", method, "--tag", f"split{split}", "--quiet"]
-    if mean:
-        flags += ["--mean", mean]
-    config = load_config("embeddings", method, mean=mean, tag=f"split{split}")
-    # test0 is the default split, which a result's name leaves out.
-    path = config.result("embeddings" if split == 0 else f"embeddings+test{split}", "retrieval")
-    if not path.is_file():
-        run(train, *flags, "--set", f"data.train_split=train{split}", *settings)
-        run(evaluation, *flags, "--split", f"test{split}", "--score", "both")
-    return json.loads(path.read_text())
+def evaluate(row, split, size, settings):
+    """Train and evaluate one row of the table on one split, unless its result exists; returns the path of the JSON.
+
+    row: method, mean, --hubs.
+    """
+    method, mean, hubs = row
+    tag = f"split{split}" + (f"-{size}" if size else "")
+    kept = Path("rows", tag, "+".join(filter(None, (method, mean, hubs))) + ".json")
+    if not kept.is_file():
+        flags = ["--dataset", "embeddings", "--method", method, "--tag", tag, "--quiet"]
+        if mean:
+            flags += ["--mean", mean]
+        part = f"train{split}" + (f"-{size}" if size else "")
+        run(train, *flags, "--set", f"data.train_split={part}", *settings)
+        run(evaluation, *flags, "--split", f"test{split}", "--hubs", hubs)
+        config = load_config("embeddings", method, mean=mean, tag=tag)
+        # test0 is the default split, which a result's name leaves out.
+        path = config.result("embeddings" if split == 0 else f"embeddings+test{split}", "retrieval")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path.with_suffix(".npz"), kept.with_suffix(".npz"))
+        shutil.copy(path, kept)
+    return kept
 
 
-def figures(values, side):
-    """The figures of one result, one for each of COLUMNS; NaN where the result has none."""
-    other = values["other_score"]
-    parts = {values["score"]: values[side], other["score"]: other[side], None: values[side]}
-    row = []
-    for score, *path in COLUMNS.values():
-        value = parts[score]
-        if values.get("untrained") and path[1:2] == ["query"]:
-            value = {}  # of random weights
-        for key in path:
-            value = (value or {}).get(key)
-        row.append(np.nan if value is None else value)
-    return row
+class Queries:
+    """What one row of the table gives each query of one direction, of all test parts together."""
+
+    def __init__(self, paths, direction):
+        side = "text" if direction == "text_to_image" else "image"
+        columns, group = {}, []
+        for number, path in enumerate(paths):
+            values, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+            part = {"hit": arrays[f"{direction}_hit"], "entropy": arrays[f"{direction}_entropy"]}
+            part["confidence"] = arrays[f"{direction}_probability"]
+            if f"{side}_uncertainty" in arrays and not values.get("untrained"):
+                part["query"] = arrays[f"{side}_uncertainty"]
+            if f"{side}_words" in arrays and np.ptp(arrays[f"{side}_words"]):
+                part["words"] = arrays[f"{side}_words"]
+            for name, column in part.items():
+                columns.setdefault(name, []).append(column)
+            rows = arrays["image_of_text"] if side == "text" else np.arange(len(part["hit"]))
+            group.append(rows + 1_000_000 * number)
+        # An uncertainty that one part lacks is left out.
+        self.columns = {name: np.concatenate(parts) for name, parts in columns.items() if len(parts) == len(paths)}
+        self.group = np.concatenate(group)
+
+    def figure(self, name, rows=slice(None)):
+        """A figure of COLUMNS of some of the queries; NaN where the row of the table has none."""
+        columns = {key: column[rows] for key, column in self.columns.items()}
+        hit = columns["hit"]
+        if name == "recall":
+            return hit.mean()
+        if name == "aurc":
+            return selective(-columns["confidence"], hit).aurc
+        if name == "ece":
+            return calibration_error(reliability(columns["confidence"].clip(0, 1), hit))
+        values = -columns["confidence"] if name == "probability" else columns.get(name)
+        area = None if values is None else auroc(values, hit)
+        return np.nan if area is None else area
+
+
+def draws_of(group):
+    """The queries of DRAWS bootstrap draws of groups, as arrays of rows."""
+    rng, (_, of_group) = np.random.default_rng(0), np.unique(group, return_inverse=True)
+    members = np.split(np.argsort(of_group, kind="stable"), np.cumsum(np.bincount(of_group))[:-1])
+    for _ in range(DRAWS):
+        yield np.concatenate([members[number] for number in rng.integers(len(members), size=len(members))])
+
+
+def compare(rows, name):
+    """A figure of every row, {row: (value, difference from plain CLIP, its interval)}; rows: {row: Queries}.
+
+    The AUROC of a probability is compared with that of plain CLIP's entropy.
+    """
+    baseline = rows[BASELINE]
+    theirs = "entropy" if name in ("probability", "query") else name
+    draws = list(draws_of(baseline.group))
+    base = baseline.figure(theirs), np.array([baseline.figure(theirs, chosen) for chosen in draws])
+    result = {}
+    for row, queries in rows.items():
+        value = queries.figure(name)
+        drawn = np.array([queries.figure(name, chosen) for chosen in draws]) - base[1]
+        gap = value - base[0]
+        result[row] = value, gap, np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(gap) else (np.nan, np.nan)
+    return result
+
+
+def table(rows, title):
+    """Markdown of one direction; rows: {row: Queries}."""
+    lines = [f"| {title} | {' | '.join(COLUMNS.values())} |", f"|:--|{'--:|' * len(COLUMNS)}"]
+    figures = {name: compare(rows, name) for name in COLUMNS}
+    for row in rows:
+        cells = []
+        for name in COLUMNS:
+            value, gap, (low, high) = figures[name][row]
+            cell = NONE if np.isnan(value) else f"{value:.3f}"
+            if row != BASELINE and np.isfinite(gap) and name not in ("entropy", "words"):
+                cell += f" ({gap:+.3f} [{low:+.3f}, {high:+.3f}])"
+            cells.append(cell)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def title_of(row):
+    method, mean, hubs = row
+    return ", ".join(filter(None, (method, mean, "" if hubs == "none" else "hubs")))
+
+
+def measure(file, methods, means, sizes, settings):
+    """Every row of the table of a file at every size: {size: {direction: {title: Queries}}}; 0 is all pairs."""
+    splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
+    splits += [f"train{number}-{size}" for size in sizes if size for number in range(SPLITS)]
+    run(cache_embeddings, "--dataset", "embeddings", "--root", file, "--quiet", "--splits", *splits)
+    rows = []
+    for method in dict.fromkeys([BASELINE, *methods]):
+        of_method = [mean for mean in means if "mean" in load_config("embeddings", method).model] or [""]
+        rows += [(method, mean, hubs) for mean in of_method for hubs in ("none", "auto")]
+    result = {}
+    for size in sizes:
+        paths = {title_of(row): [evaluate(row, split, size, settings) for split in range(SPLITS)] for row in rows}
+        result[size] = {
+            direction: {title: Queries(of_row, direction) for title, of_row in paths.items()} for direction in RETRIEVAL
+        }
+    return result
+
+
+def draw(results, path):
+    """Draw R@1 and AURC against the number of training pairs: a row of panels for each file, a line for each row."""
+    from matplotlib.figure import Figure
+
+    panels = [(name, direction) for name in ("recall", "aurc") for direction in RETRIEVAL]
+    figure = Figure(figsize=(13, 3.2 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), len(panels), squeeze=False)
+    for line, (stem, sizes) in zip(axes, results.items(), strict=True):
+        for panel, (name, direction) in zip(line, panels, strict=True):
+            for title in next(iter(sizes.values()))[direction]:
+                values = [100 * sizes[size][direction][title].figure(name) for size in sizes]
+                style = "k-" if title == BASELINE else "--" if title.endswith("hubs") else "-"
+                panel.plot([str(size or "all") for size in sizes], values, style, marker="o", ms=3, label=title)
+            panel.set_title(f"{stem}: {RETRIEVAL[direction]}", fontsize=8)
+            panel.set_xlabel("training images")
+            panel.set_ylabel({"recall": "R@1 (%)", "aurc": "100 AURC"}[name])
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 @exits_cleanly()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="an .npz of embeddings: see datasets/arrays.py")
+    parser.add_argument("files", nargs="+", type=Path, help=".npz files of embeddings: see datasets/arrays.py")
     parser.add_argument("--methods", nargs="+", help="by default all that need no pooled features")
-    parser.add_argument("--means", nargs="+", default=["frozen", "residual"], help="any of frozen, residual, learned")
+    parser.add_argument("--means", nargs="+", default=["frozen"], help="any of frozen, residual, learned")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[0], help="training images; 0: all but the test part")
+    parser.add_argument("--figure", type=Path, help="where to draw the figures against the sizes")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for train.py")
     args = parser.parse_args(argv)
-    if not args.file.is_file():
-        raise UserError(f"there is no file {args.file}: give an .npz of embeddings.")
-    splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
-    run(cache_embeddings, "--dataset", "embeddings", "--root", args.file, "--quiet", "--splits", *splits)
-    all_methods = (name for name in known("methods") if not needs_pooled(load_config("embeddings", name)))
-    rows = {}
-    for method in args.methods or all_methods:
-        for mean in args.means if "mean" in load_config("embeddings", method).model else [""]:  # plain CLIP has none
-            results = [result(method, mean, split, args.set) for split in range(SPLITS)]
-            rows[f"{method}, {mean}" if mean else method] = results
-    for side, title in RETRIEVAL.items():
-        print(f"\n| {title} | {' | '.join(COLUMNS)} |\n|:--|{'--:|' * len(COLUMNS)}")
-        for name, results in rows.items():
-            columns = np.array([figures(values, side) for values in results]).T
-            cells = [NONE if np.isnan(x).any() else f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in columns]
-            print(f"| {name} | {' | '.join(cells)} |")
+    files = [file.absolute() for file in args.files]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"there is no file {file}: give an .npz of embeddings.")
+    pooled = [name for name in known("methods") if needs_pooled(load_config("embeddings", name))]
+    methods = args.methods or [name for name in known("methods") if name not in pooled]
+    figure, home, results = args.figure and args.figure.absolute(), Path.cwd(), {}
+    for file in files:
+        folder = home / "few_pairs" / file.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+        results[file.stem] = measure(file, methods, args.means, args.sizes, args.set)
+        os.chdir(home)
+        for size, directions in results[file.stem].items():
+            for direction, rows in directions.items():
+                images = f"{size or 'all'} training images"
+                print(f"\n{table(rows, f'{file.stem}, {images}, {RETRIEVAL[direction]}')}", flush=True)
+    if figure:
+        draw(results, figure)
 
 
 if __name__ == "__main__":

@@ -122,14 +122,31 @@ def fold_splits(count, folds, seed, where):
     """Split `count` images of `where` at random: {split: mask (count,)}; raises UserError if they are too few.
 
     `test0`, ... are the parts and `train0`, ... their complements; `train` and `test` are those of part 0, `all` is
-    everything.
+    everything. `train0-100` is 100 images of `train0`, drawn by chance, and so on for any number of images.
     """
     if count < folds:
         hint = "add images, or make fewer parts with --set data.options.folds=2"
         raise UserError(f"{where} has {count} images, too few for {folds} parts: {hint}.")
-    fold = np.empty(count, dtype=np.int64)
-    for number, rows in enumerate(np.array_split(np.random.default_rng(seed).permutation(count), folds)):
+    fold, order = np.empty(count, dtype=np.int64), np.random.default_rng(seed).permutation(count)
+    for number, rows in enumerate(np.array_split(order, folds)):
         fold[rows] = number
     splits = {"all": np.full(count, True), "train": fold != 0, "test": fold == 0}
     splits |= {f"train{number}": fold != number for number in range(folds)}
-    return splits | {f"test{number}": fold == number for number in range(folds)}
+    return _Splits(order, splits | {f"test{number}": fold == number for number in range(folds)})
+
+
+class _Splits(dict):
+    """Masks of images by the name of the split; smaller training splits are made when they are asked for."""
+
+    def __init__(self, order, masks):
+        super().__init__(masks)
+        self.order = np.random.default_rng(order).permutation(len(order))  # of another draw than the parts
+
+    def __missing__(self, name):
+        whole, _, count = name.rpartition("-")
+        if not whole.startswith("train") or whole not in self or not count.isdigit():
+            raise KeyError(name)
+        rows = self.order[self[whole][self.order]][: int(count)]
+        if len(rows) < int(count):
+            raise KeyError(name)
+        return np.isin(np.arange(len(self.order)), rows)

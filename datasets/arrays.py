@@ -92,9 +92,10 @@ class Arrays(Source):
 
     def _rows(self, split):
         """Return the rows of the images and of the texts of `split`."""
-        if split not in self.splits:
-            raise UserError(f"{self.file} has no split '{split}'; it has {', '.join(self.splits)}.")
-        in_split = self.splits[split]
+        try:
+            in_split = self.splits[split]
+        except KeyError:
+            raise UserError(f"{self.file} has no split '{split}'; it has {', '.join(self.splits)}.") from None
         if self.labeled:
             return np.flatnonzero(in_split), np.arange(len(self.text))
         by_image = np.argsort(self.image_of_text, kind="stable")

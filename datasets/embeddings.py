@@ -41,6 +41,7 @@ from utils.files import read_json
 
 WORKING = "unfinished"  # folder inside the split's folder for the blocks of an unfinished run
 META = "meta.json"
+BLOCKS = 5  # of pairs at most calibrate, or pick the epoch
 LAYOUT = 2  # of the files above; increase it when they, or how an image is encoded, change
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
@@ -251,7 +252,7 @@ def all_seen(*parts):
     return {"id_space": filled[0]["id_space"], "image_id": torch.from_numpy(ids)}
 
 
-def hold_out(image_of_text, fraction, seed, block=1024, most=5):
+def hold_out(image_of_text, fraction, seed, block=1024, most=BLOCKS):
     """Split captions by image: rows to train on, and a list of blocks of held-out rows, no image twice in a block.
 
     image_of_text: (M,). fraction: share of the images to hold out; 0 gives no blocks. most: largest number of blocks.
@@ -269,11 +270,19 @@ def hold_out(image_of_text, fraction, seed, block=1024, most=5):
             " side, or hold out none with --val-fraction 0."
         )
     out = np.isin(image_of_text, np.random.default_rng(seed).permutation(len(captions))[:held_out])
+    return rows[~out], blocks(image_of_text, out, block)[:most]
+
+
+def blocks(image_of_text, chosen, block=1024):
+    """Cut captions into blocks of rows, no image twice in a block, and no block of one.
+
+    image_of_text: (M,). chosen: mask (M,) of the captions.
+    """
+    captions = np.bincount(image_of_text)  # per image
     order, starts = np.argsort(image_of_text, kind="stable"), np.cumsum(captions) - captions
     number = np.empty(len(order), dtype=np.int64)  # of each caption among those of its image
     number[order] = np.arange(len(order)) - np.repeat(starts, captions)
-    blocks = []
-    for k in range(number[out].max() + 1):
-        blocks += rows[out & (number == k)].split(block)
-    # A block of one pair has no wrong answers.
-    return rows[~out], [part for part in blocks if len(part) > 1][:most]
+    parts, rows = [], torch.arange(len(image_of_text))
+    for k in range(number[chosen].max() + 1):
+        parts += rows[chosen & (number == k)].split(block)
+    return [part for part in parts if len(part) > 1]  # one pair has no wrong answers

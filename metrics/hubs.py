@@ -69,7 +69,7 @@ class Fold(NamedTuple):
     of_bank: torch.Tensor  # (G, B)
 
 
-def folds(image, text, image_of_text, seed):
+def _folds(image, text, image_of_text, seed):
     """Cut unit embeddings (N, D), (M, D) into parts by image, each with the others as bank: {direction: [Fold]}."""
     rng, owner = np.random.default_rng(seed), np.asarray(image_of_text)
     chosen = rng.permutation(len(image))[: max(2 * FOLDS, CAPTIONS * len(image) // len(text))]
@@ -94,12 +94,17 @@ def choose(image, text, image_of_text, scale, seed=0):
     image (N, D), text (M, D), image_of_text (M,): pairs of frozen embeddings that nothing is evaluated on. scale: of
     their cosines, of the frozen model. The least mean negative log probability of the right items decides, each
     candidate at the scale that suits it best. With fewer than two images a fold, `none` is all there is.
+
+    >>> near = torch.eye(12) + torch.tensor([[1.0], *[[0.0]] * 11]).T  # the first image is near every caption
+    >>> chosen = choose(torch.eye(12), near, range(12), scale=1.0)
+    >>> chosen["text_to_image"]["nnn"].nll < chosen["text_to_image"]["none"].nll
+    True
     """
     if len(image) < 2 * FOLDS:
         return {direction: {"none": NONE} for direction in DIRECTIONS}
     image, text = (F.normalize(torch.as_tensor(x).float(), dim=-1) for x in (image, text))
     chosen = {}
-    for direction, parts in folds(image, text, image_of_text, seed).items():
+    for direction, parts in _folds(image, text, image_of_text, seed).items():
         plain_scale, nll = _fit(parts, [torch.zeros(len(part.of_bank)) for part in parts], scale)
         chosen[direction] = {"none": NONE._replace(nll=nll)}
         for kind, k in [("nnn", k) for k in NEAREST] + [("inverted-softmax", None)]:

@@ -12,6 +12,7 @@ from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from metrics import summary
 from metrics.retrieval import recall_at
+from models.base import Adaptor
 from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
@@ -53,7 +54,12 @@ def progress_bar(count, passes, choices):
 
 def posterior_scales(adaptor, pairs):
     """Factor that turns each kind of score into logits: {score: factor}."""
-    return {"similarity": pairs.meta["logit_scale"], "log_likelihood": adaptor.posterior_scale}
+    scale = pairs.meta["logit_scale"]
+    if {type(adaptor).log_likelihood, type(adaptor).pair_score} == {Adaptor.log_likelihood, Adaptor.pair_score}:
+        scale = (
+            adaptor.posterior_scale
+        )  # the cosine is the method's own score, which held-out pairs may have calibrated
+    return {"similarity": scale, "log_likelihood": adaptor.posterior_scale}
 
 
 def uncertainty_of(embedding):

@@ -57,7 +57,10 @@ def test_saved_configuration_reads_back_the_same(home):
         (dict(dataset="d", method="m", preset="x"), "has no preset 'x'; it has default, reference"),
         (dict(dataset="d", method="typo"), "optim has no key 'learning_rate'; it has name, lr"),
         (dict(dataset="d", method="broken"), "is not valid YAML"),
-        (dict(dataset="d", method="m", settings=["epochs=3"]), "has no key 'epochs'; it has score, ordered, data"),
+        (
+            dict(dataset="d", method="m", settings=["epochs=3"]),
+            "has no key 'epochs'; it has score, hubs, ordered, data",
+        ),
         (dict(dataset="d", method="m", settings=["train.epochs"]), "--set takes key=value"),
         (dict(dataset="d", method="m", settings=["train.epochs=many"]), "epochs must be int, not 'many'"),
         (dict(dataset="d", method="m", settings=["train.epochs=true"]), "epochs must be int, not True"),
