@@ -1,5 +1,7 @@
 """The adaptor for a few hundred pairs: a linear map of either side, as near to no map as cross-validation wants."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from models.pair_loss import PairScore, info_nce
 
 PENALTIES = (1.0, 0.3)  # that cross-validation compares, with no map at all
 FOLDS, LEAST, PAIRS = 3, 30, 600  # of the cross-validation: parts, and the pairs that it needs and at most reads
+GAIN = 0.01  # nats that a map must gain
 STEPS, BATCH, RATE = 60, 256, 3e-3  # of its short trainings
 
 
@@ -44,8 +47,15 @@ class Linear(Adaptor):
         image, text = (x.to(self.image_map.device).float() for x in (image, text))
         penalties = (None, *PENALTIES) if self.chooses else (self.penalty.item(),)
         scores = {penalty: self._held_out_scores(image, text, penalty) for penalty in penalties}
-        best = min(penalties, key=lambda penalty: sum(info_nce(score).item() for score in scores[penalty]))
-        self.given_scale.fill_(best_temperature(scores[best]))
+        scales = {penalty: best_temperature(scores[penalty]) for penalty in penalties}
+        losses = {
+            penalty: sum(info_nce(scales[penalty] * score).item() for score in scores[penalty]) / FOLDS
+            for penalty in penalties
+        }
+        best = min(penalties, key=losses.get)
+        if losses.get(None, math.inf) < losses[best] + GAIN:
+            best = None
+        self.given_scale.fill_(scales[best])
         if best is None:
             self.requires_grad_(False)
         else:
