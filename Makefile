@@ -15,7 +15,7 @@ SPLITS = train val test shifted-train shifted-val shifted-test
 .PHONY: demo bayesvlm test test-published lint bench docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
-# slowest, symmetric-vmf, both end at about the same time.
+# slowest but for a short one, both end at about the same time.
 METHODS = $(patsubst configs/methods/%.yaml,%,$(shell ls -r configs/methods/*.yaml))
 demo: $(CACHE)
 	$(PY) reproduce.py --datasets shapes --methods $(METHODS) --seeds 0 --score both --devices auto auto --overwrite
