@@ -77,7 +77,7 @@ class Run:
     def finish(self, adaptor, seen, untrained=False):
         """Save the trained weights. seen: which images they were trained on (`Pairs.seen`).
 
-        untrained: whether held-out pairs chose the start, whose uncertainty is that of random weights.
+        untrained: whether held-out pairs chose the start and its uncertainty is that of random weights.
         """
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
         saved = {"state_dict": state, "identity": self.identity, "seen": seen}
@@ -87,7 +87,7 @@ class Run:
     def load(self, device):
         """Read the trained adaptor, its configuration and identity; raises UserError if missing or damaged.
 
-        Sets `seen`, which images it was trained on, and `untrained`, whether its start was kept.
+        Sets `seen`, which images it was trained on, and `untrained`, whether its uncertainty is of random weights.
         """
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
