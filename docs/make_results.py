@@ -1,7 +1,8 @@
-"""Write the tables of results into README.md and docs/results.md: `python docs/make_results.py [TABLE COMMIT]`.
+"""Write the tables of results into README.md and docs/results.md: `python docs/make_results.py [TABLE ... COMMIT]`.
 
-Without arguments they are made anew from docs/results.csv. With the path of a report's table.csv, such as
-results/shapes/table.csv, and the commit that made it, the figures in docs/results.csv are replaced first.
+Without arguments they are made anew from docs/results.csv. With the table.csv of reports, such as
+results/shapes/table.csv, and the commit that made them, stored figures are replaced first: docs/results.csv by those of
+the test split of `shapes`, docs/bayesvlm.csv by those of classes and of active learning, whichever the tables hold.
 """
 
 import csv
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HOME = Path(__file__).resolve().parent.parent
-FIGURES = HOME / "docs" / "results.csv"
+FIGURES, CLASSES = HOME / "docs" / "results.csv", HOME / "docs" / "bayesvlm.csv"
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 SPLIT = "shapes+test"  # what is reported: nothing was chosen on it
 FIELDS = "table", "row", "column", "seeds", "mean", "sd", "text"
@@ -118,12 +119,17 @@ TABLES = {
         [column for column in FULL if column.title != "interval"],
     ),
 }  # fmt: skip
+OF_CLASSES = {  # by task of a report: which columns are stored, and of which tables
+    "classification": r"classification/(acc|nll|ece_15|(query|entropy)_auroc|(acc|query_auroc|entropy_auroc)_interval)",
+    "comparison": r"differences_\w+/.*_gap",
+    "active": r"(accuracy|nll|ece)/\w+_(50|100|mean)(_gap)?",
+}
 KEYS = {"clip, entropy": "entropy", "clip, top probability": "probability", "clip, margin": "margin"}
 
 
-def read():
+def read(path=FIGURES):
     """The stored figures: {(table, row, column): dict of FIELDS}, and the commit that made them."""
-    with open(FIGURES, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         rows = {(row["table"], row["row"], row["column"]): row for row in csv.DictReader(file)}
     return rows, rows.pop(("commit", "", ""))["text"]
 
@@ -184,13 +190,29 @@ def pages():
     return texts
 
 
-def store(path, commit):
-    """Replace the stored figures by those of a report's table.csv."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["evaluated_on"] == SPLIT]
+def store(*paths, commit):
+    """Replace the stored figures by those of reports' table.csv; of classes, `table` begins with what they are of."""
+    rows = []
+    for path in paths:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows += csv.DictReader(file)
     kept = needed()
-    rows = [row for row in rows if (row["table"], row["row"], row["column"]) in kept]
-    with open(FIGURES, "w", encoding="utf-8", newline="") as file:
+    of_shapes = [
+        row for row in rows if (row["table"], row["row"], row["column"]) in kept and row["evaluated_on"] == SPLIT
+    ]
+    of_classes = [
+        row | {"table": f"{row['evaluated_on']} {row['table']}"}
+        for row in rows
+        if re.fullmatch(OF_CLASSES.get(row["task"], "none"), f"{row['table']}/{row['column']}")
+    ]
+    for path, figures in ((FIGURES, of_shapes), (CLASSES, of_classes)):
+        if figures:
+            write(path, figures, commit)
+
+
+def write(path, rows, commit):
+    """Write rows of figures, and the commit that made them."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerow(dict.fromkeys(FIELDS, "") | {"table": "commit", "text": commit})
@@ -199,7 +221,7 @@ def store(path, commit):
 
 def main(argv):
     if argv:
-        store(*argv)
+        store(*argv[:-1], commit=argv[-1])
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
         print(path)
