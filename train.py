@@ -32,7 +32,7 @@ LEAST_BATCH = 32  # pairs: fewer give too little contrast
 
 
 def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, quiet):
-    """Run the training loop: returns one dict of figures per epoch, and the epoch that is kept.
+    """Run the training loop: returns a dict of figures per epoch, the epoch that is kept, and whether it is untrained.
 
     There is no DataLoader: all embeddings lie on the device, and an epoch is one permutation of the captions cut into
     batches. rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch, or 0, the start; without
@@ -94,20 +94,33 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
                            schedule=schedule.state_dict(), log=log, best=best)  # fmt: skip
             saved = time.perf_counter()
     bar.close()
+    untrained = False
     if held_out:
         if best["val_loss"] == math.inf:
             raise UserError(
                 f"{run.folder}: no epoch gives held-out pairs finite scores: try a lower learning rate with"
                 " --set optim.lr=..."
             )
+        sample = image[image_of_text[held_out[0]]], text[held_out[0]]
+        last = uncertainties(adaptor, *sample)
         adaptor.load_state_dict(best["adaptor"])
-    return log, best["epoch"]
+        # That of the start is, unless training leaves it as it is: then no weight enters it, as with a closed form.
+        untrained = best["epoch"] == 0 and not all(map(torch.equal, last, uncertainties(adaptor, *sample)))
+    return log, best["epoch"], untrained
 
 
 def snapshot(adaptor, epoch, val_loss, temperature):
     """The state of an epoch that held-out pairs have judged, with the temperature that suits them best."""
     adaptor.given_scale.fill_(temperature)
     return {"val_loss": val_loss, "epoch": epoch, "adaptor": copy.deepcopy(adaptor.state_dict())}
+
+
+@torch.no_grad()
+def uncertainties(adaptor, image, text):
+    """The uncertainties (N,) and (M,) of images (N, D) and captions (M, D), without those that the method lacks."""
+    adaptor.eval()
+    sides = adaptor.adapt_image(image.float()), adaptor.adapt_text(text.float())
+    return [side.uncertainty for side in sides if side.uncertainty is not None]
 
 
 @torch.no_grad()
@@ -200,13 +213,13 @@ def main(argv=None):
         learned = adaptor.prepare(pairs, bank, args.quiet)
         log, outcome, untrained = [], "nothing to train", False
         if any(p.requires_grad for p in adaptor.parameters()):
-            log, kept = fit(adaptor, optimizer, *pairs.to(device, adaptor.pooled), rows, held_out, run, args.quiet)
+            data = pairs.to(device, adaptor.pooled)
+            log, kept, untrained = fit(adaptor, optimizer, *data, rows, held_out, run, args.quiet)
             outcome = f"trained, loss {log[-1]['loss']:.4f}"
             if held_out and kept:
                 outcome += f", epoch {kept} kept"
             elif held_out:
                 outcome += "; the untrained start is kept, as the best on held-out pairs"
-                untrained = True
         elif held_out:
             _, temperature = validate(adaptor, *pairs.to(device, adaptor.pooled), held_out)
             adaptor.given_scale.fill_(temperature)

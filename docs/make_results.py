@@ -1,7 +1,8 @@
-"""Write the tables of results into README.md and docs/results.md: `python docs/make_results.py [TABLE COMMIT]`.
+"""Write the tables of results into README.md and docs/results.md: `python docs/make_results.py [TABLE ... COMMIT]`.
 
-Without arguments they are made anew from docs/results.csv. With the path of a report's table.csv, such as
-results/shapes/table.csv, and the commit that made it, the figures in docs/results.csv are replaced first.
+Without arguments they are made anew from docs/results.csv. With the table.csv of reports, such as
+results/shapes/table.csv, and the commit that made them, stored figures are replaced first: docs/results.csv by those of
+the test split of `shapes`, docs/bayesvlm.csv by those of classes and of active learning, whichever the tables hold.
 """
 
 import csv
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HOME = Path(__file__).resolve().parent.parent
-FIGURES = HOME / "docs" / "results.csv"
+FIGURES, CLASSES = HOME / "docs" / "results.csv", HOME / "docs" / "bayesvlm.csv"
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 SPLIT = "shapes+test"  # what is reported: nothing was chosen on it
 FIELDS = "table", "row", "column", "seeds", "mean", "sd", "text"
@@ -22,6 +23,7 @@ METHODS = [
 OFFICIAL = [f"{name}+official" for name in ("probvlm", "pfe", "pcmepp", "prolip")]
 FREE = ["clip, few words", "clip, long embedding"]
 STAND_INS = ["clip, entropy", "clip, top probability", "clip, margin", *FREE]
+AFTER = {"clip, by top probability": "probability", "clip, by margin": "margin"}  # the row of clip has its entropy
 OPTIMAL = "Bayes-optimal"
 
 
@@ -54,10 +56,14 @@ FULL = [
 # By page and name of the table: its rows and its columns.
 TABLES = {
     ("README.md", "summary"): (
-        [*FREE, *METHODS],
+        [*FREE, *AFTER, *METHODS],
         [
-            column._replace(spread=False)
-            for column in (Column("R@1, %", "recall", R1, 1), IMAGE_R1, SPEARMAN, OF_ENTROPY, QUERY, ENTROPY)
+            column._replace(title=title, spread=False)
+            for column, title in (
+                (Column("", "recall", R1, 1), "R@1, %"),
+                (SPEARMAN, "Spearman with ambiguity, before the search"), (OF_ENTROPY, "after"),
+                (QUERY, "AUROC, before"), (ENTROPY, "after"),
+            )
         ],
     ),
     ("docs/results.md", "native"): ([*METHODS, OPTIMAL], FULL),
@@ -113,18 +119,25 @@ TABLES = {
         [column for column in FULL if column.title != "interval"],
     ),
 }  # fmt: skip
+OF_CLASSES = {  # by task of a report: which columns are stored, and of which tables
+    "classification": r"classification/(acc|nll|ece_15|(query|entropy)_auroc|(acc|query_auroc|entropy_auroc)_interval)",
+    "comparison": r"differences_\w+/.*_gap",
+    "active": r"(accuracy|nll|ece)/\w+_(50|100|mean)(_gap)?",
+}
 KEYS = {"clip, entropy": "entropy", "clip, top probability": "probability", "clip, margin": "margin"}
 
 
-def read():
+def read(path=FIGURES):
     """The stored figures: {(table, row, column): dict of FIELDS}, and the commit that made them."""
-    with open(FIGURES, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         rows = {(row["table"], row["row"], row["column"]): row for row in csv.DictReader(file)}
     return rows, rows.pop(("commit", "", ""))["text"]
 
 
 def place(column, row):
     """Where the figure of a row stands in a report: (table, row, column)."""
+    if row in AFTER and "entropy" in column.column:
+        return column.table, "clip", column.column.replace("entropy", AFTER[row])
     if column.table:
         row = row.removeprefix("clip, ") if column.table == "hierarchy" else row
         return column.table, row, column.column
@@ -177,13 +190,29 @@ def pages():
     return texts
 
 
-def store(path, commit):
-    """Replace the stored figures by those of a report's table.csv."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["evaluated_on"] == SPLIT]
+def store(*paths, commit):
+    """Replace the stored figures by those of reports' table.csv; of classes, `table` begins with what they are of."""
+    rows = []
+    for path in paths:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows += csv.DictReader(file)
     kept = needed()
-    rows = [row for row in rows if (row["table"], row["row"], row["column"]) in kept]
-    with open(FIGURES, "w", encoding="utf-8", newline="") as file:
+    of_shapes = [
+        row for row in rows if (row["table"], row["row"], row["column"]) in kept and row["evaluated_on"] == SPLIT
+    ]
+    of_classes = [
+        row | {"table": f"{row['evaluated_on']} {row['table']}"}
+        for row in rows
+        if re.fullmatch(OF_CLASSES.get(row["task"], "none"), f"{row['table']}/{row['column']}")
+    ]
+    for path, figures in ((FIGURES, of_shapes), (CLASSES, of_classes)):
+        if figures:
+            write(path, figures, commit)
+
+
+def write(path, rows, commit):
+    """Write rows of figures, and the commit that made them."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerow(dict.fromkeys(FIELDS, "") | {"table": "commit", "text": commit})
@@ -192,7 +221,7 @@ def store(path, commit):
 
 def main(argv):
     if argv:
-        store(*argv)
+        store(*argv[:-1], commit=argv[-1])
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
         print(path)

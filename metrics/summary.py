@@ -196,7 +196,7 @@ def of_answers(forecast):
 
 
 def of_learner(forecast):
-    """Accuracy, NLL and ECE of a Forecast, its error in levels of entropy of equal count, and AUROC of the entropy.
+    """Accuracy, NLL and ECE of a Forecast, its error in levels of entropy, and AUROCs of entropy and top probability.
 
     >>> logits = torch.tensor([[0.0, 9.0], [0.0, 1.0]])
     >>> of_learner(calibration.forecast(lambda rows: logits[rows], 2, [0, 1], [1, 0]))["by_entropy"]["error"]
@@ -214,4 +214,5 @@ def of_learner(forecast):
             "error": [float(1 - forecast.hit[rows].mean()) for rows in groups],
         },
         "entropy_auroc": auroc(forecast.entropy, forecast.hit),
+        "probability_auroc": auroc(-forecast.confidence, forecast.hit),
     }

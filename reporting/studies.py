@@ -6,8 +6,9 @@ from functools import cached_property
 from reporting.curves import BASE, DIGITS, ORDER, SCALE, TITLES, curves, gaps, image_errors, interval_note
 from reporting.parts import Part
 from reporting.runs import Result
-from reporting.tables import Cell, Column, Row, make, mean_sd
-from reporting.words import MINUS, over
+from reporting.tables import Cell, Column, Row, Selector, cells_of, make, mean_sd
+from reporting.tables.columns import AUROC, column
+from reporting.words import GALLERY_AWARE, MINUS, over
 from utils import result_file
 from utils.config import difference
 from utils.errors import UserError
@@ -110,8 +111,24 @@ class Study(Part):
 
     @cached_property
     def tables(self):
-        """Its reporting.tables.Tables, one per figure."""
-        return [self._table(figure) for figure in TITLES]
+        """Its reporting.tables.Tables: one per figure, and which answers to trust where an answer is wrong."""
+        tables = [self._table(figure) for figure in TITLES]
+        return [table for table in (*tables, self._trust()) if table]
+
+    def _trust(self):
+        """AUROCs of what tells wrong answers from right ones at no cost, with the most labels and without any."""
+        columns = [
+            column(f"{name}_auroc", "AUROC", GALLERY_AWARE[name], 3, f"{name}_auroc", note=AUROC)
+            for name in ("entropy", "probability")
+        ]
+        rows = []
+        for name, seeds in self.seeds.items():
+            last = [self.results[seed, name]["curve"][-1] for seed in seeds]
+            rows.append(Row(name, self.folder, len(seeds), cells_of(columns, last, Selector()), name))
+        before = Row("no label", None, None, cells_of(columns, [self.first["before"]], Selector()))
+        title = f"Which answers to trust, with {self.budgets[-1]:,} labels"
+        note = "Without a label: plain CLIP. Where answers differ, AUROCs are of different errors."
+        return make("trust", title, columns, [("", rows)], note, [before], ("strategy", "seeds"))
 
     def _table(self, figure):
         """One figure by budget and on average, and its difference from random choice."""

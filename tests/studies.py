@@ -16,7 +16,9 @@ SETTINGS = {
 def judged(rng, auroc=0.75):
     """Random figures of one model on the target."""
     levels = {"count": [100] * 10, "entropy": sorted(rng.random(10)), "error": sorted(rng.random(10))}
-    return dict(zip(FIGURES, rng.random(3), strict=True)) | {"by_entropy": levels, "entropy_auroc": auroc}
+    return dict(zip(FIGURES, rng.random(3), strict=True)) | {
+        "by_entropy": levels, "entropy_auroc": auroc, "probability_auroc": auroc and auroc + 0.1
+    }  # fmt: skip
 
 
 def make_result(strategy, seed, dataset="shapes", backbone="tiny", settings=SETTINGS, **changes):

@@ -187,6 +187,7 @@ def assert_figures(figures, probability, label):
     assert figures["nll"] == pytest.approx(-np.log(probability[np.arange(len(label)), label]).mean(), rel=1e-3)
     assert figures["ece"] == pytest.approx(slow_ece(probability.max(axis=1), hit), abs=1e-3)
     assert figures["entropy_auroc"] == pytest.approx(slow_auroc(entropy, hit), abs=1e-9)
+    assert figures["probability_auroc"] == pytest.approx(slow_auroc(-probability.max(axis=1), hit), abs=1e-9)
     levels, order = figures["by_entropy"], np.argsort(entropy)
     assert levels["count"] == [4] * 10
     assert levels["entropy"] == pytest.approx([entropy[order[4 * i : 4 * i + 4]].mean() for i in range(10)], abs=1e-3)

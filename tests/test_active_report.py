@@ -384,6 +384,26 @@ def test_error_over_entropy_before_and_after(tmp_path):
     assert last.get_title() == f"k-center\nAUROC 0.500 → {NONE}"
 
 
+def test_what_costs_nothing_stands_beside_the_strategies(tmp_path):
+    """AUROCs of entropy and top probability with the most labels, and of plain CLIP without any."""
+    study_of(tmp_path)
+    for seed, auroc in enumerate((0.5, 0.7, 0.9)):
+        path = tmp_path / f"shapes/tiny/active/shifted-test/bald-seed{seed}.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(put(result, ("curve", -1, "probability_auroc"), auroc)))
+    [study] = study_results.read(tmp_path / "shapes")
+    table = study.tables[-1]
+    assert table.title == "Which answers to trust, with 100 labels"
+    cell = rows_of(table)["bald"].cells["probability_auroc"]
+    assert (cell.mean, cell.sd) == (pytest.approx(0.7), pytest.approx(0.2))
+    before = rows_of(table)["no label"].cells
+    assert (before["entropy_auroc"].mean, before["probability_auroc"].mean) == (0.5, 0.6)
+    for path in tmp_path.rglob("*-seed*.json"):  # of an earlier active_learning.py
+        path.write_text(path.read_text().replace("probability_auroc", "other"))
+    [study] = study_results.read(tmp_path / "shapes")
+    assert [column.key for column in study.tables[-1].columns] == ["entropy_auroc"]
+
+
 def undecided():
     """A point of the largest budget with no wrong prediction, so that AUROC is undefined."""
     return make_result("k-center", 5)["curve"][-1] | {"entropy_auroc": None}

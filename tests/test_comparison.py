@@ -370,6 +370,10 @@ def test_data_sets_side_by_side(compared):
     assert scaled["average_nll"].mean == pytest.approx(np.mean(of_scaled)) and scaled["average_nll"].best
     assert not cell.best and rows["bayesvlm"].seeds == 2
     assert "the average takes the probabilities unscaled" in by_name["across_nll"].note
+    # Beside the image's own uncertainty, what costs nothing.
+    beside = by_name["across_query"]
+    assert {"clip, entropy", "clip, top probability", "clip, margin", "bayesvlm"} <= set(rows_of(beside))
+    assert all(mean(beside, row, "average_query") is not None for row in rows_of(beside))
     assert mean(by_name["across_accuracy"], "clip", "average_accuracy") == 50
     assert mean(by_name["across_aurc"], "bayesvlm + matched temperature", "average_aurc") == 0.125
     assert [column.key for column in by_name["across_ece_15"].hidden] == ["cifar_ece_20", "cifar+shifted_ece_20"]
@@ -493,7 +497,8 @@ def test_rows_of_a_temperature_are_named_by_the_split_it_is_of(tmp_path):
         [table] = [
             table for table in evaluations.read(tmp_path / "shapes")[-1].tables if table.name == "classification"
         ]
-    assert list(rows_of(table)) == ["clip", "clip + temperature", "clip + temperature of late"]
+    rows = [row for row in rows_of(table) if not row.startswith("clip, ")]  # of what costs nothing
+    assert rows == ["clip", "clip + temperature", "clip + temperature of late"]
     assert "all of its labeled images" in table.note
     table = side_by_side(tmp_path)[1]["across_nll"]
     assert list(rows_of(table)) == ["clip", "clip + temperature", "clip + temperature of val or late"]

@@ -568,18 +568,27 @@ def test_zero_shot_figures_of_two_sources_agree():
 
 
 def test_classification(tmp_path):
-    write(tmp_path, "clip", 0, 0.6, task="classification", truth=True)
+    result = make_result("clip", 0, 0.6, task="classification", truth=True)
+    result["image_to_class"]["interval"] = {"recall": {"1": [0.5, 0.7]}}
+    save(tmp_path, result)
     for seed, recall in enumerate((0.6, 0.7)):
         write(tmp_path, "pfe", seed, recall, -0.5, task="classification", truth=True)
     table = table_of(tmp_path, "classification")
-    assert list(rows_of(table)) == ["clip", "clip + temperature", "pfe", "pfe + temperature"]
+    methods, stand_ins = ["clip", "clip + temperature", "pfe", "pfe + temperature"], list(rows_of(table))[2:-2]
+    assert list(rows_of(table)) == [*methods[:2], *stand_ins, *methods[2:]]
+    # Each uncertainty that costs nothing stands beside the learned one, in the same columns; it has no others.
+    assert {"clip, entropy", "clip, top probability", "clip, margin"} <= set(stand_ins)
+    assert all(rows_of(table)[row].cells.keys() == {"query_auroc"} for row in stand_ins)
+    assert mean(table, "clip, entropy", "query_auroc") == mean(table, "clip", "entropy_auroc") is not None
+    intervals = [rows_of(table)["clip"].cells[f"{name}_interval"].text for name in ("acc", "entropy_auroc")]
+    assert intervals == ["[50.0, 70.0]", "[-1.000, 1.000]"]
     titles = [column.title for column in table.columns]
-    assert titles[:5] == ["ACC, %", "top-5, %", "NLPD", "ECE", "ECE, 20 bins"]
+    assert titles[:6] == ["ACC, %", "ACC, interval", "top-5, %", "NLPD", "ECE", "ECE, 20 bins"]
     cell = rows_of(table)["pfe"].cells["acc"]
     assert cell.mean == pytest.approx(65) and cell.sd == pytest.approx(50**0.5)
-    assert [mean(table, row, "nll") for row in rows_of(table)] == [2, 1, 2, 1]
-    assert [mean(table, row, "query_auroc") for row in rows_of(table)] == [None, None, 0.625, None]
-    assert [mean(table, row, "query_spearman") for row in rows_of(table)] == [None, None, 0.75, None]
+    assert [mean(table, row, "nll") for row in methods] == [2, 1, 2, 1]
+    assert [mean(table, row, "query_auroc") for row in methods] == [None, None, 0.625, None]
+    assert [mean(table, row, "query_spearman") for row in methods] == [None, None, 0.75, None]
     assert rows_of(table)["clip + temperature"].cells["ece_15"].best
     assert mean(table_of(tmp_path, "selective"), "pfe", "image_to_class_query_aurc") == 0.25
 

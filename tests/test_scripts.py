@@ -1,5 +1,6 @@
 """The scripts as a new user meets them: help, imports, and adding a method."""
 
+import csv
 import importlib
 import json
 import os
@@ -66,13 +67,19 @@ def test_a_method_is_one_file_and_one_yaml(world, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     assert " mine," in " ".join(capsys.readouterr().out.split())
-    for script in (train, evaluation):
-        script.main(["--dataset", "shapes", "--method", "mine", "--quiet"])
+    train.main(["--dataset", "shapes", "--method", "mine", "--quiet", "--val-fraction", "0.1", "--set", "optim.lr=9"])
+    assert "the untrained start is kept" in capsys.readouterr().out
+    evaluation.main(["--dataset", "shapes", "--method", "mine", "--quiet"])
     result = json.loads((world / "results/shapes/shapes-tiny/mine/seed0/shapes-retrieval.json").read_text())
     assert len(result["text_to_image"]["uncertainty"]["query"]["levels"]["count"]) == 10
+    # Training has no part in this uncertainty, so it is that of the method although the start was kept.
+    assert not result["untrained"]
     import report
 
     capsys.readouterr()
     report.main(["--dataset", "shapes"])
+    with open("results/shapes/table.csv", newline="") as file:
+        figures = {(row["row"], row["column"]) for row in csv.DictReader(file)}
+    assert ("mine", "text_to_image_query_auroc") in figures and ("mine", "query_spearman") in figures
     assert re.search(r"\bmine\b", capsys.readouterr().out)
     assert ">mine<" in (world / "results/shapes/report.html").read_text()

@@ -219,7 +219,9 @@ def test_training_ends_when_validation_gains_no_more(world):
 def test_the_start_is_kept_where_training_only_spoils_it(world, capsys):
     train.main([*COMMAND, "optim.lr=0.3"])
     assert "the untrained start is kept" in capsys.readouterr().out
-    adaptor, _, _ = Run(load_config("shapes", "asymvlm-psd")).load("cpu")
+    run = Run(load_config("shapes", "asymvlm-psd"))
+    adaptor, _, _ = run.load("cpu")
+    assert run.untrained
     text = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(adaptor.adapt_text(text).mean, torch.nn.functional.normalize(text, dim=-1))
     assert adaptor.posterior_scale != adaptor.temperature

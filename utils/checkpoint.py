@@ -78,7 +78,8 @@ class Run:
     def finish(self, adaptor, seen, bank, untrained=False):
         """Save the trained weights. seen: which images they were trained on (`Pairs.seen`).
 
-        bank: NamedTuple of training queries. untrained: whether held-out pairs chose the start, of random weights.
+        bank: NamedTuple of training queries. untrained: whether held-out pairs chose the start, whose uncertainty is
+        that of random weights.
         """
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
         saved = {"state_dict": state, "identity": self.identity, "seen": seen, "bank": bank._asdict()}
@@ -88,8 +89,8 @@ class Run:
     def load(self, device):
         """Read the trained adaptor, its configuration and identity; raises UserError if missing or damaged.
 
-        Sets `seen`, which images it was trained on, `bank`, the fields of its bank of training queries, None if it was
-        trained before there were banks, and `untrained`, whether its start was kept.
+        Sets `seen`, which images it was trained on, `bank`, the fields of its bank or None if it was trained before
+        there were banks, and `untrained`, whether its uncertainty is of random weights.
         """
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"

@@ -7,10 +7,22 @@ from typing import NamedTuple
 from metrics import comparison
 from reporting.runs import baseline_of, data_sets, find, seeds_of
 from reporting.tables import Cell, Column, Row, Selector, cells_of, make
-from reporting.tables.columns import AURC, AUROC, ERRORS, constant, one_row, record, rows_of
+from reporting.tables.columns import (
+    AURC,
+    AUROC,
+    ERRORS,
+    constant,
+    one_row,
+    own_or_deterministic,
+    plain,
+    record,
+    rows_of,
+    with_stand_ins,
+)
 from reporting.words import CLASSIFICATION, MINUS, PROBABILITIES, REAL
 
 DIRECTION = "image_to_class"
+BESIDE = " What no column names is the image's own uncertainty; those that need no training have rows of their own."
 
 
 class Figure(NamedTuple):
@@ -36,22 +48,31 @@ ACROSS = (
 
 def classification(block):
     """Accuracy and calibration in the form of BayesVLM (arXiv 2412.06014)."""
-    columns = [Column("acc", "", "ACC, %", 1, partial(_accuracy, "1"))]
+    note = "95 % bootstrap interval of ACC over images"
+    columns = [
+        Column("acc", "", "ACC, %", 1, partial(_accuracy, "1")),
+        Column("acc_interval", "", "ACC, interval", 1, _accuracy_interval, None, note=note),
+    ]
     if block.first["classes"] > 5:
         columns.append(Column("top5", "", "top-5, %", 1, partial(_accuracy, "5")))
     for key, (title, note) in ERRORS.items():
         title = "NLPD" if title == "NLL" else title
         columns.append(Column(key, "", title, 3, partial(_of_probabilities, key, 1), min, note=note))
+    columns = [plain(column) for column in columns]
     human = "rank correlation of uncertainty and the entropy of people's labels; 1 is ideal"
-    columns += [
-        Column("query_auroc", "failure", "AUROC, query-only", 3, partial(_of_method, "auroc", "query"), note=AUROC),
-        Column("entropy_auroc", "failure", "AUROC, entropy", 3, _auroc_of_entropy, note=AUROC),
-    ]
-    for name, title in (("query", "query-only"), ("entropy", "entropy")):
-        read = partial(_of_method, "spearman", name)
-        columns.append(Column(f"{name}_spearman", "human labels", f"Spearman, {title}", 3, read, note=human))
-    note = _on_temperatures(block) + constant(block, CLASSIFICATION, ("query",))
-    return make("classification", "Classification", columns, rows_of(block, columns, by_probabilities), note)
+    of_entropy = {"auroc": _auroc_of_entropy, "spearman": partial(_of_method, "spearman", "entropy")}
+    for key, group, title, meaning in (
+        ("auroc", "failure", "AUROC", AUROC),
+        ("spearman", "human labels", "Spearman", human),
+    ):
+        columns.append(Column(f"query_{key}", group, title, 3, partial(_own, key), note=meaning))
+        columns.append(plain(Column(f"entropy_{key}", group, f"{title}, entropy", 3, of_entropy[key], note=meaning)))
+    for name in ("query", "entropy"):
+        read, title = partial(_auroc_interval, name), f"AUROC, {name}, interval"
+        columns.append(plain(Column(f"{name}_auroc_interval", "failure", title, 3, read, None, shown=False)))
+    rows = _filled(rows_of(block, columns, with_stand_ins(by_probabilities)))
+    note = _on_temperatures(block) + BESIDE + constant(block, CLASSIFICATION, ("query",))
+    return make("classification", "Classification", columns, rows, note)
 
 
 def across(figure, block):
@@ -59,7 +80,7 @@ def across(figure, block):
     names = data_sets(block)
     if len(names) < 2:  # the table of the data set itself has it
         return None
-    special = {"query": partial(_of_method, "auroc", "query"), "auroc": _auroc_of_entropy}
+    special = {"query": partial(_own, "auroc"), "auroc": _auroc_of_entropy}
     read = special.get(figure.key, partial(_of_probabilities, figure.key, figure.scale))
     columns = {
         data: [Column(f"{data}_{figure.key}", *head, figure.digits, read, figure.best)] for data, head in names.items()
@@ -89,11 +110,10 @@ def across(figure, block):
             row |= cells_of([average], shared, selector)
         return row
 
-    rows_of_variant = one_row if figure.key == "query" else by_probabilities
-    groups = [
-        (heading, [row for row in rows if row.cells]) for heading, rows in rows_of(block, [], rows_of_variant, cells)
-    ]
+    rows_of_variant = own_or_deterministic if figure.key == "query" else by_probabilities
+    groups = _filled(rows_of(block, [], rows_of_variant, cells))
     note = f"{figure.note[0].upper()}{figure.note[1:]}." if figure.note else _on_temperatures(block)
+    note += BESIDE if figure.key == "query" else ""
     averaged = any(average.key in row.cells for _, rows in groups for row in rows)
     selectors = {selector for runs in block.results.values() for _, selector in rows_of_variant(runs)}
     if averaged and any(_fallback(run.values, each) != each for run in block.runs for each in selectors):
@@ -216,10 +236,32 @@ def _accuracy(k, values, selector):
     return 100 * values[DIRECTION]["recall"][k]
 
 
+def _accuracy_interval(values, selector):
+    """95 % interval of the top-1 accuracy in percent of what ranks."""
+    ends = find(values, DIRECTION, "interval", "recall", "1")
+    return None if ends is None or selector.probabilities == "matched" else tuple(100 * end for end in ends)
+
+
+def _auroc_interval(name, values, selector):
+    """95 % interval of the AUROC of one of the method's uncertainties."""
+    ends = record(DIRECTION, ("interval", "auroc"), values, selector, name)
+    return tuple(ends) if ends and selector.probabilities == "model" else None
+
+
 def _of_probabilities(key, scale, values, selector):
     """A figure of the row's probabilities."""
     figure = find(values, DIRECTION, "calibration", selector.probabilities, key)
     return None if figure is None else scale * figure
+
+
+def _filled(groups):
+    """The groups of rows without those that have no figure, as of a stand-in where every answer is right."""
+    return [(heading, [row for row in rows if row.cells]) for heading, rows in groups]
+
+
+def _own(key, values, selector):
+    """A figure of the image's own uncertainty, or of the stand-in that a row names."""
+    return _of_method(key, selector.uncertainty or "query", values, selector)
 
 
 def _of_method(key, name, values, selector):

@@ -96,6 +96,24 @@ def own_or_deterministic(runs):
     return one_row(runs) if _has_own(runs) else [_stand_in(name) for name in DETERMINISTIC if _is_known(runs, name)]
 
 
+def with_stand_ins(rows):
+    """A function from a variant's Results to `rows` of them, and for one without an uncertainty those of stand-ins."""
+
+    def every(runs):
+        return [*rows(runs), *(row for row in own_or_deterministic(runs) if row[0])]
+
+    return every
+
+
+def plain(column):
+    """The column without cells in the rows of stand-ins."""
+
+    def read(values, selector):
+        return None if selector.uncertainty else column.read(values, selector)
+
+    return column._replace(read=read)
+
+
 def own_or_free(runs):
     """One row, and for a method without an uncertainty one more for each that is known before the search."""
     free = [] if _has_own(runs) else [_stand_in(name) for name in FREE if _is_known(runs, name)]

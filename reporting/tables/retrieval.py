@@ -3,16 +3,18 @@
 from functools import partial
 
 from reporting.runs import find
-from reporting.tables import Cell, Column, Selector, make, published
+from reporting.tables import Cell, Column, make, published
 from reporting.tables.columns import (
     ERRORS,
     bayes_optimal,
     bounds,
     column,
-    own_or_deterministic,
+    one_row,
     percent,
+    plain,
     record,
     rows_of,
+    with_stand_ins,
 )
 from reporting.words import COCO, GALLERY_AWARE, RETRIEVAL, SCORES
 
@@ -76,23 +78,9 @@ def truth(block):
             columns.append(bounds(key, f"{title}, %", heading, 1, *path, scale=100, shown=False))
     if not block.first.get("bayes_optimal"):
         return None
-    columns = [each if each.key.endswith(tuple(TRUTH)) else _plain(each) for each in columns]
+    columns = [each if each.key.endswith(tuple(TRUTH)) else plain(each) for each in columns]
     note = "Uncertainties that need no training have rows of their own; those of the posterior need the search."
-    return make("truth", "Against the truth", columns, rows_of(block, columns, _one_and_stand_ins), note)
-
-
-def _one_and_stand_ins(runs):
-    """The row of a variant, and for one without an uncertainty those of its stand-ins."""
-    return [("", Selector()), *(row for row in own_or_deterministic(runs) if row[0])]
-
-
-def _plain(column):
-    """The column without cells in the rows of stand-ins."""
-
-    def read(values, selector):
-        return None if selector.uncertainty else column.read(values, selector)
-
-    return column._replace(read=read)
+    return make("truth", "Against the truth", columns, rows_of(block, columns, with_stand_ins(one_row)), note)
 
 
 def _of_truth(direction, key, name, values, selector):
