@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
+import scipy
 import torch
 
 from metrics.retrieval import Columns, Positives, tiles

@@ -7,7 +7,8 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse, stats
+import scipy
+from scipy import sparse
 
 from metrics.uncertainty import DRAWN, auroc_of_draws, bin_of, times_drawn
 
@@ -164,8 +165,8 @@ def paired(values, against, image_error=0.0):
     error = np.hypot(difference.std(ddof=1) / np.sqrt(len(difference)), image_error)
     if error <= 1e-9 * np.abs([values, against]).max():  # equal up to rounding, as counts may be: t is undefined
         return Difference(mean, mean, mean, 1.0)
-    low, high = stats.t.interval(0.95, len(difference) - 1, mean, error)
-    return Difference(mean, low, high, 2 * stats.t.sf(abs(mean) / error, len(difference) - 1))
+    low, high = scipy.stats.t.interval(0.95, len(difference) - 1, mean, error)
+    return Difference(mean, low, high, 2 * scipy.stats.t.sf(abs(mean) / error, len(difference) - 1))
 
 
 def holm(p):

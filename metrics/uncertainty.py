@@ -6,9 +6,9 @@ Q queries; hit (Q,) is the chance of a right answer, in [0, 1]: it is 0 or 1 unl
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
-DRAWN = 2**18  # queries drawn at once, so that their counts stay in the processor's cache
+DRAWN = 2**16  # queries drawn at once, so that their counts stay in the processor's cache
 
 
 def auroc(uncertainty, hit):
@@ -241,7 +241,7 @@ def spearman(a, b):
     >>> round(spearman([1, 2, 3, 4], [1, 3, 2, 4]), 3)
     0.8
     """
-    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
+    return float(scipy.stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 def kendall(a, b):
@@ -250,7 +250,7 @@ def kendall(a, b):
     >>> round(kendall([1, 2, 3, 4], [1, 3, 2, 4]), 3)
     0.667
     """
-    return float(stats.kendalltau(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
+    return float(scipy.stats.kendalltau(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 def label_entropy(shares):
@@ -259,7 +259,7 @@ def label_entropy(shares):
     >>> label_entropy([[10, 0], [5, 5]]).round(3).tolist()
     [0.0, 0.693]
     """
-    return stats.entropy(np.asarray(shares, dtype=np.float64), axis=1)
+    return scipy.stats.entropy(np.asarray(shares, dtype=np.float64), axis=1)
 
 
 def trend(recalls):
@@ -277,7 +277,7 @@ def _trends(recalls):
     """Trend of each of B rows of recalls (B, L): a Trend of arrays (B,), 0 where recall is constant."""
     recalls = np.round(recalls, 12)  # so that recalls which differ by rounding errors tie in rank
     level = np.arange(recalls.shape[1])
-    s, r2 = _correlation(level, stats.rankdata(recalls, axis=1)), _correlation(level, recalls) ** 2
+    s, r2 = _correlation(level, scipy.stats.rankdata(recalls, axis=1)), _correlation(level, recalls) ** 2
     return Trend(s, r2, 0 - s * r2, recalls[:, 0] - recalls[:, -1])
 
 
@@ -385,5 +385,6 @@ def depth_correlation(uncertainty, chain, depth):
     if size.min() < 2:
         raise ValueError("a chain has only one prompt")
     chains = np.split(np.argsort(of_chain, kind="stable"), np.cumsum(size)[:-1])
-    within = [_correlation(stats.rankdata(depth[rows]), stats.rankdata(uncertainty[rows])[None])[0] for rows in chains]
+    rank = scipy.stats.rankdata
+    within = [_correlation(rank(depth[rows]), rank(uncertainty[rows])[None])[0] for rows in chains]
     return DepthCorrelation(spearman(uncertainty, depth), float(np.mean(within)))

@@ -7,7 +7,7 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
-import scipy.optimize
+import scipy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -209,7 +209,7 @@ def test_the_same_bytes_each_time(tmp_path, capsys):
     assert files[0] == files[1] and len(files[0]) == 4 + 2 * 3
 
 
-def test_backbone_filters_results_and_traces(tmp_path, capsys):
+def test_backbone_filters_results_and_traces(tmp_path, capsys, one_figure):
     write_study(tmp_path)
     write_study(tmp_path, backbone="large")
     write_trace(tmp_path)

@@ -439,7 +439,7 @@ def test_what_has_no_baseline_or_one_data_set_is_compared_with_less(tmp_path):
     assert evaluations.compare([]) == []
 
 
-def test_the_report_has_them_in_every_format(compared):
+def test_the_report_has_them_in_every_format(compared, one_figure):
     folder, _ = compared
     report.main(["--dataset", "shapes", "--results", str(folder), "--quiet"])
     written = {

@@ -1,13 +1,12 @@
 """PFE, PCME++ and ProLIP: parity of their `reference` presets, their losses, their shared algebra and its memory."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import printed
 from golden import problem, recorded, reference
 from scipy import integrate, stats
 
@@ -16,7 +15,7 @@ from models.gaussian import kl_to_standard_normal
 from models.pcmepp import PCMEPP
 from models.pfe import PFE
 from models.prolip import ProLIP, log_inclusion
-from utils.config import HOME, load_config, make_adaptor
+from utils.config import load_config, make_adaptor
 
 GOLDEN = recorded("gaussian")
 CLASSES = [PFE, PCMEPP, ProLIP]
@@ -353,5 +352,4 @@ print(peak() - before)
 )
 def test_no_tensor_is_pairs_by_dimensions(most, call):
     """Extra MB of forward and backward at D = 512, in a fresh process, because peak memory never falls."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, *call], capture_output=True, text=True, cwd=HOME, check=True)
-    assert float(done.stdout) < most
+    assert float(printed(MEMORY, *call)) < most

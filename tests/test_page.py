@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import urllib.parse
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import made_once
 from scipy import sparse
 from studies import write_study, write_trace
 
@@ -120,10 +122,9 @@ def copy(path, variant):
     shutil.copy(path.with_suffix(".npz"), other.with_suffix(".npz"))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def make_folder():
     """Results of all three tasks: no uncertainty, one of captions alone, one of both sides, and a constant one."""
-    folder = tmp_path_factory.mktemp("few")
+    folder = Path.cwd()
     pairs, classes = pairs_of(folder), classes_of(folder)
     write(folder, "clip", 0, pairs, Stub(uncertain=False))
     for seed in range(2):
@@ -133,7 +134,20 @@ def folder(tmp_path_factory):
     for variant, stub in (("clip", Stub(uncertain=False)), ("both", Stub())):
         write(folder, variant, 0, classes, stub, "classification", "cifar")
         write(folder, variant, 0, pairs, stub, "hierarchy", "chains")
-    return folder
+    write_study(folder, STRATEGIES)
+    write_trace(folder)
+    make_page(folder, evaluations.read(folder / "shapes"), *others_in(folder))
+
+
+def others_in(folder):
+    """Parts of a page beside evaluations: active learning and traces of factors."""
+    return [*study_results.read(folder / "shapes"), *traces.read(folder / "shapes")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of `make_folder`, whose page takes ten seconds: once for all workers."""
+    return made_once(tmp_path_factory, "page", make_folder)
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +175,13 @@ def make_page(folder, blocks, *others):
 
 
 @pytest.fixture(scope="module")
-def others(folder, blocks):
-    """Parts of a page beside evaluations: active learning and traces of factors."""
-    write_study(folder, STRATEGIES)
-    write_trace(folder)
-    return [*study_results.read(folder / "shapes"), *traces.read(folder / "shapes")]
+def others(folder):
+    return others_in(folder)
 
 
 @pytest.fixture(scope="module")
-def page(folder, blocks, others):
-    return make_page(folder, blocks, *others)
+def page(folder):
+    return folder / "shapes" / "report.html"
 
 
 class Page(html.parser.HTMLParser):
@@ -246,7 +257,7 @@ def test_page_explains_warnings_levels_and_families(page):
     assert "<dt>query-only</dt>" in text and "<dt>gallery-aware</dt>" in text
 
 
-def test_published_columns_are_marked(folder):
+def test_published_columns_are_marked(folder, one_figure):
     blocks = evaluations.read(folder / "shapes")[:1]
     table = next(table for table in blocks[0].tables if table.name == "recall")
     printed = table.columns[0]._replace(published=True, group="published (a paper)", note="<of its table 1>")
@@ -453,7 +464,7 @@ def test_uncertainties_of_images_alone_are_drawn(tmp_path):
     assert pages.page("shapes", blocks, looks)
 
 
-def test_a_page_opens_with_what_was_found(blocks, others, tmp_path):
+def test_a_page_opens_with_what_was_found(blocks, others, tmp_path, one_figure):
     """Of retrieval, of classification over data sets, and of active learning; or with what is still to be done."""
     compared = next(part for part in blocks if part.task == "comparison")
     study = next(part for part in others if part.task == "active")

@@ -1,8 +1,6 @@
 """ProbCosine and its class probabilities against brute force and Monte Carlo, and on real factors if available."""
 
 import math
-import subprocess
-import sys
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import printed
 
 from models.laplace import Factors, Posterior, load_published
 from models.prob_cosine import (
@@ -22,7 +21,6 @@ from models.prob_cosine import (
     joint_probabilities,
     probit_factor,
 )
-from utils.config import HOME
 
 NORM_SQ = {"image": 63.6576, "text": 42.1238}  # of laion's ViT-B/32
 
@@ -225,8 +223,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_no_tensor_is_pairs_by_dimensions():
     """Extra MB at 1,024 x 1,024 pairs and 1,024 x 4,096 items and candidates, D = 512: one such tensor has 2,147 MB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=HOME, check=True)
-    assert float(done.stdout) < 150
+    assert float(printed(MEMORY)) < 150
 
 
 def test_points_of_no_length_are_finite():

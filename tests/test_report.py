@@ -4,11 +4,12 @@ import csv
 import io
 import json
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import put
+from conftest import made_once, put
 
 import report
 from reporting import evaluations, tables
@@ -128,12 +129,15 @@ def both_scores(ranking, other):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Results of three variants: one has no uncertainty, one a single seed and a name that needs escaping."""
-    folder = tmp_path_factory.mktemp("results")
-    for variant, recalls in RECALLS.items():
-        for seed, recall in enumerate(recalls):
-            write(folder, variant, seed, recall, UNCERTAIN[variant][seed] if variant in UNCERTAIN else None, truth=True)
-    report.main(["--dataset", "shapes", "--results", str(folder), "--quiet"])
-    return folder
+
+    def make():
+        for variant, recalls in RECALLS.items():
+            for seed, recall in enumerate(recalls):
+                auroc = UNCERTAIN[variant][seed] if variant in UNCERTAIN else None
+                write(Path.cwd(), variant, seed, recall, auroc, truth=True)
+        report.main(["--dataset", "shapes", "--results", str(Path.cwd()), "--quiet"])
+
+    return made_once(tmp_path_factory, "report", make)
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(made, forked,
     assert len(stamps().items() & before.items()) == 2
 
 
-def test_a_failing_cell_keeps_no_other_from_being_made(world, same, capsys):
+def test_a_failing_cell_keeps_no_other_from_being_made(world, same, forked, capsys):
     """One of three methods has no width, one of two data sets is absent, and two processes share the work."""
     argv = command("--evaluate-on", "shapes", "flickr30k", methods=["clip", *METHODS], devices=["cpu", "cpu"])
     out, lines = fails(capsys, *argv)

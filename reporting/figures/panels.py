@@ -4,11 +4,11 @@ import math
 
 import matplotlib
 import numpy as np
+import scipy
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from scipy import stats
 
 from reporting.figures import style
 from reporting.runs import TASKS
@@ -164,7 +164,7 @@ def _ambiguity_panel(axes, ambiguity, uncertainty, look):
 
 def percentile_ranks(uncertainty):
     """Ranks (Q,) of uncertainties in percent: their units differ by method, ranks do not."""
-    return 100 * (stats.rankdata(uncertainty) - 0.5) / len(uncertainty)
+    return 100 * (scipy.stats.rankdata(uncertainty) - 0.5) / len(uncertainty)
 
 
 def bins_of(ambiguity):

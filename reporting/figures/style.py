@@ -92,8 +92,9 @@ def looks(blocks):
 
 def lay_out(figure):
     """Place the parts of a figure once and for all: matplotlib would do so again for every file."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
         figure.set_layout_engine(None)
 
 
