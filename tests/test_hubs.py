@@ -1,5 +1,6 @@
 """Hub correction against loops, and the bank that it learns from: what it may hold, and that it alone decides."""
 
+import csv
 import json
 import math
 
@@ -9,6 +10,7 @@ import torch
 
 import cache_embeddings
 import eval as evaluation
+import report
 import train
 from datasets.bank import draw
 from datasets.embeddings import Pairs, hold_out
@@ -246,3 +248,28 @@ def test_what_cannot_be_corrected_is_named(here, refusal):
     evaluation.main([*RUN, "clip"])
     assert "keeps no training queries" in refusal(evaluation.main, *RUN, "clip", "--hubs", "auto")
     assert "--task hierarchy" in refusal(evaluation.main, *RUN, "clip", "--task", "hierarchy", "--hubs", "auto")
+
+
+def test_the_report_sets_both_beside_each_other(here, capsys, one_figure):
+    """A table of the figures without and with, from one file; a method that is not corrected has those without."""
+    for method in ("clip", "linear"):
+        train.main([*RUN, method])
+        evaluation.main([*RUN, method])
+    report.main(["--dataset", "embeddings"])
+    with open("results/embeddings/table.csv", newline="") as file:
+        cells = {(row["row"], row["column"]): row for row in csv.DictReader(file) if row["table"] == "hubs"}
+    values, _ = result("linear")
+    plain, _ = result("clip")
+    for direction in hubs.DIRECTIONS:
+        both = {"without": values["uncorrected"][direction], "with": values[direction]}
+        for which, part in both.items():
+            mean = cells["linear", f"{direction}_recall_{which}"]["mean"]
+            assert float(mean) == pytest.approx(100 * part["recall"]["1"])
+            mean = cells["linear", f"{direction}_aurc_{which}"]["mean"]
+            assert float(mean) == pytest.approx(part["uncertainty"]["probability"]["aurc"])
+        ece = cells["linear", f"{direction}_ece_with"]["mean"]
+        assert float(ece) == pytest.approx(values[direction]["calibration"]["model"]["ece_15"])
+        without = cells["clip", f"{direction}_ece_without"]["mean"]
+        assert float(without) == pytest.approx(plain[direction]["calibration"]["model"]["ece_15"])
+        assert ("clip", f"{direction}_recall_with") not in cells
+    assert "Hub correction" in capsys.readouterr().out

@@ -5,11 +5,12 @@ from functools import partial
 from reporting.tables.classification import ACROSS, across, classification, differences
 from reporting.tables.gains import gains
 from reporting.tables.hierarchy import hierarchy
+from reporting.tables.hubs import hubs
 from reporting.tables.retrieval import calibration, eccv, recall, truth
 from reporting.tables.selective import levels, selective, uncertainty
 
 TABLES = {
-    "retrieval": (gains, recall, uncertainty, levels, selective, truth, eccv, calibration, hierarchy),
+    "retrieval": (gains, recall, uncertainty, levels, selective, hubs, truth, eccv, calibration, hierarchy),
     "classification": (classification, selective),
     "hierarchy": (hierarchy,),
     "comparison": (
