@@ -43,6 +43,10 @@ def parse(argv):
     correct = "correct scores for gallery items that are near any query, retrieval; auto takes the kind, or none, that"
     correct += " cross-validation of the training queries of the run prefers; by default the method's choice"
     parser.add_argument("--hubs", choices=HUBS, help=correct)
+    unlabelled = (
+        "classification: correct scores by the images of this split, without their labels; see docs/evaluation.md"
+    )
+    parser.add_argument("--bank", metavar="SPLIT", help=unlabelled)
     levels = f"levels of uncertainty of equal size; by default {LEVELS}, or as many as there are queries"
     parser.add_argument("--uncer_levels", "--uncer-levels", type=int, help=levels)
     by = "uncertainty that orders images into levels: their own, their best answer's or the sum; default: the first"
@@ -83,13 +87,20 @@ def open_val(args, pairs, run, identity):
     return val
 
 
-def choose_hubs(run, pairs, kind, task):
-    """Choose the hub correction of each direction on the bank of a loaded run; returns it and the Bank.
+def choose_hubs(args, run, pairs, task, identity):
+    """Choose the hub correction: the kind, the Correction of each direction, and the bank; None for both without one.
 
-    Raises UserError for another task than retrieval, for a run without a bank, and if it holds an evaluated image.
+    identity: what the run was trained on. Raises UserError where there is no bank, or it has an evaluated image.
     """
-    if task != "retrieval":
-        raise UserError(f"--hubs {kind} corrects retrieval: leave it out of --task {task}.")
+    if args.bank and task != "classification":
+        raise UserError(f"--bank corrects classification: leave it out of --task {task}.")
+    kind = args.hubs or ("nnn" if args.bank else run.config.hubs if task == "retrieval" else "none")
+    if kind == "none":
+        return kind, None, None
+    if task == "classification":
+        return kind, {"image_to_class": hubs.fixed(kind)}, open_bank(args, run, pairs, identity)
+    if task == "hierarchy":
+        raise UserError(f"--hubs {kind} corrects retrieval and classification: leave it out of --task hierarchy.")
     if run.bank is None:
         raise UserError(
             f"{run.folder} keeps no training queries, as it was trained by an earlier version: train again with"
@@ -104,7 +115,19 @@ def choose_hubs(run, pairs, kind, task):
         )
     dim = pairs.dim  # pooled features may follow
     frozen = bank.image[:, :dim], bank.text[:, :dim], bank.image_of_text
-    return hubs.decide(hubs.choose(*frozen, pairs.meta["logit_scale"], run.config.seed), kind), bank
+    return kind, hubs.decide(hubs.choose(*frozen, pairs.meta["logit_scale"], run.config.seed), kind), bank
+
+
+def open_bank(args, run, pairs, identity):
+    """Open the split of --bank; raises UserError unless it has images that the evaluated split lacks."""
+    if not args.bank:
+        raise UserError("--hubs corrects classification by images without labels: name a split of them with --bank.")
+    bank = Pairs(args.dataset, run.config.backbone, args.bank, needs_pooled(run.config))
+    bank.must_fit(identity, run.folder)
+    shared = pairs.shared_with(bank.seen(slice(None)))
+    if shared:
+        raise UserError(f"--bank {args.bank} shares {shared:,} images with {pairs.folder}: name another split.")
+    return bank
 
 
 def check(args, run, pairs, task, count):
@@ -165,8 +188,7 @@ def main(argv=None):
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     val = open_val(args, pairs, run, identity) if args.val else None
-    kind = args.hubs or (config.hubs if task == "retrieval" else "none")
-    correction, bank = choose_hubs(run, pairs, kind, task) if kind != "none" else (None, None)
+    kind, correction, bank = choose_hubs(args, run, pairs, task, identity)
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank)
     try:
         figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
@@ -185,7 +207,7 @@ def main(argv=None):
     }  # fmt: skip
     if correction:
         metadata["hubs"] = {name: one._asdict() for name, one in correction.items()}
-        metadata["hubs"]["bank"] = {"images": len(bank.image), "captions": len(bank.text)}
+        metadata["hubs"]["bank"] = {"images": len(bank.image), "split": args.bank}
     path = config.result(evaluated_on, task)
     chosen = {"score": first, "hubs": kind}
     with locked(path.parent):

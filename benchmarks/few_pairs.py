@@ -71,16 +71,19 @@ class Queries:
     def __init__(self, paths, direction):
         side = "text" if direction == "text_to_image" else "image"
         columns, group = {}, []
+        # The captions of an image share its probability, of which the arrays hold that of the best caption alone.
+        self.share_answers = False
         for number, path in enumerate(paths):
             values, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
             part = {"hit": arrays[f"{direction}_hit"], "entropy": arrays[f"{direction}_entropy"]}
-            part["confidence"] = arrays[f"{direction}_probability"]
+            part["probability"] = arrays[f"{direction}_probability"]
             if f"{side}_uncertainty" in arrays and not values.get("untrained"):
                 part["query"] = arrays[f"{side}_uncertainty"]
             if f"{side}_words" in arrays and np.ptp(arrays[f"{side}_words"]):
                 part["words"] = arrays[f"{side}_words"]
             for name, column in part.items():
                 columns.setdefault(name, []).append(column)
+            self.share_answers |= side == "image" and len(arrays["image_of_text"]) > len(part["hit"])
             rows = arrays["image_of_text"] if side == "text" else np.arange(len(part["hit"]))
             group.append(rows + 1_000_000 * number)
         # An uncertainty that one part lacks is left out.
@@ -94,11 +97,11 @@ class Queries:
         if name == "recall":
             return hit.mean()
         if name == "aurc":
-            return selective(-columns["confidence"], hit).aurc
-        if name == "ece":
-            return calibration_error(reliability(columns["confidence"].clip(0, 1), hit))
-        values = -columns["confidence"] if name == "probability" else columns.get(name)
-        area = None if values is None else auroc(values, hit)
+            return selective(-columns["probability"], hit).aurc
+        if name == "ece" and not self.share_answers:
+            return calibration_error(reliability(columns["probability"].clip(0, 1), hit))
+        values = -columns["probability"] if name == "probability" else columns.get(name)
+        area = None if values is None or name == "ece" else auroc(values, hit)
         return np.nan if area is None else area
 
 

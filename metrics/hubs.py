@@ -138,6 +138,15 @@ def _lse(logits):
     return logits.logsumexp(dim=1)
 
 
+def fixed(kind):
+    """The Correction of a kind where nothing can be chosen, as there are no labels: auto is nnn.
+
+    >>> fixed("auto")
+    Correction(kind='nnn', weight=0.5, k=16, ratio=1.0, nll=None)
+    """
+    return Correction("nnn", 0.5, 16) if kind in ("auto", "nnn") else Correction(kind, 0.5)
+
+
 def decide(chosen, kind):
     """The Correction of each direction for --hubs `kind`: `auto` takes the kind with the least NLL.
 

@@ -34,7 +34,8 @@ def _direction(direction, result):
     limit = f"  (Bayes-optimal R@1 {100 * part['bayes_recall']:.1f})" if "bayes_recall" in part else ""
     lines = [f"  {DIRECTIONS[direction]}  {_recalls(direction, part, classes)}{error}{limit}"]
     if "uncorrected" in result:
-        lines.append(_hubs(result["hubs"], direction, result["uncorrected"][direction]))
+        name = "top-1" if classes else "R@1"
+        lines.append(_hubs(result["hubs"], direction, result["uncorrected"][direction], name))
     record = part["uncertainty"].get(part["levels_by"], {})
     if "levels" in record:
         name = "top-1" if classes else "R@1"
@@ -66,15 +67,15 @@ def _direction(direction, result):
     return lines
 
 
-def _hubs(chosen, direction, plain):
-    """What hub correction subtracts, and the R@1 without it."""
+def _hubs(chosen, direction, plain, recall):
+    """What hub correction subtracts, and the R@1, by its name, without it."""
     correction = chosen[direction]
     if correction["kind"] == "none":
         return "    not corrected for hubs: cross-validation on the training queries prefers the score as it is"
     nearest = f"k {correction['k']}, " if correction["k"] else ""
     gain, (low, high) = plain["gain"]["recall"]["1"], plain["gain"]["interval"]["recall"]["1"]
     return (
-        f"    corrected for hubs ({correction['kind']}, {nearest}weight {correction['weight']}): R@1"
+        f"    corrected for hubs ({correction['kind']}, {nearest}weight {correction['weight']}): {recall}"
         f" {100 * plain['recall']['1']:.1f} without, a gain of {100 * gain:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
 

@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from datasets.bank import Bank
 from datasets.embeddings import Pairs
-from metrics import summary
-from metrics.retrieval import recall_at
+from metrics import calibration, summary
+from metrics.comparison import interval
+from metrics.retrieval import rank, recall_at
+from metrics.uncertainty import auroc, selective
 from models.base import Adaptor
 from utils.errors import UserError
 
@@ -32,7 +34,7 @@ class Choices:
     quiet: bool = False  # no progress bar
     val: Pairs | None = None  # images of the same classes, on all of which a temperature is fitted
     hubs: dict | None = None  # the hubs.Correction of each direction, if scores are corrected
-    bank: Bank | None = None  # the training queries that a correction needs
+    bank: Bank | Pairs | None = None  # that a correction needs: training queries, or images without their labels
 
 
 def with_progress(compute, bar):
@@ -133,6 +135,27 @@ def evaluate_side(ranking, query, answer, choices, levels_by, drawn, free=None, 
         family = {"family": "query-only" if name in query_only else "gallery-aware"}
         figures["uncertainty"][name] = family | summary.of_uncertainty(uncertainty, ranking, *options)
     return figures, uncertainties[levels_by or "entropy"]
+
+
+def without_correction(side, scale, drawn, hit, group_of_item=None):
+    """Figures of one direction before hub correction, and what it gains in R@1, with its interval over images.
+
+    side: the first arguments of `rank`. drawn: a PairedBootstrap of the queries. hit: (Q,) of the corrected scores.
+    group_of_item: as in `calibration.forecast`.
+    """
+    ranking = rank(*side, scale)
+    plain = recall_at(ranking, 1)
+    gain = drawn.mean(hit - plain)
+    forecast = calibration.forecast(*side, scale, group_of_item)
+    bins = calibration.reliability(forecast.confidence, forecast.hit)
+    return summary.of_ranking(ranking, drawn=drawn) | {
+        "gain": {"recall": {"1": float(gain[0])}, "interval": {"recall": {"1": interval(gain)}}},
+        "uncertainty": {
+            name: {"auroc": auroc(values, plain), "aurc": selective(values, plain).aurc}
+            for name, values in summary.gallery_aware(ranking).items()
+        },
+        "calibration": {"ece_15": calibration.calibration_error(bins), "nll": float(forecast.nll.mean())},
+    }
 
 
 def arrays_of(side, ranking, uncertainty):

@@ -5,6 +5,7 @@ import torch
 
 from metrics import calibration, retrieval, summary
 from metrics.comparison import PairedBootstrap
+from metrics.hubs import constants
 from metrics.uncertainty import label_entropy
 from models.backbones.last_map import cut
 from models.base import adapt_all, cosine
@@ -20,6 +21,7 @@ from tasks import (
     progress_bar,
     uncertainty_of,
     with_progress,
+    without_correction,
 )
 
 
@@ -73,14 +75,29 @@ def evaluate(adaptor, pairs, choices, device):
         val_image = adapt_all(adaptor.adapt_image, val.fed("image", adaptor.pooled), device)
         val_targets = len(val.classes), np.arange(len(val.label)), val.label
 
+    subtracted = {}  # from the scores of each class
+    if choices.hubs:
+        bank, correction = choices.bank, choices.hubs["image_to_class"]
+        bank_image = adapt_all(adaptor.adapt_image, bank.fed("image", adaptor.pooled), device)
+        for name in choices.scores:
+            subtracted[name] = constants(
+                lambda rows, c=computes[name]: c(bank_image, prompt.rows(rows)).T,
+                classes, len(bank.image), correction, scales[name],
+            )  # fmt: skip
+
+    def less(score, name):
+        """The same scores with the correction of their kind."""
+        return (lambda rows: score(rows) - subtracted[name]) if subtracted else score
+
     drawn, free = PairedBootstrap(row), {"length": lengths(pairs.image)}
     for name in choices.scores:
-        score = score_of(with_progress(computes[name], bar))
+        plain = score_of(with_progress(computes[name], bar))
+        score = less(plain, name)
         ranking = retrieval.rank(score, classes, row, label, scales[name])
         side, uncertainty = evaluate_side(ranking, *uncertainties, choices, levels_by, drawn, free, truth=human_entropy)
         forecasts = summary.forecasts(score, classes, row, label, scales[name], row)
         if val is not None:
-            fitted = calibration.fit_scale(score_of(computes[name], val_image), *val_targets)
+            fitted = calibration.fit_scale(less(score_of(computes[name], val_image), name), *val_targets)
             if fitted is not None:
                 forecasts["validation"] = forecast_with(fitted, score)
         if name == "log_likelihood":
@@ -95,6 +112,11 @@ def evaluate(adaptor, pairs, choices, device):
         if "validation" in forecasts:
             side["calibration"]["validation"]["split"] = val.folder.name
         figures = {"score": name, "posterior_scale": scales[name], "image_to_class": side}
+        if subtracted:
+            part = without_correction(
+                (plain, classes, row, label), scales[name], drawn, retrieval.recall_at(ranking, 1)
+            )
+            figures["uncorrected"] = {"image_to_class": part}
         if result:
             result["other_score"] = figures
             continue

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from metrics import calibration, eccv, retrieval, summary
+from metrics import eccv, retrieval, summary
 from metrics.comparison import PairedBootstrap, interval
 from metrics.hubs import DIRECTIONS, constants
-from metrics.uncertainty import auroc, levels, selective, trend
+from metrics.uncertainty import levels, trend
 from models.base import adapt_all
 from tasks import (
     STORED_SCORES,
@@ -27,6 +27,7 @@ from tasks import (
     progress_bar,
     uncertainty_of,
     with_progress,
+    without_correction,
 )
 
 COCO_5K = 5000  # images of the test split, whose fifths are COCO 1K
@@ -121,7 +122,7 @@ def evaluate(adaptor, pairs, choices, device):
     groups = {"text": scene[pairs.image_of_text], "image": scene}
     drawn = {side: PairedBootstrap(group) for side, group in groups.items()}
     arrays["group_of_image"] = scene
-    ambiguity = truth["text_to_image"].ambiguity
+    ambiguity, group_of_text = truth["text_to_image"].ambiguity, pairs.image_of_text
     bank = choices.hubs and adapted_bank(adaptor, choices.bank, device)
     count = len(pairs.image) * len(pairs.text)
     # Per direction: ranks, probabilities unscaled and scaled, and mAP@R if the true matches are known.
@@ -137,7 +138,18 @@ def evaluate(adaptor, pairs, choices, device):
         figures, side_arrays = evaluate_sides(both, scale, uncertainties, truth, choices, groups, drawn, free)
         figures = {"score": name, "posterior_scale": scales[name]} | figures
         if choices.hubs:
-            figures["uncorrected"] = without_correction(plain, scales[name], drawn, side_arrays)
+            figures["uncorrected"] = {
+                "text_to_image": without_correction(
+                    plain["text_to_image"], scales[name], drawn["text"], side_arrays["text_to_image_hit"]
+                ),
+                "image_to_text": without_correction(
+                    plain["image_to_text"],
+                    scales[name],
+                    drawn["image"],
+                    side_arrays["image_to_text_hit"],
+                    group_of_text,
+                ),
+            }
         if result:
             result["other_score"] = figures
             continue
@@ -212,30 +224,6 @@ def corrected(both, compute, image, text, bank, hubs, scale):
         if correction.kind != "none":
             result[name] = side.less(constants(scores[name], side.gallery, queries, correction, scale))
     return result, scales
-
-
-def without_correction(both, scale, drawn, arrays):
-    """Figures of both directions before hub correction, and what it gains in R@1, with its interval over images.
-
-    drawn: as in `evaluate_side`. arrays: per query, of the corrected scores.
-    """
-    figures = {}
-    for (name, side), query in zip(both.items(), ("text", "image"), strict=True):
-        ranking, draws = retrieval.rank(*side, scale), drawn[query]
-        hit = retrieval.recall_at(ranking, 1)
-        gain = draws.mean(arrays[f"{name}_hit"] - hit)
-        image_of_item = side.query if query == "image" else None
-        forecast = calibration.forecast(*side, scale, image_of_item)
-        of_bins = calibration.reliability(forecast.confidence, forecast.hit)
-        figures[name] = summary.of_ranking(ranking, drawn=draws) | {
-            "gain": {"recall": {"1": float(gain[0])}, "interval": {"recall": {"1": interval(gain)}}},
-            "uncertainty": {
-                key: {"auroc": auroc(values, hit), "aurc": selective(values, hit).aurc}
-                for key, values in summary.gallery_aware(ranking).items()
-            },
-            "calibration": {"ece_15": calibration.calibration_error(of_bins), "nll": float(forecast.nll.mean())},
-        }
-    return figures
 
 
 def example_names(side, truth, pairs):

@@ -170,7 +170,7 @@ def test_eval_subtracts_what_a_loop_subtracts(here, kind):
             assert record == {key: plain[direction]["uncertainty"][name][key] for key in ("auroc", "aurc")}
         model = plain[direction]["calibration"]["model"]
         assert without["calibration"] == {"ece_15": model["ece_15"], "nll": model["nll"]}
-    assert values["hubs"]["bank"] == {"images": 96, "captions": 192}
+    assert values["hubs"]["bank"] == {"images": 96, "split": None}
     assert values["config"]["hubs"] == kind and "uncorrected" not in plain and "hubs" not in plain
 
 
@@ -273,3 +273,41 @@ def test_the_report_sets_both_beside_each_other(here, capsys, one_figure):
         assert float(without) == pytest.approx(plain[direction]["calibration"]["model"]["ece_15"])
         assert ("clip", f"{direction}_recall_with") not in cells
     assert "Hub correction" in capsys.readouterr().out
+
+
+def test_classes_are_corrected_by_images_without_labels(here, refusal):
+    """Against loops; another order of the bank's labels changes nothing."""
+    train.main([*RUN, "clip"])
+    arrays = pairs_with_hubs(captions=1)
+    results = []
+    for labels in (0, 1):
+        label = np.random.default_rng(labels).permutation(np.arange(120) % 6)
+        splits = Pairs("embeddings", "given", "test0").image_id
+        label[splits] = np.arange(len(splits)) % 6  # those of the evaluated split stay
+        np.savez("pairs.npz", image=arrays["image"], text=arrays["text"][:6], label=label, class_of_text=np.arange(6))
+        settings = ["--set", "data.options.logit_scale=20"]
+        cache_embeddings.main([*CACHE, "--overwrite", "--splits", "test0", "train0", *settings])
+        flags = [*RUN, "clip", "--train-dataset", "embeddings", "--split", "test0"]
+        evaluation.main([*flags, "--bank", "train0"])
+        path = "results/embeddings/given/clip/seed0/embeddings-classification"
+        with open(f"{path}.json") as file, np.load(f"{path}.npz") as columns:
+            results.append((json.load(file), dict(columns)))
+    values, columns = results[0]
+    test, bank = Pairs("embeddings", "given", "test0"), Pairs("embeddings", "given", "train0")
+    prompts = unit(test.text)
+    constant = slow_constants(prompts @ unit(bank.image).T, Correction("nnn", 0.5, 16), 20.0)
+    scores = unit(test.image) @ prompts.T
+    accuracy = (np.argmax(scores - constant, axis=1) == test.label).mean()
+    assert values["image_to_class"]["recall"]["1"] == pytest.approx(accuracy)
+    plain = (np.argmax(scores, axis=1) == test.label).mean()
+    assert values["uncorrected"]["image_to_class"]["recall"]["1"] == pytest.approx(plain)
+    assert values["hubs"]["bank"] == {"images": 96, "split": "train0"}
+    for name, column in columns.items():
+        np.testing.assert_array_equal(column, results[1][1][name], err_msg=name)
+    assert "shares 24 images" in refusal(evaluation.main, *flags, "--bank", "test0")
+    assert "with --bank" in refusal(evaluation.main, *flags, "--hubs", "nnn")
+
+
+def test_a_bank_is_of_classes(here, refusal):
+    train.main([*RUN, "clip"])
+    assert "leave it out of --task retrieval" in refusal(evaluation.main, *RUN, "clip", "--bank", "train0")
