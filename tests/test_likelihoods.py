@@ -66,7 +66,12 @@ def of_cosine(adaptor, image, text):
     return F.cosine_similarity(image.mean, text.mean, dim=0)
 
 
+def of_scaled_cosine(adaptor, image, text):
+    return adaptor.logit_scale * of_cosine(adaptor, image, text)
+
+
 ORACLES = {
+    "linear": of_scaled_cosine,
     "asymvlm-vmf": of_vmf, "asymvlm-psd": of_psd, "symmetric-vmf": of_two_vmf, "pfe": of_gaussians,
     "probvlm": of_generalized_gaussians, "pcmepp": of_matching, "prolip": of_matching,
     **dict.fromkeys(("clip", "loss-prediction", "knn", "kde", "typicality", "density"), of_cosine),
