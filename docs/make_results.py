@@ -2,7 +2,8 @@
 
 Without arguments they are made anew from docs/results.csv. With the table.csv of reports, such as
 results/shapes/table.csv, and the commit that made them, stored figures are replaced first: docs/results.csv by those of
-the test split of `shapes`, docs/bayesvlm.csv by those of classes and of active learning, whichever the tables hold.
+the test split of `shapes`, docs/bayesvlm.csv by those of classes and of active learning, whichever the tables hold. Rows of
+`official` presets and of the unified objective that the tables lack stay as they were.
 """
 
 import csv
@@ -16,9 +17,10 @@ FIGURES, CLASSES = HOME / "docs" / "results.csv", HOME / "docs" / "bayesvlm.csv"
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 SPLIT = "shapes+test"  # what is reported: nothing was chosen on it
 FIELDS = "table", "row", "column", "seeds", "mean", "sd", "text"
+UNTRAINED = ["knn", "kde", "typicality", "density"]  # densities of the bank
 METHODS = [
-    "clip", "asymvlm-psd", "asymvlm-vmf", "symmetric-vmf", "probvlm", "pfe", "pcmepp", "prolip", "loss-prediction",
-    "bayesvlm",
+    "clip", "linear", *UNTRAINED, "asymvlm-psd", "asymvlm-vmf", "symmetric-vmf", "probvlm", "pfe", "pcmepp", "prolip",
+    "loss-prediction", "bayesvlm",
 ]  # fmt: skip
 OFFICIAL = [f"{name}+official" for name in ("probvlm", "pfe", "pcmepp", "prolip")]
 FREE = ["clip, few words", "clip, long embedding"]
@@ -56,7 +58,7 @@ FULL = [
 # By page and name of the table: its rows and its columns.
 TABLES = {
     ("README.md", "summary"): (
-        [*FREE, *AFTER, *METHODS],
+        [*FREE, *AFTER, *(name for name in METHODS if name not in ("linear", "knn", "typicality"))],
         [
             column._replace(title=title, spread=False)
             for column, title in (
@@ -205,6 +207,10 @@ def store(*paths, commit):
         for row in rows
         if re.fullmatch(OF_CLASSES.get(row["task"], "none"), f"{row['table']}/{row['column']}")
     ]
+    if of_shapes:
+        made = {row["row"] for row in of_shapes}
+        stored = read()[0].values()
+        of_shapes += [row for row in stored if "+" in row["row"] and row["row"] not in made]
     for path, figures in ((FIGURES, of_shapes), (CLASSES, of_classes)):
         if figures:
             write(path, figures, commit)
