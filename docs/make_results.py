@@ -2,8 +2,8 @@
 
 Without arguments they are made anew from docs/results.csv. With the table.csv of reports, such as
 results/shapes/table.csv, and the commit that made them, stored figures are replaced first: docs/results.csv by those of
-the test split of `shapes`, docs/bayesvlm.csv by those of classes and of active learning, whichever the tables hold. Rows of
-`official` presets and of the unified objective that the tables lack stay as they were.
+the test split of `shapes`, docs/bayesvlm.csv by those of classes and of active learning, whichever the tables hold.
+Rows of `official` presets and of the unified objective that the tables lack stay as they were.
 """
 
 import csv
@@ -58,7 +58,7 @@ FULL = [
 # By page and name of the table: its rows and its columns.
 TABLES = {
     ("README.md", "summary"): (
-        [*FREE, *AFTER, *(name for name in METHODS if name not in ("linear", "knn", "typicality"))],
+        [*FREE, *AFTER, *(name for name in METHODS if name not in ("linear", "knn", "kde", "typicality"))],
         [
             column._replace(title=title, spread=False)
             for column, title in (
