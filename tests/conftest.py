@@ -1,8 +1,10 @@
 """Fixtures that several tests share: a small cached world, the real files of the workplace, refusals."""
 
+import functools
 import gc
 import os
 import shutil
+import sys
 from pathlib import Path
 
 # One thread for each of the workers that share the cores, and for the processes that tests start.
@@ -27,6 +29,9 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+    if "open_clip" in sys.modules:  # CLIP's vocabulary takes a quarter of a second to read: once for all backbones
+        factory = sys.modules["open_clip"].factory
+        factory.SimpleTokenizer = functools.cache(factory.SimpleTokenizer)
 
 
 torch.set_num_threads(1)  # small widths: threads only wait for one another
