@@ -213,7 +213,8 @@ class BlockEncoder:
                     if name in arrays:
                         arrays[name] = arrays[name][repeated]
                 # A token holds at least one byte, so only long captions can have been cut.
-                cut = sum(len(text.encode()) > 60 and not self.backbone.reads_whole(text) for text in block)
+                long = (text for text in unique if len(text.encode()) > 60)
+                cut = sum(counts[text] for text in long if not self.backbone.reads_whole(text))
                 self.blocks.write(kind, number, **arrays, cut=np.array(cut))
 
     def _encoded(self, side, batch, rows, count):

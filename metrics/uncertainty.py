@@ -317,12 +317,12 @@ def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidenc
     queries = len(hit)
     _edges(queries, count, drop_remainder)  # checks `count`
     order, hit, starts = _in_order(uncertainty, hit)
-    of_group = slice(None) if group is None else np.unique(group, return_inverse=True)[1][order]
+    of_group = None if group is None else np.unique(group, return_inverse=True)[1][order]
     groups = queries if group is None else of_group.max() + 1
     sizes = np.diff(starts, append=queries)
     statistics = []
     for drawn in times_drawn(groups, draws, seed, max(1, DRAWN // queries)):
-        rows, times = np.arange(len(drawn))[:, None], drawn[:, of_group]
+        rows, times = np.arange(len(drawn))[:, None], drawn if of_group is None else np.take(drawn, of_group, axis=1)
         tied_times, tied_hits = _sum_ties(times, hit, starts)
         if len(starts) < queries:  # tied queries share their hits
             recall = np.repeat(tied_hits / np.maximum(tied_times, 1), sizes, axis=1)

@@ -1,21 +1,21 @@
 """Fixtures that several tests share: a small cached world, the real files of the workplace, refusals."""
 
+import functools
 import gc
 import os
 import shutil
+import sys
 from pathlib import Path
 
 # One thread for each of the workers that share the cores, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import filelock
 import pytest
-import torch
-from check_method import SMALL, SMALL_WORLD
 
-import cache_embeddings
-from datasets.shapes import VALUES, Shapes
-
+# What takes seconds to import is imported where it is used: pytest-xdist's first process, which runs no test, needs
+# this file before it starts the others.
 gc.disable()  # until all is imported: it takes a quarter of the time that collecting tests takes
 
 
@@ -27,10 +27,13 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+    import torch
 
+    torch.set_num_threads(1)  # small widths: threads only wait for one another
+    if "open_clip" in sys.modules:  # CLIP's vocabulary takes a quarter of a second to read: once for all backbones
+        factory = sys.modules["open_clip"].factory
+        factory.SimpleTokenizer = functools.cache(factory.SimpleTokenizer)
 
-torch.set_num_threads(1)  # small widths: threads only wait for one another
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 POOLED = ["--features", "pooled", "--quiet", "--device", "cpu", "--workers", "1"]
@@ -38,6 +41,10 @@ POOLED = ["--features", "pooled", "--quiet", "--device", "cpu", "--workers", "1"
 
 def write_classes(folder, splits=("",)):
     """Copy val images of the small `shapes` into folders by shape, alternating between the splits."""
+    from check_method import SMALL
+
+    from datasets.shapes import VALUES, Shapes
+
     source = Shapes("data/shapes", **SMALL)
     for number, (image, scene) in enumerate(zip(source.images("val"), source.scenes("val"), strict=True)):
         of_shape = folder / splits[number % len(splits)] / VALUES[0][scene[0]]
@@ -56,6 +63,8 @@ def put(tree, path, value):
 
 def homogeneous(phi):
     """Append to phi (N, P - 1) the 1 that multiplies a bias, (N, P)."""
+    import torch
+
     return torch.nn.functional.pad(phi, (0, 1), value=1.0)
 
 
@@ -84,6 +93,10 @@ def made_once(tmp_path_factory, name, make):
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
     """A folder with a small `shapes`, cached with the built-in backbone."""
+    from check_method import SMALL_WORLD
+
+    import cache_embeddings
+
     cache = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
     return made_once(tmp_path_factory, "small_world", lambda: cache_embeddings.main(cache))
 

@@ -437,7 +437,7 @@ def test_nothing_is_cut_off_and_colors_come_from_the_page(tmp_path, width, optio
     for part in (study, trace):
         for drawing, draw in style.drawings(part, {}):
             figure = draw(width)
-            figure.draw_without_rendering()
+            style.lay_out(figure)
             box = figure.get_tightbbox().extents
             whole = min(box[:2]) >= -0.02 and box[2] <= width + 0.02 and box[3] <= figure.get_figheight() + 0.02
             assert whole, drawing.name

@@ -63,8 +63,8 @@ def repeating(draw, scale_of):
     def fill(tensor, first, second, **options):
         if tensor.is_meta or tensor.numel() <= len(few):
             return draw(tensor, first, second, **options)
-        copies = few.repeat(math.ceil(tensor.numel() / len(few)))[: tensor.numel()].view(tensor.shape)
-        return tensor.copy_(copies).mul_(scale_of(first, second)).add_(first)
+        scaled = few * scale_of(first, second) + first
+        return tensor.copy_(scaled.repeat(math.ceil(tensor.numel() / len(few)))[: tensor.numel()].view(tensor.shape))
 
     return fill
 

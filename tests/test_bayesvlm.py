@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from check_method import Drawn
-from conftest import POOLED, SMALL_WORLD, homogeneous, made_once, write_classes
+from check_method import SMALL_WORLD, Drawn
+from conftest import POOLED, homogeneous, made_once, write_classes
 from fresh import printed
 
 import cache_embeddings

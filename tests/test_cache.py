@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import SMALL_WORLD
+from check_method import SMALL_WORLD
 
 import cache_embeddings
 from datasets import blocks, caching, embeddings

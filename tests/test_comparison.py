@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import POOLED, SMALL_WORLD, made_once, write_classes
+from check_method import SMALL_WORLD
+from conftest import POOLED, made_once, write_classes
 from scipy import stats
 from test_report import make_result, mean, rows_of, save
 

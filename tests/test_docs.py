@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import SMALL, SMALL_WORLD, write_classes
+from check_method import SMALL, SMALL_WORLD
+from conftest import write_classes
 from pages import DOCS, FENCE, README, blocks
 
 import cache_embeddings

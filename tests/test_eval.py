@@ -3,12 +3,14 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_WORLD, write_classes
+from check_method import SMALL_WORLD
+from conftest import made_once, write_classes
 from scipy import sparse, stats
 
 import cache_embeddings
@@ -28,10 +30,19 @@ RUN = ["--dataset", "shapes", "--method", "asymvlm-vmf"]
 RESULT = "results/shapes/shapes-tiny/{}/seed0/shapes-retrieval"
 
 
+@pytest.fixture(scope="session")
+def trained_once(small_world, tmp_path_factory):
+    def make():
+        Path("embeddings").symlink_to(small_world / "embeddings")
+        short = ["--val-fraction", "0", "--set", "train.epochs=6", "train.batch_size=128"]
+        train.main([*RUN, "--quiet", "--device", "cpu", *short])
+
+    return made_once(tmp_path_factory, "trained", make)
+
+
 @pytest.fixture
-def trained(world):
-    short = ["--val-fraction", "0", "--set", "train.epochs=6", "train.batch_size=128"]
-    train.main([*RUN, "--quiet", "--device", "cpu", *short])
+def trained(world, trained_once):
+    shutil.copytree(trained_once / "checkpoints", world / "checkpoints")
     return world
 
 

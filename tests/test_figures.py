@@ -14,6 +14,8 @@ import train
 from datasets.embeddings import Pairs
 from datasets.shapes import UNNAMED, Shapes
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -327,7 +327,7 @@ def test_axes_are_labelled_and_nothing_is_cut_off(blocks, crowd, width):
     for block in (*blocks, *crowd):
         looks = style.looks([block])
         for figure in filter(None, (draw(width) for _, draw in style.drawings(block, looks))):
-            figure.draw_without_rendering()
+            style.lay_out(figure)
             parts = [part for part in (figure, *figure.subfigs) if part.axes and not part.subfigs] or [figure]
             for part in parts:
                 assert part._supxlabel or all(axes.get_xlabel() for axes in part.axes)
@@ -370,7 +370,7 @@ def test_rounding_coordinates_leaves_text_alone(blocks):
 def test_many_variants_stand_in_panels_by_method(crowd, width):
     figure = line_figures.recall_by_level(crowd[0], style.looks(crowd), width)
     assert len(figure.axes) == 10  # both directions
-    figure.draw_without_rendering()  # which places everything
+    style.lay_out(figure)
     for i, axes in enumerate(figure.axes):
         legend = axes.get_legend()
         assert [text.get_text() for text in legend.get_texts()] == [f"method{i % 5}", f"method{i % 5}+infonce"]

@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
+
 import cache_embeddings
 import eval as evaluation
 import report
 import train
 
 
+@pytest.mark.long
 def test_scripts_run_on_real_files(shared, one_figure, tmp_path, monkeypatch, refusal, capsys):
     monkeypatch.chdir(tmp_path)
     root = shared / "data" / "coco"

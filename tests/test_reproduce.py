@@ -245,6 +245,7 @@ def all_gone(group):
     return False
 
 
+@pytest.mark.long
 def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same, forked, capsys):
     process = started(command(), "results/**/*-retrieval.json")
     process.kill()  # not its worker, which has to notice
@@ -258,6 +259,7 @@ def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same,
     assert before.items() <= stamps().items()
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all_processes_with_one_sentence(world):
     process = started(command(devices=["cpu", "cpu"], settings=LONG), "checkpoints/**/state.pt")
     os.killpg(process.pid, signal.SIGINT)

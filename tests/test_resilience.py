@@ -22,7 +22,7 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import torch
-from conftest import SMALL_WORLD
+from check_method import SMALL_WORLD
 
 import cache_embeddings
 from datasets import blocks
@@ -307,8 +307,10 @@ def test_hostile_files_lose_and_shift_no_other_row(hostile, capsys):
     assert pairs.meta["captions_cut"] == sum(not backbone.reads_whole(text) for text in pairs.items["text"]) >= 4
 
 
-def test_hostile_files_stop_it_one_by_one(hostile, refusal, tmp_path):
+def test_hostile_files_stop_it_one_by_one(hostile, refusal, tmp_path, monkeypatch):
     """The script names one bad row after the other, until all are removed and the cache is complete."""
+    loaded = Backbone(load_backbone("shapes-tiny"))
+    monkeypatch.setattr(cache_embeddings, "make_backbone", lambda *args: loaded)
     files, rows = hostile
     file, removed = tmp_path / "images" / "pairs.jsonl", []
     error = refusal(cache_embeddings.main, *HOSTILE, "--quiet")
