@@ -29,6 +29,7 @@ from utils.errors import UserError, exits_cleanly
 
 SPLITS, DRAWS = 5, 500
 BASELINE = "clip"
+ONE_SCORE = ("clip", "knn", "kde", "typicality", "density")
 COLUMNS = {  # figure: title
     "recall": "R@1", "aurc": "AURC", "probability": "AUROC of the probability", "entropy": "of the entropy",
     "query": "query-only", "words": "words", "ece": "ECE",
@@ -55,8 +56,10 @@ def evaluate(row, split, size, settings):
             flags += ["--mean", mean]
         part = f"train{split}" + (f"-{size}" if size else "")
         run(train, *flags, "--set", f"data.train_split={part}", *settings)
-        run(evaluation, *flags, "--split", f"test{split}", "--hubs", hubs)
         config = load_config("embeddings", method, mean=mean, tag=tag)
+        # Where the cosine is the only score, the likelihood is the same with a calibrated posterior.
+        calibrated = ["--score", "log_likelihood"] if method in ONE_SCORE else []
+        run(evaluation, *flags, "--split", f"test{split}", "--hubs", hubs, *calibrated)
         # test0 is the default split, which a result's name leaves out.
         path = config.result("embeddings" if split == 0 else f"embeddings+test{split}", "retrieval")
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from metrics import calibration, summary
 from metrics.comparison import interval
 from metrics.retrieval import rank, recall_at
 from metrics.uncertainty import auroc, selective
-from models.base import Adaptor
 from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
@@ -56,12 +55,7 @@ def progress_bar(count, passes, choices):
 
 def posterior_scales(adaptor, pairs):
     """Factor that turns each kind of score into logits: {score: factor}."""
-    scale = pairs.meta["logit_scale"]
-    if {type(adaptor).log_likelihood, type(adaptor).pair_score} == {Adaptor.log_likelihood, Adaptor.pair_score}:
-        scale = (
-            adaptor.posterior_scale
-        )  # the cosine is the method's own score, which held-out pairs may have calibrated
-    return {"similarity": scale, "log_likelihood": adaptor.posterior_scale}
+    return {"similarity": pairs.meta["logit_scale"], "log_likelihood": adaptor.posterior_scale}
 
 
 def uncertainty_of(embedding):

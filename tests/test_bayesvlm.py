@@ -362,15 +362,11 @@ def test_images_behind_the_factors_count_as_seen(place, refusal):
     evaluation.main([*RUN, "--quiet", "--allow-leakage"])
     result = json.loads((place / "results" / FOLDER.format("bayesvlm") / "shapes-retrieval.json").read_text())
     assert result["seen_in_training"] == 40
-    seen = []
-    for seed in (0, 1):
-        train.main([*RUN, "--quiet", "--tag", "some", "--seed", str(seed), "--set", *few, "train.val_fraction=0.3"])
-        run = Run(load_config("shapes", "bayesvlm", tag="some", seed=seed))
-        adaptor = run.load("cpu")[0]
-        assert adaptor.posterior_scale != 1 and adaptor.image.count == 40
-        seen.append(set(run.seen["image_id"].tolist()))
-        assert 40 < len(seen[-1]) < 70
-    assert seen[0] != seen[1]
+    train.main([*RUN, "--quiet", "--tag", "some", "--set", *few, "train.val_fraction=0.3"])
+    run = Run(load_config("shapes", "bayesvlm", tag="some"))
+    adaptor = run.load("cpu")[0]
+    assert adaptor.posterior_scale != 1 and adaptor.image.count == 40
+    assert len(set(run.seen["image_id"].tolist())) == 100  # nothing is trained, so all pairs calibrate
 
 
 def test_images_seen_in_two_places_are_joined():

@@ -276,8 +276,8 @@ def test_the_bank_is_written_once(tmp_path, monkeypatch):
     train.main(["--dataset", "embeddings", "--method", "knn", "--device", "cpu", "--quiet"])
     run = Run(load_config("embeddings", "knn"))
     adaptor, *_ = run.load("cpu")
-    assert adaptor.text_bank.shape == (720, 512) and adaptor.text_bank.dtype == torch.float16
-    assert run.adaptor_file.stat().st_size < 1.1 * 2 * 720 * 512 * 2
+    assert adaptor.text_bank.shape == (800, 512) and adaptor.text_bank.dtype == torch.float16
+    assert run.adaptor_file.stat().st_size < 1.1 * 2 * 800 * 512 * 2
 
 
 @pytest.mark.parametrize(
