@@ -21,19 +21,32 @@ def auroc(uncertainty, hit):
     0.75
     """
     _, hit, starts = _in_order(uncertainty, hit)
-    area = _auroc(np.add.reduceat(hit, starts), np.add.reduceat(1 - hit, starts))
+    [area] = _auroc(*_totals(np.ones((1, len(hit))), np.arange(len(hit)), hit, starts))
     return None if np.isnan(area) else float(area)
 
 
-def _auroc(hits, misses, total=None):
-    """AUROC (...,) of hits and misses (..., groups of ties) by ascending uncertainty; NaN if either sums to 0.
+def _totals(times, columns, hit, starts):
+    """Queries and hits of B draws, summed from the least uncertain query to the end of each group of ties.
 
-    total: the cumulative hits, where they are at hand.
+    times: (B, G), how often each group of queries is drawn. columns (Q,): the groups of the queries. hit (Q,), starts
+    (T,): sorted by uncertainty, as `_in_order` returns them. Returns (B, T) each.
     """
-    # A miss outranks the hits of all lower groups, and half of those in its own.
-    outranked = (np.cumsum(hits, axis=-1) if total is None else total) - hits / 2
-    pairs = hits.sum(axis=-1) * misses.sum(axis=-1)
-    return np.divide((misses * outranked).sum(axis=-1), pairs, where=pairs > 0, out=np.full(np.shape(pairs), np.nan))
+    times = np.take(times.astype(np.float64), columns, axis=1)
+    queries, hits = np.cumsum(times, axis=1), np.cumsum(times * hit, axis=1)
+    if len(starts) == len(hit):  # without ties
+        return queries, hits
+    stops = np.append(starts[1:], len(hit)) - 1
+    return queries[:, stops], hits[:, stops]
+
+
+def _auroc(queries, hits):
+    """AUROC (B,) from what `_totals` returns; NaN where either hits or misses sum to 0."""
+    # A query outranks the hits of all lower groups, and half of those in its own: a sum of trapezoids. Hits among
+    # themselves make up half of their number squared; misses are left.
+    areas = np.diff(queries, axis=1), hits[:, 1:] + hits[:, :-1]
+    outranked = (queries[:, 0] * hits[:, 0] + np.einsum("ij,ij->i", *areas) - hits[:, -1] ** 2) / 2
+    pairs = hits[:, -1] * (queries[:, -1] - hits[:, -1])
+    return np.divide(outranked, pairs, where=pairs > 0, out=np.full(len(pairs), np.nan))
 
 
 def auroc_of_draws(uncertainty, hit, times, group=None):
@@ -50,20 +63,8 @@ def auroc_of_draws(uncertainty, hit, times, group=None):
     step = max(1, DRAWN // len(hit))
     aurocs = []
     for start in range(0, len(times), step):
-        queries, hits = _sum_ties(np.take(times[start : start + step], columns, axis=1), hit, starts)
-        aurocs.append(_auroc(hits, queries - hits))
+        aurocs.append(_auroc(*_totals(times[start : start + step], columns, hit, starts)))
     return np.concatenate(aurocs)
-
-
-def _sum_ties(times, hit, starts):
-    """Sum draws (B, Q) and their hits over groups of equal uncertainty: (B, groups) each.
-
-    hit (Q,), starts (groups,): sorted by uncertainty, as `_in_order` returns them.
-    """
-    hits = times * hit
-    if len(starts) == len(hit):  # without ties
-        return times, hits
-    return np.add.reduceat(times, starts, axis=1), np.add.reduceat(hits, starts, axis=1)
 
 
 def aupr(uncertainty, hit):
@@ -314,39 +315,35 @@ def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidenc
     >>> bootstrap([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 0, 0], count=2)["auroc"]
     [1.0, 1.0]
     """
-    queries = len(hit)
-    _edges(queries, count, drop_remainder)  # checks `count`
+    _edges(len(hit), count, drop_remainder)  # checks `count`
     order, hit, starts = _in_order(uncertainty, hit)
-    of_group = None if group is None else np.unique(group, return_inverse=True)[1][order]
-    groups = queries if group is None else of_group.max() + 1
-    sizes = np.diff(starts, append=queries)
-    statistics = []
-    for drawn in times_drawn(groups, draws, seed, max(1, DRAWN // queries)):
-        rows, times = np.arange(len(drawn))[:, None], drawn if of_group is None else np.take(drawn, of_group, axis=1)
-        tied_times, tied_hits = _sum_ties(times, hit, starts)
-        if len(starts) < queries:  # tied queries share their hits
-            recall = np.repeat(tied_hits / np.maximum(tied_times, 1), sizes, axis=1)
-            hits = times * recall
-        else:
-            recall, hits = np.broadcast_to(hit, times.shape), tied_hits
-        # A level may end within the copies of one query: the copies above its end are subtracted again.
-        ends, total = np.cumsum(times, axis=1), np.cumsum(hits, axis=1)
-        auroc = _auroc(tied_hits, tied_times - tied_hits, total if hits is tied_hits else None)
-        edges = _edges(ends[:, -1], count, drop_remainder)
-        offset = (ends[:, -1].max() + 1) * rows  # so that one search serves all draws
-        last = np.searchsorted((ends + offset).ravel(), edges + offset) - queries * rows
-        above = np.take_along_axis(ends, last, axis=1) - edges
-        within = np.take_along_axis(total, last, axis=1) - above * np.take_along_axis(recall, last, axis=1)
-        recalls = np.diff(within, axis=1, prepend=0) / np.diff(edges, axis=1, prepend=0)
-        statistics.append(np.column_stack([*_trends(recalls), auroc, recalls]))
-    statistics = np.concatenate(statistics)
-    tails, names = [(1 - confidence) / 2, (1 + confidence) / 2], (*Trend._fields, "auroc")
-    intervals = dict(zip(names, np.quantile(statistics, tails, axis=0).T.tolist()))
-    # A draw may lack hits or misses by chance: its AUROC is NaN and left out.
-    aurocs = statistics[:, names.index("auroc")]
-    aurocs = aurocs[~np.isnan(aurocs)]
-    intervals["auroc"] = np.quantile(aurocs, tails).tolist() if len(aurocs) else None
-    return intervals | {"level_recall": np.quantile(statistics[:, len(names) :], tails, axis=0).T.tolist()}
+    columns = np.arange(len(hit)) if group is None else np.unique(group, return_inverse=True)[1][order]
+    aurocs, recalls = [], []
+    for drawn in times_drawn(columns.max() + 1, draws, seed, max(1, DRAWN // len(hit))):
+        queries, hits = _totals(drawn, columns, hit, starts)
+        aurocs.append(_auroc(queries, hits))
+        edges = _edges(queries[:, -1].astype(int), count, drop_remainder)
+        row = np.arange(len(drawn))[:, None]
+        offset = (queries[:, -1].max() + 1) * row  # so that one search serves all draws
+        ending = np.searchsorted((queries + offset).ravel(), edges + offset) - queries.shape[1] * row
+        # A level may end within a group of ties, or within the copies of one query: they share the group's hits evenly.
+        (before, stop), (hits_before, hits_stop) = (_around(total, ending) for total in (queries, hits))
+        within = hits_before + (edges - before) * (hits_stop - hits_before) / (stop - before)
+        recalls.append(np.diff(within, axis=1, prepend=0) / np.diff(edges, axis=1, prepend=0))
+    recalls, aurocs = np.concatenate(recalls), np.concatenate(aurocs)
+    aurocs = aurocs[~np.isnan(aurocs)]  # a draw may lack hits or misses by chance
+
+    def tails(values):
+        return np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).T.tolist()
+
+    intervals = {name: tails(values) for name, values in _trends(recalls)._asdict().items()}
+    return intervals | {"auroc": tails(aurocs) if len(aurocs) else None, "level_recall": tails(recalls)}
+
+
+def _around(totals, place):
+    """Sums (B, groups) before and after the groups `place` (B, L): (B, L) each."""
+    before = np.take_along_axis(totals, np.maximum(place - 1, 0), axis=1)
+    return np.where(place > 0, before, 0), np.take_along_axis(totals, place, axis=1)
 
 
 def falling_chains(uncertainty, chain, depth):
