@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reporting import evaluations, page, studies, traces
+from reporting import evaluations, page, rendering, studies, traces
 from reporting.figures import style
 from reporting.runs import TASKS
 from reporting.tables import formats
@@ -74,15 +74,14 @@ def write_tables(folder, parts):
         write_text(folder / f"table.{suffix}", write(parts))
 
 
-def stems(folder, kinds, looks):
-    """The files of every part's figures, without their suffixes: {part: {name of the figure: path}}."""
-    paths = {}
+def stems(folder, kinds):
+    """The files of all figures, without their suffixes: {(number of the part, name of the figure): path}."""
+    paths, number = {}, itertools.count(1)
     for parts in kinds:
-        drawn = [part for part in parts if style.drawings(part, looks)]
-        for part, suffix in zip(drawn, suffixes(drawn), strict=True):
-            paths[part] = {
-                drawing.name: folder / f"{drawing.name}{suffix}" for drawing, _ in style.drawings(part, looks)
-            }
+        numbers = [next(number) for _ in parts]
+        drawn = [(i, part) for i, part in zip(numbers, parts, strict=True) if style.drawings(part)]
+        for (i, part), suffix in zip(drawn, suffixes([part for _, part in drawn]), strict=True):
+            paths |= {(i, drawing.name): folder / f"{drawing.name}{suffix}" for drawing in style.drawings(part)}
     return paths
 
 
@@ -93,19 +92,15 @@ def main(argv=None):
     kinds = read(folder, args.backbone)
     parts = [part for parts in kinds for part in parts]
     looks = style.looks([part for part in parts if part.task in TASKS])
-    write_tables(folder, parts)
     for name in style.names():  # of an earlier report, which may have had other parts
         for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
             old.unlink()
-    paths = stems(folder, kinds, looks)
-    count = sum(map(len, paths.values()))
-    with tqdm(total=count, desc="figures", unit="figure", leave=False, disable=args.quiet or None) as bar:
-
-        def keep(part, drawing, figure):
-            style.save(figure, paths[part][drawing.name])
-            bar.update()
-
-        text = page.page(args.dataset, parts, looks, keep)
+    paths = stems(folder, kinds)
+    with rendering.in_processes(parts, looks, paths) as drawn:
+        write_tables(folder, parts)
+        options = {"desc": "figures", "unit": "figure", "leave": False, "disable": args.quiet or None}
+        figures = dict(tqdm(drawn, total=len(paths), **options))
+    text = page.page(args.dataset, parts, looks, figures)
     write_text(folder / "report.html", text)
     if not args.quiet:
         print(formats.to_text(parts), end="\n\n")

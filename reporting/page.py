@@ -13,22 +13,28 @@ from markupsafe import Markup
 
 from reporting import findings, tables
 from reporting.figures import style
+from reporting.rendering import render
 from reporting.runs import TASKS
 from reporting.words import ANSWER, DIRECTIONS, MINUS, NONE, QUERY, followed
 
-NARROW = 3.6  # inches: as wide as a phone, so that type keeps its size there
 THUMBNAIL = 96  # pixels of the longer side
 SHOWN = 5  # of the most and of the least certain queries, per method and direction
 ENDS = {"most_certain": "Most certain", "least_certain": "Least certain"}
 UNIFIED = " Dashes and hollow markers: trained by the unified objective."
 
 
-def page(dataset, parts, looks, keep=None):
+def page(dataset, parts, looks, figures=None):
     """Render the page of all Parts of a report.
 
-    dataset: trained on. looks: dict of variant to its figures.style.Look. keep: function that is called once with each
-    part, Drawing and figure for wide screens.
+    dataset: trained on. looks: dict of variant to its figures.style.Look. figures: {(number of the part, name of the
+    figure): its `rendering.render`}; by default they are drawn here.
     """
+    if figures is None:
+        figures = {
+            (number, drawing.name): render(number, part, drawing, looks)
+            for number, part in enumerate(parts, 1)
+            for drawing in style.drawings(part)
+        }
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -41,11 +47,12 @@ def page(dataset, parts, looks, keep=None):
     environment.filters.update(has_best=tables.has_best, heads=_heads, minus=_minus, url=_url)
     script = (folder / "page.js").read_text(encoding="utf-8")
     pictures = Pictures()
-    first = next((part for part in parts if part.task in findings.OPENING), None)
-    opening = _opening(first, looks, keep) if first else None
+    numbered = [(number, part, _figures(number, part, looks, figures)) for number, part in enumerate(parts, 1)]
+    first = next((number for number, part, _ in numbered if part.task in findings.OPENING), None)
+    opening = first and _opening(*numbered[first - 1][1:])
     sections = [
-        _section(part, looks, pictures, f"b{i}", findings.OPENING[part.task] if part is first else (), keep)
-        for i, part in enumerate(parts, 1)
+        _section(number, part, shown, pictures, findings.OPENING[part.task] if number == first else ())
+        for number, part, shown in numbered
     ]
     return environment.get_template("page.html.j2").render(
         dataset=dataset,
@@ -75,48 +82,44 @@ class Pictures:
         return self.kept.setdefault(uri, (len(self.kept), size))[0]
 
 
-def _opening(part, looks, keep):
+def _opening(part, figures):
     """What the page opens with: the findings of a Part, with the table and the figure that show them."""
     shown = findings.OPENING[part.task]
     return {
         "title": part.title,
         "sentences": findings.sentences(part),
         "table": next((table for table in part.tables if table.name in shown), None),
-        "figures": _figures(part, looks, "found", lambda name: name in shown, keep),
+        "figures": [figure for figure in figures if figure["name"] in shown],
     }
 
 
-def _section(part, looks, pictures, name, without, keep):
-    """What the template shows of a Part, without the tables and figures of these names. name: prefix of its ids."""
+def _section(number, part, figures, pictures, without):
+    """What the template shows of a Part, without the tables and figures of these names."""
     gallery = {
         variant: [_strip(direction, result, pictures) for direction, result in by_direction.items()]
         for variant, by_direction in part.gallery.items()
     }
     return {
-        "name": name, "title": part.title, "facts": part.facts, "warnings": part.warnings,
+        "name": f"b{number}", "title": part.title, "facts": part.facts, "warnings": part.warnings,
         "tables": [table for table in part.tables if table.name not in without],
-        "figures": _figures(part, looks, name, lambda drawing: drawing not in without, keep),
+        "figures": [figure for figure in figures if figure["name"] not in without],
         "gallery": gallery, "files": part.files,
     }  # fmt: skip
 
 
-def _figures(part, looks, name, wanted, keep):
-    """The figures of a Part that are wanted by name and have something to draw, as the template shows them."""
+def _figures(number, part, looks, figures):
+    """The figures of a Part that have something to draw, as the template shows them."""
     unified = part.task in TASKS and any(looks[variant].unified for variant in part.results)
-    figures = []
-    for drawing, draw in style.drawings(part, looks):
-        wide = draw(style.WIDE) if wanted(drawing.name) else None
-        if wide is None:
-            continue
-        if keep:
-            keep(part, drawing, wide)
-        screens = {
-            kind: Markup(style.svg(figure, f"{name}-figure-{drawing.name}-{kind}"))
-            for kind, figure in (("wide", wide), ("narrow", draw(NARROW)))
+    return [
+        {
+            "name": drawing.name,
+            "title": drawing.title,
+            "caption": drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption,
+            "screens": figures[number, drawing.name],
         }
-        caption = drawing.caption + UNIFIED if unified and drawing.line_per_method else drawing.caption
-        figures.append({"name": drawing.name, "title": drawing.title, "caption": caption, "screens": screens})
-    return figures
+        for drawing in style.drawings(part)
+        if figures[number, drawing.name]
+    ]
 
 
 def _strip(direction, result, pictures):

@@ -15,12 +15,12 @@ from studies import BUDGETS, FIGURES, SETTINGS, make_result, write_result, write
 import report
 from labeling.strategies import STRATEGIES
 from metrics import calibration
-from reporting import page as pages
 from reporting import studies as study_results
 from reporting import traces
 from reporting.curves import ORDER
 from reporting.figures import studies as figures
 from reporting.figures import style
+from reporting.rendering import NARROW
 from reporting.tables import formats
 from reporting.words import NONE
 
@@ -336,7 +336,7 @@ def band(axes, i):
 
 def test_learning_curves_are_means_with_bands_of_deviations(tmp_path):
     study = study_of(tmp_path)
-    for width in (style.WIDE, pages.NARROW):
+    for width in (style.WIDE, NARROW):
         figure = figures.learning_curves(study, {}, width)
         for axes, name in zip(figure.axes, FIGURES, strict=True):
             *lines, dashed = axes.lines
@@ -425,7 +425,7 @@ def test_traces_are_drawn_side_by_side_with_deviations(tmp_path):
             assert abs(np.log(line.get_xdata() / [128, 512, 2048])).max() < 0.5 * np.log(4) / 2  # nearest to its K
 
 
-@pytest.mark.parametrize("width", [style.WIDE, pages.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, NARROW])
 @pytest.mark.parametrize(
     "options",
     [{"strategies": STRATEGIES}, {"strategies": ["epig"], "seeds": [0], "settings": SETTINGS | {"budgets": [7]}}],
@@ -435,8 +435,8 @@ def test_nothing_is_cut_off_and_colors_come_from_the_page(tmp_path, width, optio
     write_trace(tmp_path)
     [trace] = traces.read(tmp_path / "shapes")
     for part in (study, trace):
-        for drawing, draw in style.drawings(part, {}):
-            figure = draw(width)
+        for drawing in style.drawings(part):
+            figure = drawing.draw(part, {}, width)
             style.lay_out(figure)
             box = figure.get_tightbbox().extents
             whole = min(box[:2]) >= -0.02 and box[2] <= width + 0.02 and box[3] <= figure.get_figheight() + 0.02

@@ -30,6 +30,7 @@ DATA = Path(__file__).parent / "data" / "before_move"
 ARCHIVE = DATA / "files.tar.xz"
 STATE_DICTS = json.loads((DATA / "state_dicts.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-5  # of float32 arithmetic on another machine, and of a fitted temperature
+FITTED = 5e-3  # of what a fitted temperature enters: its search stops at a relative 1e-3
 OPTIONS = ["--quiet", "--device", "cpu"]
 LEVELS = ["--uncer_levels", "4"]
 SIZES = [f"data.options.{option}" for option in ("train_images=32", "val_images=32", "captions_per_image=2")]
@@ -100,7 +101,7 @@ def assert_same(value, expected, place="", tolerance=TOLERANCE):
             assert_same(*pair, f"{place}/{i}", tolerance)
     elif isinstance(expected, float):
         if "/temperature/" in place or "/validation/" in place:
-            tolerance = 1e-3  # its search stops at a relative 1e-3
+            tolerance = FITTED
         assert value == pytest.approx(expected, rel=tolerance, abs=tolerance), place
     else:
         assert value == expected, place
@@ -142,7 +143,8 @@ def test_eval_gives_the_same_figures(old, name):
     with np.load(path.with_suffix(".npz")) as file:
         for key, expected in arrays.items():
             assert file[key].dtype == expected.dtype, key
-            np.testing.assert_allclose(file[key], expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=key)
+            tolerance = FITTED if "_temperature_" in key or "_validation_" in key else TOLERANCE
+            np.testing.assert_allclose(file[key], expected, rtol=tolerance, atol=tolerance, err_msg=key)
 
 
 def test_other_weights_of_the_backbone_are_refused(old, refusal):

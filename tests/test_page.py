@@ -25,6 +25,7 @@ from reporting import page as pages
 from reporting import studies as study_results
 from reporting.figures import lines as line_figures
 from reporting.figures import panels, style
+from reporting.rendering import NARROW
 from reporting.words import NONE
 from tasks import Choices, classification, hierarchy, retrieval
 from utils.files import save_arrays
@@ -304,7 +305,7 @@ FIGURES = {drawing.name for drawing in style.REGISTERED["retrieval"]}
 
 def drawn(block, looks):
     """The names of the figures that a block has."""
-    return {drawing.name for drawing, draw in style.drawings(block, looks) if draw()}
+    return {drawing.name for drawing in style.drawings(block) if drawing.draw(block, looks)}
 
 
 DRAWN = {
@@ -322,11 +323,11 @@ def test_figures_of_each_task(blocks):
         assert drawn(block, looks) == DRAWN[block.task]
 
 
-@pytest.mark.parametrize("width", [style.WIDE, pages.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, NARROW])
 def test_axes_are_labelled_and_nothing_is_cut_off(blocks, crowd, width):
     for block in (*blocks, *crowd):
         looks = style.looks([block])
-        for figure in filter(None, (draw(width) for _, draw in style.drawings(block, looks))):
+        for figure in filter(None, (drawing.draw(block, looks, width) for drawing in style.drawings(block))):
             style.lay_out(figure)
             parts = [part for part in (figure, *figure.subfigs) if part.axes and not part.subfigs] or [figure]
             for part in parts:
@@ -366,7 +367,7 @@ def test_rounding_coordinates_leaves_text_alone(blocks):
     assert ">0.123456<" in style.svg(figure, "name")
 
 
-@pytest.mark.parametrize("width", [style.WIDE, pages.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, NARROW])
 def test_many_variants_stand_in_panels_by_method(crowd, width):
     figure = line_figures.recall_by_level(crowd[0], style.looks(crowd), width)
     assert len(figure.axes) == 10  # both directions
@@ -428,8 +429,8 @@ def test_saved_figures(blocks, tmp_path):
         files = []
         for again in range(2):
             stem = tmp_path / f"{name}{again}"
-            [draw] = [draw for drawing, draw in style.drawings(blocks[0], style.looks(blocks)) if drawing.name == name]
-            style.save(draw(), stem)
+            [draw] = [drawing.draw for drawing in style.drawings(blocks[0]) if drawing.name == name]
+            style.save(draw(blocks[0], style.looks(blocks)), stem)
             files.append([stem.with_suffix(suffix).read_bytes() for suffix in (".png", ".pdf")])
         assert files[0] == files[1]
         pdf = files[0][1]

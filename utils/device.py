@@ -2,8 +2,6 @@
 
 import os
 
-import torch
-
 from utils.errors import UserError
 
 
@@ -12,6 +10,8 @@ def pick_device(name="auto", number=0):
 
     number: of this process on its machine; with `auto` or `cuda`, processes with different numbers share out the GPUs.
     """
+    import torch  # takes two seconds, and not all that count cores need it
+
     accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         accelerators.append("mps")

@@ -4,7 +4,6 @@ import io
 import math
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import matplotlib
@@ -59,9 +58,9 @@ def figure(tasks, title, caption, line_per_method=False):
     return register
 
 
-def drawings(part, looks):
-    """The figures that a part may have: list of (Drawing, function of the width in inches)."""
-    return [(drawing, partial(drawing.draw, part, looks)) for drawing in REGISTERED.get(part.task, [])]
+def drawings(part):
+    """The figures that a part may have: list of Drawings."""
+    return REGISTERED.get(part.task, [])
 
 
 def names():
