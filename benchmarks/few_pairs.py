@@ -4,12 +4,15 @@
 
 calls the scripts to cache, train and evaluate in the current folder, under few_pairs/<file>, skips results that exist
 there, and prints Markdown. The five test parts are disjoint, so that every image is a query once, in a gallery of a
-fifth. Intervals draw images, and differences from plain CLIP are paired. `--figure FILE.png` draws R@1 and AURC against
-the number of training pairs.
+fifth. Intervals draw images, and differences from plain CLIP are paired; a second table pairs the query-only
+uncertainties with the densities'. Where the file has an array `ambiguity` (M,) of its captions, `order` is Spearman's
+correlation of the query-only uncertainty with it. `--figure FILE.png` draws R@1, AURC and the AUROC before the search
+against the number of training images.
 """
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -21,18 +24,21 @@ import numpy as np
 import cache_embeddings
 import eval as evaluation
 import train
+from datasets.embeddings import Pairs
 from metrics.calibration import calibration_error, reliability
-from metrics.uncertainty import auroc, selective
+from metrics.retrieval import ambiguity
+from metrics.uncertainty import auroc, selective, spearman
 from reporting.words import NONE, RETRIEVAL
-from utils.config import known, load_config, needs_pooled
+from utils.config import known, load_config, make_adaptor, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
 SPLITS, DRAWS = 5, 500
 BASELINE = "clip"
-ONE_SCORE = ("clip", "knn", "kde", "typicality", "density")
+DENSITIES = ("knn", "kde", "typicality", "density")
+ONE_SCORE = (BASELINE, *DENSITIES)
 COLUMNS = {  # figure: title
     "recall": "R@1", "aurc": "AURC", "probability": "AUROC of the probability", "entropy": "of the entropy",
-    "query": "query-only", "words": "words", "ece": "ECE",
+    "query": "query-only", "words": "words", "ece": "ECE", "order": "order",
 }  # fmt: skip
 
 
@@ -40,6 +46,17 @@ def run(script, *argv):
     """Call a script's main and discard its output."""
     with contextlib.redirect_stdout(io.StringIO()):
         script.main([str(argument) for argument in argv])
+
+
+def taken(settings, method):
+    """The settings KEY=VALUE but those of options that the method's model lacks, as plain CLIP lacks a width."""
+    options = inspect.signature(type(make_adaptor(load_config("embeddings", method), dim=8))).parameters
+    model = "model."
+    return [
+        setting
+        for setting in settings
+        if not setting.startswith(model) or setting.partition("=")[0].removeprefix(model) in options
+    ]
 
 
 def evaluate(row, split, size, settings):
@@ -55,7 +72,7 @@ def evaluate(row, split, size, settings):
         if mean:
             flags += ["--mean", mean]
         part = f"train{split}" + (f"-{size}" if size else "")
-        run(train, *flags, "--set", f"data.train_split={part}", *settings)
+        run(train, *flags, "--set", f"data.train_split={part}", *taken(settings, method))
         config = load_config("embeddings", method, mean=mean, tag=tag)
         # Where the cosine is the only score, the likelihood is the same with a calibrated posterior.
         calibrated = ["--score", "log_likelihood"] if method in ONE_SCORE else []
@@ -69,9 +86,12 @@ def evaluate(row, split, size, settings):
 
 
 class Queries:
-    """What one row of the table gives each query of one direction, of all test parts together."""
+    """What one row of the table gives each query of one direction, of all test parts together.
 
-    def __init__(self, paths, direction):
+    paths: of the results, a part each. ambiguity: of the captions of each part, or None.
+    """
+
+    def __init__(self, paths, direction, ambiguity):
         side = "text" if direction == "text_to_image" else "image"
         columns, group = {}, []
         # The captions of an image share its probability, of which the arrays hold that of the best caption alone.
@@ -82,6 +102,8 @@ class Queries:
             part["probability"] = arrays[f"{direction}_probability"]
             if f"{side}_uncertainty" in arrays and not values.get("untrained"):
                 part["query"] = arrays[f"{side}_uncertainty"]
+            if ambiguity is not None and side == "text":
+                part["ambiguity"] = ambiguity[number]
             if f"{side}_words" in arrays and np.ptp(arrays[f"{side}_words"]):
                 part["words"] = arrays[f"{side}_words"]
             for name, column in part.items():
@@ -103,8 +125,10 @@ class Queries:
             return selective(-columns["probability"], hit).aurc
         if name == "ece" and not self.share_answers:
             return calibration_error(reliability(columns["probability"].clip(0, 1), hit))
+        if name == "order" and {"query", "ambiguity"} <= columns.keys():
+            return spearman(columns["query"], columns["ambiguity"])
         values = -columns["probability"] if name == "probability" else columns.get(name)
-        area = None if values is None or name == "ece" else auroc(values, hit)
+        area = None if values is None or name in ("ece", "order") else auroc(values, hit)
         return np.nan if area is None else area
 
 
@@ -116,13 +140,13 @@ def draws_of(group):
         yield np.concatenate([members[number] for number in rng.integers(len(members), size=len(members))])
 
 
-def compare(rows, name):
-    """A figure of every row, {row: (value, difference from plain CLIP, its interval)}; rows: {row: Queries}.
+def compare(rows, name, against=BASELINE):
+    """A figure of every row, {row: (value, difference from the row `against`, its interval)}; rows: {row: Queries}.
 
-    The AUROC of a probability is compared with that of plain CLIP's entropy.
+    The AUROC of a probability or before the search is compared with that of plain CLIP's entropy.
     """
-    baseline = rows[BASELINE]
-    theirs = "entropy" if name in ("probability", "query") else name
+    baseline = rows[against]
+    theirs = "entropy" if against == BASELINE and name in ("probability", "query") else name
     draws = list(draws_of(baseline.group))
     base = baseline.figure(theirs), np.array([baseline.figure(theirs, chosen) for chosen in draws])
     result = {}
@@ -134,19 +158,42 @@ def compare(rows, name):
     return result
 
 
+def difference(gap, interval):
+    low, high = interval
+    return f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def table(rows, title):
     """Markdown of one direction; rows: {row: Queries}."""
-    lines = [f"| {title} | {' | '.join(COLUMNS.values())} |", f"|:--|{'--:|' * len(COLUMNS)}"]
     figures = {name: compare(rows, name) for name in COLUMNS}
+    # A column that no row has is left out.
+    shown = [name for name in COLUMNS if any(np.isfinite(value) for value, _, _ in figures[name].values())]
+    lines = [f"| {title} | {' | '.join(COLUMNS[name] for name in shown)} |", f"|:--|{'--:|' * len(shown)}"]
     for row in rows:
         cells = []
-        for name in COLUMNS:
-            value, gap, (low, high) = figures[name][row]
+        for name in shown:
+            value, gap, interval = figures[name][row]
             cell = NONE if np.isnan(value) else f"{value:.3f}"
             if row != BASELINE and np.isfinite(gap) and name not in ("entropy", "words"):
-                cell += f" ({gap:+.3f} [{low:+.3f}, {high:+.3f}])"
+                cell += f" ({difference(gap, interval)})"
             cells.append(cell)
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def before_the_search(rows, title):
+    """Markdown: the AUROC of each density less that of every other query-only uncertainty; None without either."""
+    rows = {row: queries for row, queries in rows.items() if "query" in queries.columns and not row.endswith("hubs")}
+    densities = [row for row in rows if row in DENSITIES]
+    if len(rows) == len(densities) or not densities:
+        return None
+    lines = [f"| {title}: AUROC before the search, less that of | {' | '.join(densities)} |"]
+    lines.append(f"|:--|{'--:|' * len(densities)}")
+    for row in rows:
+        if row in DENSITIES:
+            continue
+        gaps = compare({name: rows[name] for name in (row, *densities)}, "query", row)
+        lines.append(f"| {row} | {' | '.join(difference(*gaps[name][1:]) for name in densities)} |")
     return "\n".join(lines)
 
 
@@ -155,29 +202,61 @@ def title_of(row):
     return ", ".join(filter(None, (method, mean, "" if hubs == "none" else "hubs")))
 
 
+def ambiguity_of(file):
+    """The array `ambiguity` of a file, for the captions of each test part: list of arrays; None without it."""
+    with np.load(file) as arrays:
+        if "ambiguity" not in arrays:
+            return None
+        values = arrays["ambiguity"]
+    caches = [Pairs("embeddings", "given", f"test{number}") for number in range(SPLITS)]
+    return [values[pairs.text_id] for pairs in caches]  # ids of captions are their rows in the file
+
+
+def exported(cache, folder):
+    """Write the pairs of a cache, embeddings/<dataset>/<backbone>/<split>, as a file of embeddings; returns its path.
+
+    With `ambiguity` where it is known which captions are true of which images.
+    """
+    pairs = Pairs(*cache.parts[-3:])
+    arrays = {"image": pairs.image, "text": pairs.text, "image_of_text": pairs.image_of_text}
+    arrays["caption"] = np.array(pairs.items["text"])
+    if pairs.matches is not None:
+        arrays["ambiguity"] = ambiguity(pairs.matches)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{'-'.join(cache.parts[-3::2])}.npz"
+    np.savez(path, logit_scale=pairs.meta["logit_scale"], **arrays)
+    return path
+
+
 def measure(file, methods, means, sizes, settings):
     """Every row of the table of a file at every size: {size: {direction: {title: Queries}}}; 0 is all pairs."""
     splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
     splits += [f"train{number}-{size}" for size in sizes if size for number in range(SPLITS)]
-    run(cache_embeddings, "--dataset", "embeddings", "--root", file, "--quiet", "--splits", *splits)
+    with np.load(file) as arrays:
+        scale = [f"data.options.logit_scale={float(arrays['logit_scale'])}"] if "logit_scale" in arrays else []
+    scale = ["--set", *scale] if scale else []
+    run(cache_embeddings, "--dataset", "embeddings", "--root", file, "--quiet", "--splits", *splits, *scale)
     rows = []
     for method in dict.fromkeys([BASELINE, *methods]):
         of_method = [mean for mean in means if "mean" in load_config("embeddings", method).model] or [""]
         rows += [(method, mean, hubs) for mean in of_method for hubs in ("none", "auto")]
+    of_captions = ambiguity_of(file)
     result = {}
     for size in sizes:
         paths = {title_of(row): [evaluate(row, split, size, settings) for split in range(SPLITS)] for row in rows}
         result[size] = {
-            direction: {title: Queries(of_row, direction) for title, of_row in paths.items()} for direction in RETRIEVAL
+            direction: {title: Queries(of_row, direction, of_captions) for title, of_row in paths.items()}
+            for direction in RETRIEVAL
         }
     return result
 
 
 def draw(results, path):
-    """Draw R@1 and AURC against the number of training pairs: a row of panels for each file, a line for each row."""
+    """Draw figures against the number of training images: a row of panels for each file, a line for each row."""
     from matplotlib.figure import Figure
 
-    panels = [(name, direction) for name in ("recall", "aurc") for direction in RETRIEVAL]
+    labels = {"recall": "R@1 (%)", "aurc": "100 AURC", "query": "100 AUROC before the search"}
+    panels = [(name, direction) for name in labels for direction in RETRIEVAL]
     figure = Figure(figsize=(13, 3.2 * len(results)), layout="constrained")
     axes = figure.subplots(len(results), len(panels), squeeze=False)
     for line, (stem, sizes) in zip(axes, results.items(), strict=True):
@@ -188,7 +267,7 @@ def draw(results, path):
                 panel.plot([str(size or "all") for size in sizes], values, style, marker="o", ms=3, label=title)
             panel.set_title(f"{stem}: {RETRIEVAL[direction]}", fontsize=8)
             panel.set_xlabel("training images")
-            panel.set_ylabel({"recall": "R@1 (%)", "aurc": "100 AURC"}[name])
+            panel.set_ylabel(labels[name])
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -196,14 +275,16 @@ def draw(results, path):
 @exits_cleanly()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help=".npz files of embeddings: see datasets/arrays.py")
+    what = ".npz files of embeddings, see datasets/arrays.py, or caches: embeddings/<dataset>/<backbone>/<split>"
+    parser.add_argument("files", nargs="+", type=Path, help=what)
     parser.add_argument("--methods", nargs="+", help="by default all that need no pooled features")
     parser.add_argument("--means", nargs="+", default=["frozen"], help="any of frozen, residual, learned")
     parser.add_argument("--sizes", nargs="+", type=int, default=[0], help="training images; 0: all but the test part")
     parser.add_argument("--figure", type=Path, help="where to draw the figures against the sizes")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for train.py")
     args = parser.parse_args(argv)
-    files = [file.absolute() for file in args.files]
+    made = Path("few_pairs", "exported")
+    files = [(exported(file, made) if file.is_dir() else file).absolute() for file in args.files]
     for file in files:
         if not file.is_file():
             raise UserError(f"there is no file {file}: give an .npz of embeddings.")
@@ -219,7 +300,8 @@ def main(argv=None):
         for size, directions in results[file.stem].items():
             for direction, rows in directions.items():
                 images = f"{size or 'all'} training images"
-                print(f"\n{table(rows, f'{file.stem}, {images}, {RETRIEVAL[direction]}')}", flush=True)
+                title = f"{file.stem}, {images}, {RETRIEVAL[direction]}"
+                print("", table(rows, title), before_the_search(rows, title) or "", sep="\n\n", flush=True)
     if figure:
         draw(results, figure)
 
