@@ -199,10 +199,12 @@ def main(argv=None):
     rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
     seed_everything(config.seed)
     adaptor = make_adaptor(config, pairs.dim).to(device)
-    if held_out and not any(p.requires_grad for p in adaptor.parameters()):  # all are there to calibrate on
+    optimizer = None
+    if any(p.requires_grad for p in adaptor.parameters()):
+        optimizer = make_optimizer(adaptor, config.optim)  # torch loads its compiler for it, in seconds
+    elif held_out:  # all are there to calibrate on
         rows = torch.arange(len(pairs.text))
         held_out = blocks(pairs.image_of_text, np.full(len(rows), True))[:BLOCKS]
-    optimizer = make_optimizer(adaptor, config.optim)
     run = Run(config)
     with locked(run.folder):
         run.claim(pairs.identity, args.overwrite)
