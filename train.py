@@ -2,8 +2,8 @@
 
     python train.py --dataset coco --method asymvlm-psd --seed 0
 
-writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on where it stopped, on a CPU to the same
-weights.
+writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on where it last saved, an interrupted
+one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights.
 """
 
 import copy
@@ -24,19 +24,19 @@ from utils.arguments import add_data_flags, add_run_flags, make_parser, run_conf
 from utils.checkpoint import Run
 from utils.config import FEW, make_adaptor, needs_pooled
 from utils.device import pick_device
-from utils.errors import GOES_ON, UserError, exits_cleanly, one_of
+from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
 from utils.files import locked, write_text
-from utils.seed import seed_everything
+from utils.seed import random_state, seed_everything, set_random_state
 
 LEAST_BATCH = 32  # pairs: fewer give too little contrast
 
 
-def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, quiet):
+def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, stops, quiet):
     """Run the training loop: returns a dict of figures per epoch, the epoch that is kept, and whether it is untrained.
 
     There is no DataLoader: all embeddings lie on the device, and an epoch is one permutation of the captions cut into
     batches. rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch, or 0, the start; without
-    any the last epoch is kept.
+    any the last epoch is kept. stops: function that tells after a step whether to save the state and stop there.
     """
     config = run.config
     batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
@@ -46,8 +46,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
-    log, best = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}
-    state = run.resume()
+    log, best, state = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}, run.resume()
     if state:
         adaptor.load_state_dict(state["adaptor"])
         optimizer.load_state_dict(state["optimizer"])
@@ -55,24 +54,40 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
         log, best = state["log"], state["best"]
     elif held_out:
         best = snapshot(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out, native))
+
+    def save(**inside):  # an epoch, at whose end there is nothing else to save
+        run.save_state(adaptor=adaptor.state_dict(), optimizer=optimizer.state_dict(),
+                       schedule=schedule.state_dict(), log=log, best=best, **inside)  # fmt: skip
+
     saved = time.perf_counter()
     started = saved - (log[-1]["seconds"] if log else 0)
+    inside = (state or {}).get("inside")
     bar = tqdm(total=steps * epochs, initial=steps * len(log), desc=config.variant, unit="step", disable=quiet or None)
     for epoch in range(len(log), epochs):
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + epoch) % 2**32)
+        batches = rows[torch.randperm(len(rows))].to(image.device).split(batch)
         adaptor.train()
         total = torch.zeros((), device=image.device)
-        for step, chosen in enumerate(rows[torch.randperm(len(rows))].to(image.device).split(batch)):
+        first = 0
+        if inside:
+            first, total = inside["step"], inside["total"].to(image.device)
+            set_random_state(inside["random"])
+            bar.update(first)
+            inside = None
+        for step, chosen in enumerate(batches[first:], first + 1):
             loss = objective(image[image_of_text[chosen]].float(), text[chosen].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(chosen)
-            if step % 50 == 0 and not bar.disable:  # reading the loss waits for the device
+            if step % 50 == 1 and not bar.disable:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
+            if stops():
+                save(inside={"step": step, "total": total, "random": random_state(image.device)})
+                raise KeyboardInterrupt
         mean = total.item() / len(rows)
         if not math.isfinite(mean):
             raise UserError(
@@ -90,8 +105,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, qui
         if held_out and epoch + 1 - best["epoch"] >= config.train.patience:
             break
         if epoch + 1 < epochs and time.perf_counter() - saved > config.train.save_every:
-            run.save_state(adaptor=adaptor.state_dict(), optimizer=optimizer.state_dict(),
-                           schedule=schedule.state_dict(), log=log, best=best)  # fmt: skip
+            save()
             saved = time.perf_counter()
     bar.close()
     untrained = False
@@ -216,7 +230,8 @@ def main(argv=None):
         log, outcome, untrained = [], "nothing to train", False
         if any(p.requires_grad for p in adaptor.parameters()):
             data = pairs.to(device, adaptor.pooled)
-            log, kept, untrained = fit(adaptor, optimizer, *data, rows, held_out, run, args.quiet)
+            with interrupts_wait() as stops:
+                log, kept, untrained = fit(adaptor, optimizer, *data, rows, held_out, run, stops, args.quiet)
             outcome = f"trained, loss {log[-1]['loss']:.4f}"
             if held_out and kept:
                 outcome += f", epoch {kept} kept"

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets.embeddings import Pairs, hold_out
 from models.asymvlm import AsymVLM
 from models.base import best_temperature
 from models.pair_loss import info_nce
+from models.pcmepp import PCMEPP
 from models.probvlm import ProbVLM
 from utils.checkpoint import Run
 from utils.config import load_config
@@ -56,6 +58,38 @@ def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, kill_at, fr
     logs = [read_log(path) for path in (folder, whole)]
     assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
     assert [int(row["epoch"]) for row in logs[0]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_goes_on_at_the_same_step(world, monkeypatch, capsys, number):
+    """PCME++ draws random numbers in every step, so these go on as well."""
+    command = ["--dataset", "shapes", "--method", "pcmepp", *SHORT, "train.save_every=1000", "train.val_fraction=0"]
+    train.main([*command, "--tag", "whole"])
+    loss, calls = PCMEPP.loss, []
+
+    def interrupted(self, *args):
+        calls.append(0)
+        if len(calls) == 13:  # the third step of the second epoch
+            signal.raise_signal(number)
+        return loss(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(PCMEPP, "loss", interrupted)
+        train.main(command)
+    assert stop.value.code == 130 and capsys.readouterr().err.endswith(
+        "interrupted; the same command resumes from what was last saved.\n"
+    )
+    assert len(calls) == 13 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    folder = world / "checkpoints/shapes/shapes-tiny/pcmepp/seed0"
+    assert torch.load(folder / "state.pt", weights_only=True)["inside"]["step"] == 3
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(PCMEPP, "loss", lambda self, *args: (calls.append(0), loss(self, *args))[1])
+        train.main(command)
+    whole = folder.parent.parent / "pcmepp+whole/seed0"
+    torch.testing.assert_close(weights(folder), weights(whole), rtol=0, atol=0, equal_nan=True)
+    assert [row["loss"] for row in read_log(folder)] == [row["loss"] for row in read_log(whole)]
+    assert len(calls) == 40 - 13
 
 
 def test_seeds_differ_and_repeat(world):

@@ -1,7 +1,10 @@
 """UserError, the exception for mistakes of the user, and how a script ends with it."""
 
+import contextlib
 import functools
+import signal
 import sys
+import threading
 
 GOES_ON = "interrupted; the same command resumes from what was last saved."
 
@@ -13,14 +16,15 @@ class UserError(Exception):
 def exits_cleanly(interrupted="interrupted."):
     """Decorate a script's `main`: a UserError or a file that cannot be used ends it with one sentence and exit code 2.
 
-    interrupted: the sentence for Ctrl-C, with exit code 130.
+    interrupted: the sentence for Ctrl-C and for SIGTERM, which a cluster sends before it kills; with exit code 130.
     """
 
     def decorate(main):
         @functools.wraps(main)
         def wrapped(argv=None):
             try:
-                return main(argv)
+                with _terminates_as_interrupt():
+                    return main(argv)
             except UserError as error:
                 message, code = str(error), 2
             except OSError as error:
@@ -35,6 +39,47 @@ def exits_cleanly(interrupted="interrupted."):
         return wrapped
 
     return decorate
+
+
+@contextlib.contextmanager
+def _terminates_as_interrupt():
+    """Inside the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, unless it has a handler already."""
+    ours = _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interrupts_wait():
+    """Yield a function that tells whether Ctrl-C or SIGTERM has come; the first of them does nothing else in the block.
+
+    The block looks when it can stop, and raises KeyboardInterrupt. A second one raises it at once.
+    """
+    came = []
+
+    def keep(*_):
+        if came:
+            raise KeyboardInterrupt
+        came.append(True)
+
+    before = {}
+    if _in_main_thread():
+        before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_main_thread():
+    """Whether signals arrive here: Python lets no other thread handle them."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def one_of(name, value, choices, error=ValueError):
