@@ -11,7 +11,7 @@ import numpy as np
 import scipy
 import torch
 
-from metrics.retrieval import Columns, Positives, tiles
+from metrics.retrieval import LEAST, Columns, Positives, tiles
 from metrics.uncertainty import bin_of, tie_means
 
 
@@ -44,23 +44,22 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, gro
     columns = Columns(positives.queries)
     for rows, scores in tiles(score, positives.queries, gallery, share=2):
         logit = scale * scores
-        log_probability = logit.log_softmax(dim=1)
         row, column = positives.among(rows, scores.device)
-        positive = log_probability[row, column]
-        best, top = log_probability.max(dim=1)
-        confidence = best.exp() if members is None else _group_probability(log_probability, members, top)
+        positive = logit[row, column]
+        best, top = logit.max(dim=1)
+        is_first = (positive == best[row]).to(best.dtype)
+        hit = torch.zeros_like(best).scatter_add(0, row, is_first) / (logit == best[:, None]).sum(dim=1)
+        logit = logit.sub_(best[:, None]).clamp_min_(LEAST)
+        likelihood = logit.exp()
+        total = likelihood.sum(dim=1)
+        positive = positive - best[row] - total.log()[row]  # log probability
+        confidence = (1 if members is None else _group_sum(likelihood, members, top)) / total
         nll = _nll(positive, row, len(best))
-        first = logit.amax(dim=1)
-        is_first = (logit[row, column] == first[row]).to(best.dtype)
-        hit = torch.zeros_like(best).scatter_add(0, row, is_first) / (logit == first[:, None]).sum(dim=1)
-        probability = log_probability.exp()
-        squares = probability.square().sum(dim=1)
+        squares = likelihood.square().sum(dim=1) / total.square()
         of_positives = torch.zeros_like(best).scatter_add(0, row, positive.exp())
         positive_squares = torch.zeros_like(best).scatter_add(0, row, positive.exp().square())
         brier = (1 - of_positives).square() + (squares - positive_squares).clamp_min(0)
-        # Where a probability underflows to 0, its logarithm must stay finite: 0 * -inf is NaN.
-        log_probability.clamp_min_(torch.finfo(log_probability.dtype).min)
-        entropy = -probability.mul_(log_probability).sum(dim=1)
+        entropy = total.log() - likelihood.mul_(logit).sum(dim=1) / total
         if not torch.isfinite(nll + brier).all():
             raise FloatingPointError("a score is not finite")
         fields = confidence, hit, nll, brier, entropy.clamp_min(0)
@@ -76,14 +75,25 @@ def _nll(positive, row, queries):
     return -(largest + share.log()).clamp_max(0)
 
 
+def nll_of(logit, row, column):
+    """Negative log (q,) of the total probability of each query's positives, from logits (q, G).
+
+    row, column: (P,) of the positives.
+
+    >>> nll_of(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2])).exp()
+    tensor([4.])
+    """
+    top = logit.amax(dim=1)
+    total = (logit - top[:, None]).clamp_min_(LEAST).exp_().sum(dim=1)
+    return _nll(logit[row, column] - top[row] - total.log()[row], row, len(logit))
+
+
 @torch.inference_mode()
 def _mean_nll(score, gallery, positives, scale):
     """The mean NLL of a `forecast`, without the rest of it."""
     parts = []
     for rows, scores in tiles(score, positives.queries, gallery, share=2):
-        row, column = positives.among(rows, scores.device)
-        log_probability = (scale * scores).log_softmax(dim=1)
-        parts.append(_nll(log_probability[row, column], row, len(scores)).cpu().double())
+        parts.append(nll_of(scale * scores, *positives.among(rows, scores.device)).cpu().double())
     nll = torch.cat(parts).numpy()
     if not np.isfinite(nll).all():
         raise FloatingPointError("a score is not finite")
@@ -99,11 +109,11 @@ def _members(group):
     return torch.from_numpy(np.where(place < size[:, None], order[rows], len(order))[of_group])
 
 
-def _group_probability(log_probability, members, top):
-    """Probability (q,) of the groups of the items `top` (q,)."""
+def _group_sum(likelihood, members, top):
+    """Sum (q,) of the likelihoods (q, G) of the groups of the items `top` (q,)."""
     items = members.to(top.device)[top]
-    inside = items < log_probability.shape[1]
-    return (log_probability.gather(1, items.where(inside, 0)).exp() * inside).sum(dim=1)
+    inside = items < likelihood.shape[1]
+    return (likelihood.gather(1, items.where(inside, 0)) * inside).sum(dim=1)
 
 
 def fit_scale(score, gallery, query_of_positive, item_of_positive):

@@ -13,6 +13,7 @@ import scipy.optimize
 import torch
 import torch.nn.functional as F
 
+from metrics.calibration import nll_of
 from metrics.retrieval import tiles
 
 KINDS = ("nnn", "inverted-softmax")
@@ -120,22 +121,16 @@ def choose(image, text, image_of_text, scale, seed=0):
 def _fit(parts, subtracted, scale):
     """The scale of corrected scores with the least mean NLL over Folds, and that NLL."""
     corrected = [part.score - level for part, level in zip(parts, subtracted, strict=True)]
-    rights = [score.where(part.positive, -torch.inf) for part, score in zip(parts, corrected, strict=True)]
+    rights = [part.positive.nonzero(as_tuple=True) for part in parts]
     queries = sum(map(len, corrected))
 
     def nll(log_factor):
         factor = scale * math.exp(log_factor)
         pairs = zip(corrected, rights, strict=True)
-        return (
-            sum(_lse(factor * all).sum().item() - _lse(factor * right).sum().item() for all, right in pairs) / queries
-        )
+        return sum(nll_of(factor * score, *right).sum().item() for score, right in pairs) / queries
 
     best = scipy.optimize.minimize_scalar(nll, bounds=(-2.5, 2.5), method="bounded", options={"xatol": 1e-2})
     return scale * math.exp(best.x), float(best.fun)
-
-
-def _lse(logits):
-    return logits.logsumexp(dim=1)
 
 
 def fixed(kind):

@@ -25,6 +25,7 @@ class Embedding(NamedTuple):
     mean: Tensor  # (N, D)
     uncertainty: Tensor | None = None  # (N,) larger = less certain, for every method; None if the method has none
     spread: Tensor | None = None  # the method's own parameters: kappa (N,), log variance (N, D), ...
+    direction: Tensor | None = None  # (N, D) of the mean, where `adapt_all` has computed it once for many scores
 
     def rows(self, index) -> "Embedding":
         """Select rows of every field."""
@@ -126,7 +127,8 @@ class Adaptor(nn.Module):
 
 def cosine(image: Embedding, text: Embedding) -> Tensor:
     """Cosine of the means (N, M)."""
-    return F.normalize(image.mean, dim=-1) @ F.normalize(text.mean, dim=-1).T
+    image, text = (F.normalize(x.mean, dim=-1) if x.direction is None else x.direction for x in (image, text))
+    return image @ text.T
 
 
 @torch.inference_mode()
@@ -136,7 +138,8 @@ def adapt_all(adapt, embeddings, device, block: int = 8192) -> Embedding:
         adapt(torch.as_tensor(embeddings[start : start + block].copy()).to(device).float())
         for start in range(0, len(embeddings), block)
     ]
-    return Embedding(*(None if field[0] is None else torch.cat(field) for field in zip(*blocks, strict=True)))
+    whole = Embedding(*(None if field[0] is None else torch.cat(field) for field in zip(*blocks, strict=True)))
+    return whole._replace(direction=F.normalize(whole.mean, dim=-1))
 
 
 def best_temperature(scores: list[Tensor]) -> float:
