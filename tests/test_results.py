@@ -46,7 +46,7 @@ def test_every_figure_is_of_three_seeds():
 SELECTIVE, TRUTH = "text_to_image_{}_auroc", "{}_spearman"
 QUERY, OF_QUERY = SELECTIVE.format("query"), TRUTH.format("query")
 OBJECTS, COLORS = (f"shapes-{name}+shifted-test classification" for name in ("objects", "colors"))
-FEW, PUBLISHED = "benchmarks/RESULTS.md", "configs/methods/README.md"
+FEW, PUBLISHED = "docs/few-pairs.md", "configs/methods/README.md"
 CLAIMS = [  # page, words of its prose with figures in braces, and where each stands
     ("README.md", "entropy ({})", [("selective", "clip", SELECTIVE.format("entropy"))]),
     ("README.md", "top probability ({})", [("selective", "clip", SELECTIVE.format("probability"))]),
@@ -63,8 +63,16 @@ CLAIMS = [  # page, words of its prose with figures in braces, and where each st
     ]),
     ("docs/results.md", "unified objective ({})", [("truth", "pfe+infonce", OF_QUERY)]),
     ("docs/results.md", "ProLIP have {} and {} with", [(PUBLISHED, "pcmepp_mean", -1), (PUBLISHED, "prolip_mean", -1)]),
-    ("docs/results.md", "cost no recall, {}", [(FEW, "loss-prediction, frozen", "query-only")]),
-    ("docs/results.md", "AUROC {} for AsymVLM", [(FEW, "asymvlm-psd, residual", "top probability")]),
+    ("docs/results.md", "R@1 {} for plain CLIP, {} with it. `linear` with it has {}", [
+        (FEW, row, "R@1") for row in ("clip", "clip, hubs", "linear, hubs")
+    ]),
+    ("docs/results.md", "AURC falls from {} to {}.", [(FEW, row, "AURC") for row in ("clip", "linear, hubs")]),
+    ("docs/results.md", "an AUROC of {}, `density` {}, the best trained method, loss prediction, {},", [
+        (FEW, row, "query-only") for row in ("knn", "density", "loss-prediction, frozen")
+    ]),
+    ("docs/results.md", "AUROC {} for `linear` with hub correction, {} for plain", [
+        (FEW, "linear, hubs", "AUROC of the probability"), (FEW, "clip", "of the entropy")
+    ]),
     ("docs/bayesvlm.md", "wrong answers on objects ({})", [(OBJECTS, "bayesvlm", "query_auroc")]),
     ("docs/bayesvlm.md", "({} against {} and plain CLIP's {})", [
         (COLORS, "bayesvlm", "query_auroc"), (COLORS, "bayesvlm", "entropy_auroc"), (COLORS, "clip", "entropy_auroc")
@@ -103,7 +111,7 @@ def number(text):
 def stored(table, row, column):
     """A stored figure: in a .csv, or in a row of a page's tables.
 
-    Of `benchmarks/RESULTS.md`, the first table with such a column; of `configs/methods/README.md`, the figure at a
+    Of `docs/few-pairs.md`, the first table with such a column; of `configs/methods/README.md`, the figure at a
     place among those that a row of benchmarks.published prints.
     """
     if table not in (FEW, PUBLISHED):
