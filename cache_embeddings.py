@@ -49,6 +49,8 @@ def say(ranks, folder, more=""):
     meta = read_meta(folder)
     texts = "captions" if "classes" not in meta else f"prompts for {len(meta['classes']):,} classes"
     line = f"{folder}: {meta['images']:,} images, {meta['captions']:,} {texts}, D = {meta['dim']}"
+    if empty := meta.get("classes_without_images"):  # such a class is a wrong answer to every image
+        line += f", no image of {', '.join(map(repr, empty[:3]))}{f' and {len(empty) - 3:,} more' if empty[3:] else ''}"
     if meta["skipped"]:
         line += f", {meta['skipped']:,} left out (skipped.jsonl)"
     if meta["captions_cut"]:

@@ -1,13 +1,19 @@
 """Sources of image-caption pairs; this file makes `datasets` mean this package, not an installed Hugging Face one."""
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
 from utils.errors import UserError
+
+# What operating systems and tools put among the user's files, besides names that begin with a dot; in lower case.
+SYSTEM = {
+    "__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "lost+found", "@eadir",
+    "#recycle", "#snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
 
 
 class Image(NamedTuple):
@@ -110,6 +116,11 @@ class Described(Source):
 def name_id(name):
     """Hash a name to an id, 63 bits of its SHA-256, for sources that do not number their images."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def visible(path):
+    """Whether no part of a relative path is hidden or the system's: `.git`, `__MACOSX`, `Thumbs.db`."""
+    return not any(part.startswith(".") or part.lower() in SYSTEM for part in PurePath(path).parts)
 
 
 def check_folds(folds, seed):
