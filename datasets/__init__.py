@@ -1,6 +1,7 @@
 """Sources of image-caption pairs; this file makes `datasets` mean this package, not an installed Hugging Face one."""
 
 import hashlib
+from numbers import Integral
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ SYSTEM = {
 
 
 class Image(NamedTuple):
-    id: int  # given by the source
+    id: int  # given by the source, within 64 bits
     path: Path | None = None  # the file that holds it; None if the source has its embedding, or opens it itself
     name: str = ""  # shown in reports if the image has no file of its own
 
@@ -31,7 +32,7 @@ class Image(NamedTuple):
 class Caption(NamedTuple):
     id: int  # given by the source
     image_id: int  # the id of the image it describes; for a prompt, the number of its class
-    text: str
+    text: str  # what a source read instead of one, such as None, is named or left out by datasets/listing.py
 
 
 class Classes(NamedTuple):
@@ -116,6 +117,16 @@ class Described(Source):
 def name_id(name):
     """Hash a name to an id, 63 bits of its SHA-256, for sources that do not number their images."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def is_id(value):
+    """Whether a value is an integer of 64 bits, as the ids of images and captions must be."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def folded(value):
+    """Fold the white space of a caption; what is no string is returned as it is."""
+    return " ".join(value.split()) if isinstance(value, str) else value
 
 
 def visible(path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from datasets import Caption, Classes, Image
+from datasets import Caption, Classes, Image, is_id
 from utils.errors import UserError
 
 SAMPLE = 16  # files whose content is hashed, to detect other pictures under the same names
@@ -37,11 +37,11 @@ def list_split(source, split, on_error="stop"):
     images, classes = source.images(split), source.classes(split)
     captions = source.captions(split) or ([] if classes is None else _prompts(classes))
     embeddings, matches = source.embeddings(split), source.matches(split)
+    _check_ids(f"image of '{split}'", images, [image.place for image in images])
+    _check_ids(f"caption of '{split}'", captions, [caption.text for caption in captions])
     sizes = {path: _size(path) for path in dict.fromkeys(image.path for image in images if image.path is not None)}
     absent = {image.id for image in images if image.path is not None and sizes[image.path] is None}
     reasons = [_fault(caption.text) for caption in captions]
-    if len({image.id for image in images}) < len(images):
-        raise UserError(f"two images of '{split}' have the same id: give each image one id.")
     if absent and on_error == "stop":
         first = next(image for image in images if image.id in absent)
         raise UserError(
@@ -55,6 +55,10 @@ def list_split(source, split, on_error="stop"):
     if faults and on_error == "stop":
         first, reason = faults[0]
         more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
+        if len(faults) == len(captions) > 1:
+            raise UserError(
+                f"no caption of '{split}' can be read, as the first {reason}: name the column or key that holds them."
+            )
         caption = f"caption {first.id} of '{split}', of {places.get(first.image_id)},"
         raise UserError(f"{caption} {reason}{more}: fix it, or leave it out with --on-error skip.")
     skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
@@ -87,6 +91,18 @@ def list_split(source, split, on_error="stop"):
     )
 
 
+def _check_ids(kind, items, shown):
+    """Raise UserError if the ids of images or captions, `shown` in that order, repeat or do not fit into the cache."""
+    place = {}
+    for row, item in enumerate(items):
+        if not is_id(item.id):
+            hint = "give it such an id in its source"
+            raise UserError(f"the {kind} {shown[row]!r:.80} has the id {item.id!r:.40}, no integer of 64 bits: {hint}.")
+        if place.setdefault(item.id, row) != row:
+            both = f"{shown[place[item.id]]!r:.80} and {shown[row]!r:.80}"
+            raise UserError(f"one {kind} and another, {both}, have the same id, {item.id}: leave one of them out.")
+
+
 def _size(path):
     """Return the size of a file in bytes, or None if there is no such file."""
     try:
@@ -106,12 +122,16 @@ def _prompts(classes):
 
 def _fault(text):
     """Return why no tokenizer can read a caption, or ""."""
+    if text is None or text != text:  # NaN, by which some libraries write what is missing
+        return "is null or missing"
+    if not isinstance(text, str):
+        return f"is not a string but {text!r:.40}"
     if not text.strip():
         return "is empty"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "is not valid Unicode (it holds half of a surrogate pair)"
+        return "is not valid Unicode (it holds bytes that are not UTF-8, or half of a surrogate pair)"
     return ""
 
 
