@@ -1,6 +1,11 @@
 """Sources of image-caption pairs; this file makes `datasets` mean this package, not an installed Hugging Face one."""
 
+import ast
+import contextlib
 import hashlib
+import io
+import json
+import tokenize
 from numbers import Integral
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -33,6 +38,7 @@ class Caption(NamedTuple):
     id: int  # given by the source
     image_id: int  # the id of the image it describes; for a prompt, the number of its class
     text: str  # what a source read instead of one, such as None, is named or left out by datasets/listing.py
+    where: str = ""  # in the file that lists it, for errors
 
 
 class Classes(NamedTuple):
@@ -55,6 +61,7 @@ class Source:
 
     version = ""
     get = ""
+    distinct = False  # whether a caption that an image has twice is a row listed twice, to be left out and counted
 
     def images(self, split: str) -> list[Image]:
         """List the images of `split`; raises UserError if the split or its files are missing."""
@@ -127,6 +134,22 @@ def is_id(value):
 def folded(value):
     """Fold the white space of a caption; what is no string is returned as it is."""
     return " ".join(value.split()) if isinstance(value, str) else value
+
+
+def spelled_list(text):
+    """Read a list of strings that is spelled out as JSON, Python or NumPy do, ['a' 'b']; None if a text is not one."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    listed = None
+    with contextlib.suppress(ValueError, RecursionError):
+        listed = json.loads(text)
+    if listed is None:
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, tokenize.TokenError):
+            tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+            if all(token.type == tokenize.STRING or token.string == "," for token in tokens[1:-1]):
+                listed = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    return listed if listed and all(isinstance(value, str) for value in listed) else None
 
 
 def visible(path):

@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
-from datasets import Caption, Classes, Image, is_id
+from datasets import Caption, Classes, Image, is_id, spelled_list
 from utils.errors import UserError
 
 SAMPLE = 16  # files whose content is hashed, to detect other pictures under the same names
@@ -36,9 +37,12 @@ def list_split(source, split, on_error="stop"):
     """
     images, classes = source.images(split), source.classes(split)
     captions = source.captions(split) or ([] if classes is None else _prompts(classes))
-    embeddings, matches = source.embeddings(split), source.matches(split)
+    embeddings, matches, chains = source.embeddings(split), source.matches(split), source.chains(split)
     _check_ids(f"image of '{split}'", images, [image.place for image in images])
     _check_ids(f"caption of '{split}'", captions, [caption.text for caption in captions])
+    for prompt in itertools.chain(*chains):
+        if fault := _fault(prompt):
+            raise UserError(f"the prompt {prompt!a:.80} of a chain of '{split}' {fault}: fix it.")
     sizes = {path: _size(path) for path in dict.fromkeys(image.path for image in images if image.path is not None)}
     absent = {image.id for image in images if image.path is not None and sizes[image.path] is None}
     reasons = [_fault(caption.text) for caption in captions]
@@ -51,7 +55,7 @@ def list_split(source, split, on_error="stop"):
     faults = [(caption, reason) for caption, reason in zip(captions, reasons, strict=True) if reason]
     if faults and classes is not None:
         raise UserError(f"the prompt {faults[0][0].text!a} of '{split}' {faults[0][1]}: every class needs its prompts.")
-    places = {image.id: image.place for image in images} if faults else {}
+    places = {image.id: image.place for image in images}
     if faults and on_error == "stop":
         first, reason = faults[0]
         more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
@@ -59,10 +63,18 @@ def list_split(source, split, on_error="stop"):
             raise UserError(
                 f"no caption of '{split}' can be read, as the first {reason}: name the column or key that holds them."
             )
-        caption = f"caption {first.id} of '{split}', of {places.get(first.image_id)},"
+        where = f" ({first.where})" if first.where else ""
+        caption = f"caption {first.id} of '{split}'{where}, of {places.get(first.image_id)},"
         raise UserError(f"{caption} {reason}{more}: fix it, or leave it out with --on-error skip.")
     skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
-    skipped += [{"text_id": c.id, "path": places.get(c.image_id), "reason": reason} for c, reason in faults]
+    if source.distinct:
+        seen = set()
+        for row, caption in enumerate(captions):
+            if not reasons[row]:
+                reasons[row] = "is listed twice" if caption[1:3] in seen else ""
+                seen.add(caption[1:3])
+    left_out = [(caption, reason) for caption, reason in zip(captions, reasons) if reason]
+    skipped += [{"text_id": c.id, "path": places.get(c.image_id), "reason": reason} for c, reason in left_out]
     if classes is None:
         kept = [c.image_id not in absent and not reason for c, reason in zip(captions, reasons, strict=True)]
         keep_text = np.array(kept, dtype=bool)
@@ -85,7 +97,7 @@ def list_split(source, split, on_error="stop"):
         classes=classes,
         embeddings=None if embeddings is None else (embeddings[0][keep_image], embeddings[1][keep_text]),
         matches=None if matches is None else matches[keep_image][:, keep_text],
-        chains=source.chains(split),
+        chains=chains,
         skipped=skipped,
         sizes=sizes,
     )
@@ -132,6 +144,8 @@ def _fault(text):
         text.encode()
     except UnicodeEncodeError:
         return "is not valid Unicode (it holds bytes that are not UTF-8, or half of a surrogate pair)"
+    if spelled_list(text):
+        return f"is a list of captions, {text!a:.40}, where one is expected"
     return ""
 
 
