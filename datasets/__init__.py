@@ -152,6 +152,12 @@ def spelled_list(text):
     return listed if listed and all(isinstance(value, str) for value in listed) else None
 
 
+def captions_in(value):
+    """List the captions of a field, which may hold a list of them, also one spelled out; [None] if that is empty."""
+    listed = spelled_list(value) if isinstance(value, str) else value
+    return (listed if isinstance(listed, list) else [value]) or [None]
+
+
 def visible(path):
     """Whether no part of a relative path is hidden or the system's: `.git`, `__MACOSX`, `Thumbs.db`."""
     return not any(part.startswith(".") or part.lower() in SYSTEM for part in PurePath(path).parts)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from datasets import Caption, Described, Image, check_folds, fold_splits, folded, name_id, spelled_list
+from datasets import Caption, Described, Image, captions_in, check_folds, fold_splits, folded, name_id
 from utils.errors import UserError
 
 # Default names of the columns.
@@ -292,10 +292,7 @@ class PairsFile(Described):
 
 def _texts(values):
     """List the captions that the fields of a row hold; only if all are empty, one that is none."""
-    texts = []
-    for value in values:
-        listed = spelled_list(value) if isinstance(value, str) else value
-        texts += listed if isinstance(listed, list) else [value]
+    texts = [text for value in values for text in captions_in(value)]
     filled = [text for text in texts if text is not None and text == text and text != ""]
     return (filled if len(values) > 1 else texts) or [None]
 

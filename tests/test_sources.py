@@ -634,14 +634,11 @@ def test_a_file_that_is_not_an_image_raises_what_pillow_raises(tmp_path):
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"0.txt": b"x", "0.cls": b"1"}, r"a\.tar: sample '0' has no \.jpg, \.jpeg, .* but \.txt, \.cls: remove"),
-        ({"0.jpg": b"", "1.jpg": b"", "0.txt": b""}, r"a\.tar: sample '0' has no"),
-        ({"0.jpg": b"", "1.jpg": b"", "0.png": b""}, "has two samples with the key '0'"),
+        ({"0.txt": b"x", "0.cls": b"1"}, r"no sample of .*a\.tar has an image, but \.cls, \.txt: images must be \.jpg"),
+        ({"0.a.jpg": b"", "0.b.jpg": b""}, r"a\.tar: sample '0' has \.a\.jpg and \.b\.jpg: a key ends at the first"),
         ({"0.jpg": b"", "0.JPG": b""}, r"a\.tar has the file 0\.JPG twice"),
-        ({"0.jpg": b"", "0.txt": b"caf\xe9"}, r"a\.tar: 0\.txt is not UTF-8"),
         ({"0.jpg": b"", "0.json": b"{"}, r"a\.tar: 0\.json is not a JSON object"),
         ({"0.jpg": b"", "0.json": b"[]"}, r"a\.tar: 0\.json is not a JSON object"),
-        ({"0.jpg": b"", "0.json": b'{"caption": ["x"]}'}, r"a\.tar: 0\.json is not a JSON object"),
         ({}, r"\*\.tar holds no samples"),
     ],
 )
@@ -651,6 +648,52 @@ def test_shards_that_hold_something_else_are_named(tmp_path, members, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         Shards(tmp_path).images("all")
     assert "\n" not in str(error.value)
+
+
+def test_shards_as_they_are_found_are_read(tmp_path):
+    pytest.importorskip("webdataset")
+    first = {"./0.jpg": jpeg(10), "a/2.jpg": jpeg(30), "1.input.jpg": jpeg(20)}  # not in the order of their captions
+    hidden = {"./._0.jpg": b"macOS", "a/._2.jpg": b"", "__MACOSX/0.jpg": b"", ".DS_Store": b"", "Thumbs.db": b""}
+    last = {"a/2.txt": b"two", "1.txt": b"one", "./0.json": b'{"caption": ["null", "zero"]}', "index.json": b"{}"}
+    last |= {"README.md": b"read"}
+    bmp = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (40, 0, 0)).save(bmp, "BMP")
+    shard(tmp_path / "a.tar", first | hidden | last | {"3.bmp": bmp.getvalue(), "3.txt": b"three"})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, target, kind in (("4.jpg", "0.jpg", tarfile.LNKTYPE), ("b/5.jpg", "../3.bmp", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    source = source_of("webdataset", tmp_path)
+    pairs = source.pairs("all")
+    assert [image.place.removeprefix("a.tar/") for image, _ in pairs] == [
+        "./0.jpg", "a/2.jpg", "1.input.jpg", "3.bmp", "4.jpg", "b/5.jpg",
+    ]  # fmt: skip
+    assert [[caption.text for caption in captions] for _, captions in pairs] == [
+        ["null", "zero"], ["two"], ["one"], ["three"], [""], [""],
+    ]  # fmt: skip
+    assert [color(source.open(image)) for image, _ in pairs] == [10, 30, 20, 40, 10, 40]
+    assert pairs[0][1][0].id == pairs[0][0].id != pairs[0][1][1].id
+
+
+def test_samples_of_shards_that_lack_something_are_left_out_one_by_one(tmp_path):
+    pytest.importorskip("webdataset")
+    whole = sample("0", 10, "zero") | sample("1", 20, "one")
+    odd = {"2.txt": b"no image", "3.jpg": b"", "3.txt": b"caf\xe9", "4.jpg": b"", "4.json": b'{"caption": NaN}'}
+    shard(tmp_path / "a.tar", whole | odd)
+    source = Shards(tmp_path)
+    with pytest.raises(UserError, match=r"1 of the 5 images of 'all' are absent from .*a\.tar \(the first is 2\)"):
+        list_split(source, "all")
+    listing = list_split(source, "all", "skip")
+    assert [caption.text for caption in listing.captions] == ["zero", "one"]
+    reasons = [item["reason"] for item in listing.skipped]
+    assert reasons[0] == "absent" and "not UTF-8" in reasons[1] and reasons[2] == "is null or missing"
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("5.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "elsewhere.jpg"
+        tar.addfile(link)
+    with pytest.raises(UserError, match=r"a\.tar: 5\.jpg is a link to elsewhere\.jpg, which is no file of"):
+        Shards(tmp_path).images("all")
 
 
 def test_damaged_shards_are_named(tmp_path):
