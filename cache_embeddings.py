@@ -17,13 +17,13 @@ import sys
 from datasets.caching import identity, mismatch, write_cache, write_given
 from datasets.embeddings import META, WORKING, cache_folder, read_meta
 from datasets.listing import list_split
+from datasets.ranks import Ranks
 from models.backbones import make_backbone
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device, usable_cores
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.files import locked
-from utils.ranks import Ranks
 
 
 def parse(argv):

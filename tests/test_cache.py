@@ -15,9 +15,10 @@ from datasets.coco import Coco
 from datasets.embeddings import Pairs
 from datasets.listing import list_split
 from models.backbones.openclip import Backbone
+from utils import checkpoint
 from utils.config import load_backbone, load_config, make_source
 from utils.errors import UserError
-from utils.files import locked
+from utils.files import locked, save_array, save_arrays, write_text
 
 SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
 VAL = ["--splits", "val"]
@@ -451,6 +452,29 @@ def test_real_coco_annotations(shared, tmp_path):
     assert {caption.id: (caption.image_id, caption.text.split()) for caption in captions} == expected
     order = {image.id: row for row, image in enumerate(images)}
     assert (np.diff([order[caption.image_id] for caption in captions]) >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "pt", "txt"])
+@pytest.mark.parametrize("beyond", [100, 10**6])  # libraries that write by themselves lose a short end without an error
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, kind, beyond):
+    resource = pytest.importorskip("resource")
+    limit = 2**20
+    array = np.random.default_rng(0).integers(0, 256, limit + beyond - 128, dtype=np.uint8)
+    path = tmp_path / f"x.{kind}"
+    write = {
+        "npy": lambda: save_array(path, array),
+        "npz": lambda: save_arrays(path, array=array),
+        "pt": lambda: checkpoint._save(path, {"array": torch.from_numpy(array)}),
+        "txt": lambda: write_text(path, "x" * len(array) + "y" * 200),
+    }
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # which stands for the free space
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"x\.{kind} cannot be written \(File too large\): free space on its disk"):
+            write[kind]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_backbones_are_named():

@@ -27,9 +27,9 @@ from check_method import SMALL_WORLD
 import cache_embeddings
 from datasets import blocks
 from datasets.embeddings import Pairs
+from datasets.ranks import Ranks
 from models.backbones.openclip import Backbone
 from utils.config import HOME, load_backbone
-from utils.ranks import Ranks
 
 SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--splits", "val", "--set", *SMALL_WORLD]
 SMALL_BATCHES = [*SHAPES, "encoder.batch_size=8"]
