@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.embeddings import UNREADABLE, WORKING
+from models.backbones.pixels import lenient
 from utils.errors import UserError
 from utils.files import atomic, read_json, write_json
 
@@ -82,16 +83,20 @@ class _Decoded(torch.utils.data.Dataset):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata are useless here
-                with self.source.open(self.images[row]) as image:
+                with self._open(row) as image:
                     if image.format != "PNG":
                         return self.transform(image)
                     image.verify()  # only PNG has checksums, and decoding ignores them
-                with self.source.open(self.images[row]) as image:
+                with self._open(row) as image:
                     return self.transform(image)
         except PIL.UnidentifiedImageError:
             return "it is not an image that Pillow can read"
         except Exception as error:  # Pillow raises a dozen types on broken files
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+    def _open(self, row):
+        with lenient():
+            return self.source.open(self.images[row])
 
 
 def _collate(items):

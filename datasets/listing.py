@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import itertools
+import os
+import unicodedata
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,7 @@ def list_split(source, split, on_error="stop"):
     for prompt in itertools.chain(*chains):
         if fault := _fault(prompt):
             raise UserError(f"the prompt {prompt!a:.80} of a chain of '{split}' {fault}: fix it.")
+    images = [image if image.path is None else image._replace(path=_on_disk(image.path)) for image in images]
     sizes = {path: _size(path) for path in dict.fromkeys(image.path for image in images if image.path is not None)}
     absent = {image.id for image in images if image.path is not None and sizes[image.path] is None}
     reasons = [_fault(caption.text) for caption in captions]
@@ -113,6 +117,23 @@ def _check_ids(kind, items, shown):
         if place.setdefault(item.id, row) != row:
             both = f"{shown[place[item.id]]!r:.80} and {shown[row]!r:.80}"
             raise UserError(f"one {kind} and another, {both}, have the same id, {item.id}: leave one of them out.")
+
+
+def _on_disk(path):
+    """Return the path of a file as the disk writes it: an accented letter has two spellings in Unicode."""
+    if str(path).isascii() or _size(path) is not None or path == path.parent:
+        return path
+    folder = _on_disk(path.parent)
+    return folder / _names(folder).get(unicodedata.normalize("NFC", path.name), path.name)
+
+
+@lru_cache
+def _names(folder):
+    """Return the names in a folder by their composed spelling."""
+    try:
+        return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
 
 
 def _size(path):

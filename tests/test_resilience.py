@@ -175,6 +175,13 @@ def hostile_images():
     turned, stripe = photo.transpose(PIL.Image.Transpose.ROTATE_90), PIL.Image.new("RGB", (20000, 1), (9, 99, 199))
     other = PIL.ImageOps.invert(photo)
     bomb = zlib.compress(b"\0" * 2**20)
+    megabytes = zlib.compress(b"a" * 2**21)
+
+    def with_chunk(kind, body):
+        """A PNG of the photo with one more chunk after its header."""
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return plain[:33] + struct.pack(">I", len(body)) + kind + body + checksum + plain[33:]
+
     read = {
         "plain.jpg": (jpeg, photo),
         "progressive.jpg": (encoded(photo, "JPEG", progressive=True), photo),
@@ -203,6 +210,10 @@ def hostile_images():
         "one pixel.png": (encoded(photo.resize((1, 1)), "PNG"), photo.resize((1, 1))),
         "thin.png": (encoded(stripe, "PNG"), stripe.crop((0, 0, 1, 1))),
         "tall.png": (encoded(stripe.rotate(90, expand=True), "PNG"), stripe.crop((0, 0, 1, 1))),
+        "long text.png": (with_chunk(b"zTXt", b"Comment\0\0" + megabytes), photo),
+        "long unicode text.png": (with_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + megabytes), photo),
+        "long profile.png": (with_chunk(b"iCCP", b"profile\0\0" + megabytes), photo),
+        "short chunk.png": (with_chunk(b"gAMA", b"\0"), photo),
         "damaged profile.jpg": (encoded(photo, "JPEG", icc_profile=b"nonsense"), photo),
     }
     broken = {

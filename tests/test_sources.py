@@ -357,6 +357,21 @@ def test_one_file_has_one_id_however_its_path_is_written(tmp_path):
     assert texts(source, "all")[path_id(tmp_path, "a.jpg")] == ["one", "two", "three", "four"]
 
 
+def test_names_are_found_in_either_spelling_of_unicode(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    rows = [(f"{composed}/{composed}.jpg", "one"), (f"{decomposed}/b.jpg", "two"), (f"{composed}/absent.jpg", "three")]
+    path = write(tmp_path / "mine.csv", rows, ("image", "caption"))
+    (tmp_path / decomposed).mkdir()
+    for name in (f"{decomposed}.jpg", "b.jpg"):
+        (tmp_path / decomposed / name).touch()
+    listing = list_split(source_of("pairs", path, folds=2), "all", "skip")
+    assert [image.path.relative_to(tmp_path).as_posix() for image in listing.images] == [
+        f"{decomposed}/{decomposed}.jpg", f"{decomposed}/b.jpg",
+    ]  # fmt: skip
+    assert [item["reason"] for item in listing.skipped] == ["absent"]
+    assert listing.images[0].id == path_id(tmp_path, rows[0][0])
+
+
 def test_lone_surrogates_are_left_as_they_are(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "\\ud800.jpg", "caption": "a \\ud800 b", "split": "train"}')
     source = PairsFile(tmp_path / "mine.jsonl")
