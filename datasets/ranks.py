@@ -2,10 +2,16 @@
 
 import datetime
 import os
+import sys
+import threading
+import time
 
 import torch.distributed as dist
 
 from utils.errors import UserError
+
+NOTICE, MEETING = 10, 600  # seconds until a process says that it waits for the others to start, and gives up
+WAIT = 12 * 3600  # seconds for another to list or encode its share
 
 
 class Ranks:
@@ -21,15 +27,22 @@ class Ranks:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         self.neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.first = self.rank == 0
-        if self.world > 1 and not dist.is_initialized():
-            # A rank may list or encode images for hours while the others wait for it.
+        self.group = None
+        if self.world > 1:
+            waiting = f"waiting for {self.world} processes, as WORLD_SIZE says"
+            notice = threading.Timer(NOTICE, print, [waiting], {"file": sys.stderr})
+            notice.start()
             try:
-                dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-            except ValueError as error:
+                dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=MEETING))
+                self.group = dist.new_group(timeout=datetime.timedelta(seconds=WAIT))
+            except (ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200].rstrip(".")
                 raise UserError(
-                    f"WORLD_SIZE is {self.world}, but the processes cannot find each other ({error}): start them with"
+                    f"WORLD_SIZE is {self.world}, but the processes cannot find each other ({reason}): start them with"
                     " torchrun, or unset it."
                 ) from None
+            finally:
+                notice.cancel()
 
     def in_turn(self, call):
         """Return `call()`, called on rank 0 first and then on the others, so that rank 0 alone reports an error."""
@@ -42,13 +55,18 @@ class Ranks:
 
     def broadcast(self, value):
         """Broadcast: return rank 0's `value` on every rank, once all ranks have called this."""
-        values = [value]
+        values, started = [value], time.monotonic()
         if self.world > 1:
             try:
-                dist.broadcast_object_list(values)
-                dist.barrier()
-            except RuntimeError:  # the connection is lost because another rank failed, which reports why
-                raise SystemExit(1) from None
+                dist.broadcast_object_list(values, group=self.group)
+                dist.barrier(group=self.group)
+            except RuntimeError:
+                if time.monotonic() - started < WAIT:  # the connection is lost: another rank failed, which reports why
+                    raise SystemExit(1) from None
+                hint = "see what they do, and run the same command again, which goes on from the finished blocks"
+                raise UserError(
+                    f"process {self.rank} of {self.world} has waited {WAIT // 3600} hours for the others: {hint}."
+                ) from None
         return values[0]
 
     def close(self):
