@@ -41,8 +41,8 @@ def list_split(source, split, on_error="stop"):
     images, classes = source.images(split), source.classes(split)
     captions = source.captions(split) or ([] if classes is None else _prompts(classes))
     embeddings, matches, chains = source.embeddings(split), source.matches(split), source.chains(split)
-    _check_ids(f"image of '{split}'", images, [image.place for image in images])
-    _check_ids(f"caption of '{split}'", captions, [caption.text for caption in captions])
+    _check_ids(f"image of '{split}'", images, lambda image: image.place)
+    _check_ids(f"caption of '{split}'", captions, lambda caption: caption.text)
     for prompt in itertools.chain(*chains):
         if fault := _fault(prompt):
             raise UserError(f"the prompt {prompt!a:.80} of a chain of '{split}' {fault}: fix it.")
@@ -59,7 +59,11 @@ def list_split(source, split, on_error="stop"):
     faults = [(caption, reason) for caption, reason in zip(captions, reasons, strict=True) if reason]
     if faults and classes is not None:
         raise UserError(f"the prompt {faults[0][0].text!a} of '{split}' {faults[0][1]}: every class needs its prompts.")
-    places = {image.id: image.place for image in images}
+    by_id = {image.id: image for image in images}
+    lost = next((caption for caption in captions if classes is None and caption.image_id not in by_id), None)
+    if lost is not None:
+        problem = f"describes image {lost.image_id!r:.40}, which is not among the images"
+        raise UserError(f"caption {lost.id} of '{split}' {problem}: list the image, or leave the caption out.")
     if faults and on_error == "stop":
         first, reason = faults[0]
         more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
@@ -68,7 +72,7 @@ def list_split(source, split, on_error="stop"):
                 f"no caption of '{split}' can be read, as the first {reason}: name the column or key that holds them."
             )
         where = f" ({first.where})" if first.where else ""
-        caption = f"caption {first.id} of '{split}'{where}, of {places.get(first.image_id)},"
+        caption = f"caption {first.id} of '{split}'{where}, of {by_id[first.image_id].place},"
         raise UserError(f"{caption} {reason}{more}: fix it, or leave it out with --on-error skip.")
     skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
     if source.distinct:
@@ -78,7 +82,7 @@ def list_split(source, split, on_error="stop"):
                 reasons[row] = "is listed twice" if caption[1:3] in seen else ""
                 seen.add(caption[1:3])
     left_out = [(caption, reason) for caption, reason in zip(captions, reasons) if reason]
-    skipped += [{"text_id": c.id, "path": places.get(c.image_id), "reason": reason} for c, reason in left_out]
+    skipped += [{"text_id": c.id, "path": by_id[c.image_id].place, "reason": reason} for c, reason in left_out]
     if classes is None:
         kept = [c.image_id not in absent and not reason for c, reason in zip(captions, reasons, strict=True)]
         keep_text = np.array(kept, dtype=bool)
@@ -108,15 +112,16 @@ def list_split(source, split, on_error="stop"):
 
 
 def _check_ids(kind, items, shown):
-    """Raise UserError if the ids of images or captions, `shown` in that order, repeat or do not fit into the cache."""
-    place = {}
-    for row, item in enumerate(items):
+    """Raise UserError if ids of images or captions repeat or do not fit into the cache; shown: names one of them."""
+    first = {}
+    for item in items:
         if not is_id(item.id):
-            hint = "give it such an id in its source"
-            raise UserError(f"the {kind} {shown[row]!r:.80} has the id {item.id!r:.40}, no integer of 64 bits: {hint}.")
-        if place.setdefault(item.id, row) != row:
-            both = f"{shown[place[item.id]]!r:.80} and {shown[row]!r:.80}"
+            wrong = f"the {kind} {shown(item)!r:.80} has the id {item.id!r:.40}"
+            raise UserError(f"{wrong}, no integer of 64 bits: give it such an id in its source.")
+        if item.id in first:
+            both = f"{shown(first[item.id])!r:.80} and {shown(item)!r:.80}"
             raise UserError(f"one {kind} and another, {both}, have the same id, {item.id}: leave one of them out.")
+        first[item.id] = item
 
 
 def _on_disk(path):

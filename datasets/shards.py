@@ -136,7 +136,7 @@ class Shards(Described):
                 samples.append((image, [Caption(id, image.id, text) for id, text in zip(ids, texts)]))
         if samples and not places:
             kinds = sorted({kind for sample in _grouped(members, path).values() for kind in sample})
-            hint = f"images must be .{', .'.join(IMAGES)}"
+            hint = f"make it again with images named .{', .'.join(IMAGES)}"
             raise UserError(f"no sample of {path} has an image, but .{', .'.join(kinds[:5])}: {hint}.")
         ids = np.array(sorted(places), dtype=np.int64)
         self.places[path] = ids, np.array([places[id] for id in ids.tolist()], dtype=np.int64).reshape(-1, 2)

@@ -394,6 +394,12 @@ def test_ids_that_the_cache_cannot_hold_and_repeats_are_named(source, sentence):
         list_split(source, "all")
 
 
+def test_a_caption_of_an_image_that_is_not_listed_is_named(monkeypatch):
+    monkeypatch.setattr(Three, "captions", lambda self, split: [Caption(0, "0", "a")])
+    with pytest.raises(UserError, match="caption 0 of 'all' describes image '0', which is not among the images: list"):
+        list_split(Three(), "all")
+
+
 def test_what_is_no_caption_stops_or_is_left_out():
     odd = None, float("nan"), ["a", "b"], 5, "caf\udce9"
     reasons = ["is null or missing"] * 2 + ["is not a string but ['a', 'b']", "is not a string but 5"]

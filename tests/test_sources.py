@@ -649,7 +649,7 @@ def test_a_file_that_is_not_an_image_raises_what_pillow_raises(tmp_path):
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"0.txt": b"x", "0.cls": b"1"}, r"no sample of .*a\.tar has an image, but \.cls, \.txt: images must be \.jpg"),
+        ({"0.txt": b"x", "0.cls": b"1"}, r"no sample of .*a\.tar has an image, but \.cls, \.txt: make it again"),
         ({"0.a.jpg": b"", "0.b.jpg": b""}, r"a\.tar: sample '0' has \.a\.jpg and \.b\.jpg: a key ends at the first"),
         ({"0.jpg": b"", "0.JPG": b""}, r"a\.tar has the file 0\.JPG twice"),
         ({"0.jpg": b"", "0.json": b"{"}, r"a\.tar: 0\.json is not a JSON object"),
