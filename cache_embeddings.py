@@ -17,13 +17,13 @@ import sys
 from datasets.caching import identity, mismatch, write_cache, write_given
 from datasets.embeddings import META, WORKING, cache_folder, read_meta
 from datasets.listing import list_split
+from datasets.ranks import Ranks
 from models.backbones import make_backbone
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device, usable_cores
 from utils.errors import GOES_ON, UserError, exits_cleanly
 from utils.files import locked
-from utils.ranks import Ranks
 
 
 def parse(argv):
@@ -49,6 +49,8 @@ def say(ranks, folder, more=""):
     meta = read_meta(folder)
     texts = "captions" if "classes" not in meta else f"prompts for {len(meta['classes']):,} classes"
     line = f"{folder}: {meta['images']:,} images, {meta['captions']:,} {texts}, D = {meta['dim']}"
+    if empty := meta.get("classes_without_images"):  # such a class is a wrong answer to every image
+        line += f", no image of {', '.join(map(repr, empty[:3]))}{f' and {len(empty) - 3:,} more' if empty[3:] else ''}"
     if meta["skipped"]:
         line += f", {meta['skipped']:,} left out (skipped.jsonl)"
     if meta["captions_cut"]:

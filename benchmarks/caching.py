@@ -21,10 +21,10 @@ import torchvision.transforms as T
 from benchmarks.run import machine, seconds
 from datasets import Caption, Image, Source
 from datasets.blocks import BlockEncoder, Blocks
+from datasets.ranks import Ranks
 from models.backbones import make_backbone
 from utils.config import load_backbone
 from utils.device import pick_device, usable_cores
-from utils.ranks import Ranks
 
 CAPTION = "two dogs run over a green field in the rain, number {}"
 REPEATS = 3

@@ -1,7 +1,13 @@
 """Sources of image-caption pairs; this file makes `datasets` mean this package, not an installed Hugging Face one."""
 
+import ast
+import contextlib
 import hashlib
-from pathlib import Path
+import io
+import json
+import tokenize
+from numbers import Integral
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +15,15 @@ import PIL.Image
 
 from utils.errors import UserError
 
+# What operating systems and tools put among the user's files, besides names that begin with a dot; in lower case.
+SYSTEM = {
+    "__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "lost+found", "@eadir",
+    "#recycle", "#snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
+
 
 class Image(NamedTuple):
-    id: int  # given by the source
+    id: int  # given by the source, within 64 bits
     path: Path | None = None  # the file that holds it; None if the source has its embedding, or opens it itself
     name: str = ""  # shown in reports if the image has no file of its own
 
@@ -25,7 +37,8 @@ class Image(NamedTuple):
 class Caption(NamedTuple):
     id: int  # given by the source
     image_id: int  # the id of the image it describes; for a prompt, the number of its class
-    text: str
+    text: str  # what a source read instead of one, such as None, is named or left out by datasets/listing.py
+    where: str = ""  # in the file that lists it, for errors
 
 
 class Classes(NamedTuple):
@@ -48,6 +61,7 @@ class Source:
 
     version = ""
     get = ""
+    distinct = False  # whether a caption that an image has twice is a row listed twice, to be left out and counted
 
     def images(self, split: str) -> list[Image]:
         """List the images of `split`; raises UserError if the split or its files are missing."""
@@ -110,6 +124,43 @@ class Described(Source):
 def name_id(name):
     """Hash a name to an id, 63 bits of its SHA-256, for sources that do not number their images."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def is_id(value):
+    """Whether a value is an integer of 64 bits, as the ids of images and captions must be."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def folded(value):
+    """Fold the white space of a caption; what is no string is returned as it is."""
+    return " ".join(value.split()) if isinstance(value, str) else value
+
+
+def spelled_list(text):
+    """Read a list of strings that is spelled out as JSON, Python or NumPy do, ['a' 'b']; None if a text is not one."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    listed = None
+    with contextlib.suppress(ValueError, RecursionError):
+        listed = json.loads(text)
+    if listed is None:
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, tokenize.TokenError):
+            tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+            if all(token.type == tokenize.STRING or token.string == "," for token in tokens[1:-1]):
+                listed = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    return listed if listed and all(isinstance(value, str) for value in listed) else None
+
+
+def captions_in(value):
+    """List the captions of a field, which may hold a list of them, also one spelled out; [None] if that is empty."""
+    listed = spelled_list(value) if isinstance(value, str) else value
+    return (listed if isinstance(listed, list) else [value]) or [None]
+
+
+def visible(path):
+    """Whether no part of a relative path is hidden or the system's: `.git`, `__MACOSX`, `Thumbs.db`."""
+    return not any(part.startswith(".") or part.lower() in SYSTEM for part in PurePath(path).parts)
 
 
 def check_folds(folds, seed):

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.embeddings import UNREADABLE, WORKING
+from models.backbones.pixels import lenient
 from utils.errors import UserError
 from utils.files import atomic, read_json, write_json
 
@@ -24,6 +25,7 @@ BLOCK = 256  # images per block, rounded up to whole batches
 PROOF = 16  # images or captions on which pooled features are checked against the ordinary encoding
 TEXTS = 4096  # captions per block, sorted by length so that a batch is hardly longer than its captions
 PLAN = "plan.json"
+PATIENCE = 1800  # seconds that a worker gets to decode a batch
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2}  # relative error of embeddings from pooled features
 
 
@@ -82,22 +84,30 @@ class _Decoded(torch.utils.data.Dataset):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata are useless here
-                with self.source.open(self.images[row]) as image:
+                with self._open(row) as image:
                     if image.format != "PNG":
                         return self.transform(image)
                     image.verify()  # only PNG has checksums, and decoding ignores them
-                with self.source.open(self.images[row]) as image:
+                with self._open(row) as image:
                     return self.transform(image)
         except PIL.UnidentifiedImageError:
             return "it is not an image that Pillow can read"
         except Exception as error:  # Pillow raises a dozen types on broken files
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
+    def _open(self, row):
+        with lenient():
+            return self.source.open(self.images[row])
+
 
 def _collate(items):
-    """Return the images that could be read, stacked (or None), and {place in the batch: reason} of the others."""
-    good = [item for item in items if not isinstance(item, str)]
-    return torch.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
+    """Return the images that could be read, stacked (or None), and {place in the batch: reason} of the others.
+
+    NumPy's arrays are sent from a worker as they are. A tensor needs room in /dev/shm, of which containers have little,
+    and a socket in TMPDIR; where these lack, torch prints an error, drops the batch and waits for ever.
+    """
+    good = [item.numpy() for item in items if not isinstance(item, str)]
+    return np.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
 
 
 def _stamp(images):
@@ -110,15 +120,14 @@ def _stamp(images):
     return digest.hexdigest()[:16]
 
 
-def _next(decoded):
-    """Return the next batch; raises UserError if a worker process was killed."""
+def _decoded(loader):
+    """Yield the batches of a DataLoader; raises UserError if a worker does not start, is killed or does not answer."""
     try:
-        return next(decoded)
-    except RuntimeError as error:
+        yield from loader
+    except (OSError, RuntimeError) as error:
         message = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"a process that decodes images was killed ({message}): free memory, or use fewer with --workers 1."
-        ) from None
+        hint = "free memory, or decode in the script itself with --workers 0"
+        raise UserError(f"a process that decodes images does not answer ({message}): {hint}.") from None
 
 
 class BlockEncoder:
@@ -165,20 +174,21 @@ class BlockEncoder:
         size = self.backbone.config.batch_size
         todo, bar = self._todo("image", len(images), redo)
         batches = [rows[i : i + size] for _, rows in todo for i in range(0, len(rows), size)]
+        workers = self.workers if len(batches) > 1 else 0
         loader = torch.utils.data.DataLoader(
             _Decoded(source, images, self.backbone.transform),
             batch_sampler=batches,
-            num_workers=self.workers if len(batches) > 1 else 0,
+            num_workers=workers,
             collate_fn=_collate,
-            pin_memory=self.backbone.device.type == "cuda",
+            timeout=PATIENCE if workers else 0,
         )
-        decoded = iter(loader) if batches else None
+        decoded = _decoded(loader)
         with bar:
             for number, rows in todo:
                 parts, bad = [], {}
                 for start in range(0, len(rows), size):
                     batch = rows[start : start + size]
-                    pixels, failed = _next(decoded)
+                    pixels, failed = next(decoded)
                     bad |= {start + i: reason for i, reason in failed.items()}
                     if failed and self.on_error == "stop":
                         i, reason = next(iter(failed.items()))
@@ -187,6 +197,7 @@ class BlockEncoder:
                             " such images and their captions out with --on-error skip."
                         )
                     good = [i for i in range(len(batch)) if i not in failed]
+                    pixels = None if pixels is None else torch.from_numpy(pixels)
                     parts.append(self._encoded("image", pixels, good, len(batch)))
                     bar.update(len(batch))
                 bad_rows, reasons = np.array(list(bad), dtype=np.int64), np.array(list(bad.values()), dtype=str)

@@ -193,7 +193,9 @@ def _finish(folder, identity, listing, model, keep_image, keep_text, prompts, un
         save_array(folder / "label.npy", np.asarray(listing.classes.label, dtype=np.int64)[keep_image])
         if listing.classes.human is not None:
             save_array(folder / "human.npy", np.asarray(listing.classes.human)[keep_image])
-        identity = identity | {"classes": list(listing.classes.names), "templates": list(listing.classes.templates)}
+        names, labels = list(listing.classes.names), set(listing.classes.label[keep_image].tolist())
+        identity = identity | {"classes": names, "templates": list(listing.classes.templates)}
+        identity["classes_without_images"] = [name for number, name in enumerate(names) if number not in labels]
     save_array(folder / "image_id.npy", np.array([image.id for image in images]))
     save_array(folder / "text_id.npy", np.array([caption.id for caption in captions]))
     steps = [(i, depth, prompt) for i, chain in enumerate(listing.chains) for depth, prompt in enumerate(chain)]

@@ -8,12 +8,27 @@ from pathlib import Path
 import numpy as np
 import torchvision
 
-from datasets import Classes, Image, Source
+from datasets import Classes, Image, Source, visible
 from utils.errors import UserError
 
 RULES = ("own", "folders", "imagenet")
 IMAGENET_TEMPLATES = ("openai", "simple")
 NOT_OPTIONS = ("root", "download", "loader", "transform", "target_transform", "transforms")
+
+
+class _Visible:
+    """Mixin for readers of one folder per class, without what is hidden: torchvision would make `.git` a class."""
+
+    def find_classes(self, directory):
+        names = [name for name in super().find_classes(directory)[0] if visible(name)]
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}")  # as torchvision says it
+        return names, {name: number for number, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(directory, *args, **options):
+        samples = torchvision.datasets.ImageFolder.make_dataset(directory, *args, **options)
+        return [(file, label) for file, label in samples if visible(os.path.relpath(file, directory))]
 
 
 class Classification(Source):
@@ -104,8 +119,11 @@ class Classification(Source):
         try:
             if self.dataset == "ImageFolder":
                 # List every file, so that the cache reports those that are not images; a class may be empty.
-                options |= {"is_valid_file": _visible, "allow_empty": True}
-            data = getattr(torchvision.datasets, self.dataset)(str(folder), **options)
+                options |= {"is_valid_file": lambda file: True, "allow_empty": True}
+            reader = getattr(torchvision.datasets, self.dataset)
+            if issubclass(reader, torchvision.datasets.ImageFolder):
+                reader = type(self.dataset, (_Visible, reader), {})
+            data = reader(str(folder), **options)
             files, labels = _listed(data)
         except Exception as error:  # torchvision's readers of pickles, JSON, .mat and text files raise many types
             reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
@@ -128,7 +146,8 @@ class Classification(Source):
         if folder != self.root or self.dataset != "ImageFolder":
             return
         folders = {name: self._place(name)[0] for name in self.splits if name != split}
-        nested = [name for name, path in folders.items() if path.is_dir() and any(p.is_dir() for p in path.iterdir())]
+        holds_folders = lambda path: any(p.is_dir() and visible(p.name) for p in path.iterdir())  # noqa: E731
+        nested = [name for name, path in folders.items() if path.is_dir() and holds_folders(path)]
         if nested:
             raise UserError(
                 f"{self.root} is laid out in the splits {', '.join(nested)}: choose with --splits {' '.join(nested)},"
@@ -190,10 +209,6 @@ def _zero_shot():
     import open_clip.zero_shot_metadata
 
     return open_clip.zero_shot_metadata
-
-
-def _visible(file):
-    return not os.path.basename(file).startswith(".")
 
 
 def _listed(data):

@@ -2,12 +2,13 @@
 
 import contextlib
 import io
+import json
 from functools import lru_cache
 from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from datasets import Caption, Image, Source
+from datasets import Caption, Image, Source, folded, is_id
 from utils.errors import UserError
 
 
@@ -22,22 +23,26 @@ class Coco(Source):
         path = self.root / "annotations" / f"captions_{split}2017.json"
         if not path.is_file():
             raise UserError(f"COCO's annotation file {path} is missing: {self.get or 'point --root to its folder'}.")
+        coco = COCO()
         try:
+            # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
+            coco.dataset = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
+            _check(path, coco.dataset)
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-                coco = COCO(str(path))
-            folder = self.root / f"{split}2017"
-            images = [Image(id, folder / coco.imgs[id]["file_name"]) for id in sorted(coco.imgs)]
-            # White space is folded: thousands of captions have trailing blanks and line breaks.
-            captions = [
-                Caption(annotation["id"], id, " ".join(annotation["caption"].split()))
-                for id in sorted(coco.imgs)
-                for annotation in sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"])
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+                coco.createIndex()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
             raise UserError(f"{path} is not a file of COCO captions ({reason}): download it again.") from None
-        if not images or not captions or len(captions) != len(coco.dataset.get("annotations", ())):
-            raise UserError(f"{path} lists no images, or captions of images that it does not list: download it again.")
+        folder = self.root / f"{split}2017"
+        images = [Image(id, folder / coco.imgs[id]["file_name"]) for id in sorted(coco.imgs)]
+        # White space is folded: thousands of captions have trailing blanks and line breaks.
+        captions = [
+            Caption(annotation["id"], id, folded(annotation.get("caption")))
+            for id in sorted(coco.imgs)
+            for annotation in sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"])
+        ]
+        if not images or not captions:
+            raise UserError(f"{path} lists no images or no captions: download it again.")
         return images, captions
 
     def images(self, split):
@@ -51,3 +56,24 @@ class Coco(Source):
     def id_space(self, split):
         """Return "coco": image ids are unique over all splits of COCO, including Karpathy's."""
         return "coco"
+
+
+def _check(path, listing):
+    """Raise UserError at an image or annotation without its fields, listed twice, or of an image that is not listed.
+
+    pycocotools takes the last of two images with one id, and both of two annotations.
+    """
+    again = "fix it, or download the file again"
+    place = {"images": {}, "annotations": {}}
+    for kind, key in (("images", "file_name"), ("annotations", "image_id")):
+        for number, entry in enumerate(listing[kind]):
+            where, id, value = f"{path}: {kind}[{number}]", entry.get("id"), entry.get(key)
+            if not is_id(id):
+                raise UserError(f"{where} has the 'id' {id!r:.40}, which is not an integer of 64 bits: {again}.")
+            if kind == "images" and not isinstance(value, str):
+                raise UserError(f"{where} has no '{key}': {again}.")
+            if kind == "annotations" and value not in place["images"]:
+                raise UserError(f"{where} describes image {value!r:.40}, which is not among its images: {again}.")
+            if id in place[kind]:
+                raise UserError(f"{where} has the id of {kind}[{place[kind][id]}], {id}: leave one of them out.")
+            place[kind][id] = number

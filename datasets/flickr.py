@@ -61,10 +61,14 @@ class Flickr(Karpathy):
 
     def _captions(self):
         """Read the token file, {image name: captions}; a few names are not images, and no split lists them."""
-        captions = {}
+        captions, lines = {}, {}
         for number, line in enumerate(_text(self.tokens).split("\n")):
             name, tab, text = line.partition("\t")
+            if name in lines:
+                both = f"lines {lines[name] + 1} and {number + 1} are both '{name}'"
+                raise UserError(f"{self.tokens}: {both}: leave one of them out.")
             if tab and "#" in name:
+                lines[name] = number
                 captions.setdefault(name.rpartition("#")[0], []).append(Caption(number, 0, " ".join(text.split())))
             elif line.strip():
                 form = "'name.jpg#0', a tab and a caption"

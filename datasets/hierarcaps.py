@@ -52,7 +52,7 @@ class HierarCaps(PairsFile):
                 raise self._error(f"it has no column '{column}'; it has {', '.join(names):.200}: download it again.")
         listed, seen = [], set()
         for where, row in rows:
-            number, captions, url = (row[column].strip() for column in COLUMNS)
+            number, captions, url = (row.get(column, "").strip() for column in COLUMNS)  # a row may be too short
             if not re.fullmatch(r"[0-9]{1,18}", number) or int(number) in seen:
                 hint = "give each row its own number"
                 raise self._error(f"'id' of {where} is {number!r:.40}, which is not a number or not unique: {hint}.")

@@ -9,7 +9,7 @@ import operator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from datasets import Caption, Described, Image
+from datasets import Caption, Described, Image, folded
 from utils.errors import UserError
 
 
@@ -43,11 +43,15 @@ class Karpathy(Described):
         """Read the file as a list of (split, image, captions)."""
         if not self.file.is_file():
             raise UserError(f"the file of splits {self.file} is missing: {self.get or 'point --root to its folder'}.")
+        listed, where = [], ""
         try:
-            entries = json.loads(self.file.read_bytes())["images"]
-            listed = [(str(entry["split"]), *self._pair(entry)) for entry in entries]
+            # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
+            entries = json.loads(self.file.read_bytes().decode("utf-8-sig", "surrogateescape"))["images"]
+            for number, entry in enumerate(entries):
+                where = f"images[{number}]: "
+                listed.append((str(entry["split"]), *self._pair(entry)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
+            reason = f"{where}{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
             raise UserError(f"{self.file} is not a file of Karpathy's splits ({reason}): download it again.") from None
         if not listed:
             raise UserError(f"{self.file} lists no images: download it again.")
@@ -58,8 +62,7 @@ class Karpathy(Described):
         image = self._image(entry)
         captions = []
         for sentence in entry["sentences"]:
-            text = " ".join(sentence["raw"].split())  # folded, as in datasets/coco.py
-            captions.append(Caption(operator.index(sentence["sentid"]), image.id, text))
+            captions.append(Caption(operator.index(sentence["sentid"]), image.id, folded(sentence.get("raw"))))
         return image, captions
 
     def _image(self, entry):

@@ -2,13 +2,17 @@
 
 import contextlib
 import hashlib
+import itertools
+import os
+import unicodedata
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
-from datasets import Caption, Classes, Image
+from datasets import Caption, Classes, Image, is_id, spelled_list
 from utils.errors import UserError
 
 SAMPLE = 16  # files whose content is hashed, to detect other pictures under the same names
@@ -36,12 +40,16 @@ def list_split(source, split, on_error="stop"):
     """
     images, classes = source.images(split), source.classes(split)
     captions = source.captions(split) or ([] if classes is None else _prompts(classes))
-    embeddings, matches = source.embeddings(split), source.matches(split)
+    embeddings, matches, chains = source.embeddings(split), source.matches(split), source.chains(split)
+    _check_ids(f"image of '{split}'", images, lambda image: image.place)
+    _check_ids(f"caption of '{split}'", captions, lambda caption: caption.text)
+    for prompt in itertools.chain(*chains):
+        if fault := _fault(prompt):
+            raise UserError(f"the prompt {prompt!a:.80} of a chain of '{split}' {fault}: fix it.")
+    images = [image if image.path is None else image._replace(path=_on_disk(image.path)) for image in images]
     sizes = {path: _size(path) for path in dict.fromkeys(image.path for image in images if image.path is not None)}
     absent = {image.id for image in images if image.path is not None and sizes[image.path] is None}
     reasons = [_fault(caption.text) for caption in captions]
-    if len({image.id for image in images}) < len(images):
-        raise UserError(f"two images of '{split}' have the same id: give each image one id.")
     if absent and on_error == "stop":
         first = next(image for image in images if image.id in absent)
         raise UserError(
@@ -51,14 +59,30 @@ def list_split(source, split, on_error="stop"):
     faults = [(caption, reason) for caption, reason in zip(captions, reasons, strict=True) if reason]
     if faults and classes is not None:
         raise UserError(f"the prompt {faults[0][0].text!a} of '{split}' {faults[0][1]}: every class needs its prompts.")
-    places = {image.id: image.place for image in images} if faults else {}
+    by_id = {image.id: image for image in images}
+    lost = next((caption for caption in captions if classes is None and caption.image_id not in by_id), None)
+    if lost is not None:
+        problem = f"describes image {lost.image_id!r:.40}, which is not among the images"
+        raise UserError(f"caption {lost.id} of '{split}' {problem}: list the image, or leave the caption out.")
     if faults and on_error == "stop":
         first, reason = faults[0]
         more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
-        caption = f"caption {first.id} of '{split}', of {places.get(first.image_id)},"
+        if len(faults) == len(captions) > 1:
+            raise UserError(
+                f"no caption of '{split}' can be read, as the first {reason}: name the column or key that holds them."
+            )
+        where = f" ({first.where})" if first.where else ""
+        caption = f"caption {first.id} of '{split}'{where}, of {by_id[first.image_id].place},"
         raise UserError(f"{caption} {reason}{more}: fix it, or leave it out with --on-error skip.")
     skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
-    skipped += [{"text_id": c.id, "path": places.get(c.image_id), "reason": reason} for c, reason in faults]
+    if source.distinct:
+        seen = set()
+        for row, caption in enumerate(captions):
+            if not reasons[row]:
+                reasons[row] = "is listed twice" if caption[1:3] in seen else ""
+                seen.add(caption[1:3])
+    left_out = [(caption, reason) for caption, reason in zip(captions, reasons) if reason]
+    skipped += [{"text_id": c.id, "path": by_id[c.image_id].place, "reason": reason} for c, reason in left_out]
     if classes is None:
         kept = [c.image_id not in absent and not reason for c, reason in zip(captions, reasons, strict=True)]
         keep_text = np.array(kept, dtype=bool)
@@ -81,10 +105,40 @@ def list_split(source, split, on_error="stop"):
         classes=classes,
         embeddings=None if embeddings is None else (embeddings[0][keep_image], embeddings[1][keep_text]),
         matches=None if matches is None else matches[keep_image][:, keep_text],
-        chains=source.chains(split),
+        chains=chains,
         skipped=skipped,
         sizes=sizes,
     )
+
+
+def _check_ids(kind, items, shown):
+    """Raise UserError if ids of images or captions repeat or do not fit into the cache; shown: names one of them."""
+    first = {}
+    for item in items:
+        if not is_id(item.id):
+            wrong = f"the {kind} {shown(item)!r:.80} has the id {item.id!r:.40}"
+            raise UserError(f"{wrong}, no integer of 64 bits: give it such an id in its source.")
+        if item.id in first:
+            both = f"{shown(first[item.id])!r:.80} and {shown(item)!r:.80}"
+            raise UserError(f"one {kind} and another, {both}, have the same id, {item.id}: leave one of them out.")
+        first[item.id] = item
+
+
+def _on_disk(path):
+    """Return the path of a file as the disk writes it: an accented letter has two spellings in Unicode."""
+    if str(path).isascii() or _size(path) is not None or path == path.parent:
+        return path
+    folder = _on_disk(path.parent)
+    return folder / _names(folder).get(unicodedata.normalize("NFC", path.name), path.name)
+
+
+@lru_cache
+def _names(folder):
+    """Return the names in a folder by their composed spelling."""
+    try:
+        return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
 
 
 def _size(path):
@@ -106,12 +160,18 @@ def _prompts(classes):
 
 def _fault(text):
     """Return why no tokenizer can read a caption, or ""."""
+    if text is None or text != text:  # NaN, by which some libraries write what is missing
+        return "is null or missing"
+    if not isinstance(text, str):
+        return f"is not a string but {text!r:.40}"
     if not text.strip():
         return "is empty"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "is not valid Unicode (it holds half of a surrogate pair)"
+        return "is not valid Unicode (it holds bytes that are not UTF-8, or half of a surrogate pair)"
+    if spelled_list(text):
+        return f"is a list of captions, {text!a:.40}, where one is expected"
     return ""
 
 

@@ -1,32 +1,47 @@
-"""Your own pairs in one table, a row per caption: .csv, .tsv, .jsonl (an object per line) or .parquet.
+"""Your own pairs in one table: .csv, .tsv, .jsonl (an object per line) or .parquet.
 
 The columns:
 
-    image     a file's path, relative to the table's folder (or `image_root`); rows of one image are its captions
-    caption   text
+    image     a file's path, relative to the table's folder (or `image_root`); rows of one image are its captions; in
+              .parquet also the file itself, bytes or {bytes, path}, as the Hugging Face hub has it
+    caption   text, or a list of texts; or several columns, caption_0, caption_1, ..., of which some may be empty
     split     optional: train, test, ...; without it images are split at random
 
-Other columns are ignored. Rows are counted from 0.
+Other columns are ignored. Rows and captions are counted from 0.
 """
 
-import codecs
+import contextlib
 import csv
 import io
 import itertools
 import json
 import os
-from functools import lru_cache
+import re
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from datasets import Caption, Described, Image, check_folds, fold_splits, name_id
+import numpy as np
+import PIL.Image
+
+from datasets import Caption, Described, Image, captions_in, check_folds, fold_splits, folded, name_id
 from utils.errors import UserError
 
 # Default names of the columns.
 COLUMNS = {
-    "image": ("image", "image_path", "filepath", "path", "file_name"),
-    "caption": ("caption", "text", "title"),
+    "image": ("image", "image_path", "filepath", "path", "file_name", "filename", "image_name"),
+    "caption": ("caption", "text", "title", "captions", "comment", "raw"),
     "split": ("split",),
 }
+
+
+SEPARATORS = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon"}
+
+
+class _Inside(NamedTuple):
+    """In place of a path: the image is inside the table, in this row."""
+
+    row: int
 
 
 class PairsFile(Described):
@@ -36,6 +51,8 @@ class PairsFile(Described):
     caption_column, split_column: by default the first of COLUMNS that the file has. folds, seed: see `fold_splits`,
     which splits the images if there is no column of splits.
     """
+
+    distinct = True
 
     def __init__(self, root, image_root="", image_column="", caption_column="", split_column="", folds=5, seed=0):
         check_folds(folds, seed)
@@ -48,7 +65,7 @@ class PairsFile(Described):
         return "files"
 
     def pairs(self, split):
-        """List images with their captions, whose ids are rows; raises UserError if the file cannot be read."""
+        """List images with their captions, numbered over the file; raises UserError if the file cannot be read."""
         splits = self._read()
         if split not in splits:
             hint = "choose one with --splits here, --set data.train_split=NAME in train.py and --split in eval.py"
@@ -62,24 +79,27 @@ class PairsFile(Described):
     def _read(self):
         """Read the table as {split: [(image, captions)]}."""
         names, rows = self._open()
-        image_column, caption_column, split_column = (self._column(names, kind) for kind in COLUMNS)
-        images, described = {}, {}
-        for number, (where, row) in enumerate(rows):
-            for column in filter(None, (image_column, caption_column, split_column)):
-                if not isinstance(row.get(column), str):
-                    actual = "null or missing" if row.get(column) is None else f"not a string but {row[column]!r:.40}"
-                    raise self._error(f"'{column}' of {where} is {actual}: fix the row, or remove it.")
-            image, text = row[image_column].strip(), row[caption_column]
-            split = row[split_column].strip() if split_column else ""
-            if not image:
-                raise self._error(f"'{image_column}' of {where} is empty: fix the row.")
-            if split_column and not split:
-                raise self._error(f"'{split_column}' of {where} is empty: fix the row.")
+        image_column, caption_columns = self._columns(names, "image")[0], self._columns(names, "caption")
+        split_column = next(iter(self._columns(names, "split")), None)
+        images, described, wrong = {}, {}, {"image": [], "split": []}
+        count, numbers = 0, itertools.count()
+        for where, row in rows:
+            count += 1
+            image, split = row.get(image_column), row.get(split_column) if split_column else ""
+            for kind, column, value in (("image", image_column, image), ("split", split_column, split)):
+                if not isinstance(value, str | _Inside):
+                    wrong[kind].append((column, where, value))
+                elif column and isinstance(value, str) and not value.strip():
+                    raise self._error(f"'{column}' of {where} is empty: fix the row.")
+            if any(wrong.values()):
+                continue  # to count them
+            image, split = image.strip() if isinstance(image, str) else image, split.strip()
             if image not in images:
                 images[image] = self._image(image, where)
-            pairs = described.setdefault(split, {})
-            caption = Caption(number, images[image].id, " ".join(text.split()))
-            pairs.setdefault(images[image].id, (images[image], []))[1].append(caption)
+            captions = described.setdefault(split, {}).setdefault(images[image].id, (images[image], []))[1]
+            for text in _texts([row.get(column) for column in caption_columns]):
+                captions.append(Caption(next(numbers), images[image].id, folded(text), where))
+        self._refuse(wrong, count)
         if not images:
             raise self._error("it holds no pairs: write a row per caption.")
         splits = {split: list(pairs.values()) for split, pairs in described.items()}
@@ -89,25 +109,68 @@ class PairsFile(Described):
         masks = fold_splits(len(pairs), self.folds, self.seed, self.file)
         return {split: list(itertools.compress(pairs, mask)) for split, mask in masks.items()}
 
+    def _refuse(self, wrong, count):
+        """Raise UserError if values are no strings: {kind: [(column, where, value)]}, of `count` rows."""
+        for kind, values in wrong.items():
+            for column, where, value in values[:1]:
+                actual = "null or missing" if value is None else f"not a string but {value!r:.40}"
+                hint = "fix the row, or remove it"
+                if len(values) == count > 1:
+                    actual += f", like all {count:,}"
+                    hint = f"name another column with --set data.options.{kind}_column=NAME"
+                raise self._error(f"'{column}' of {where} is {actual}: {hint}.")
+
+    def open(self, image):
+        """Open an image from its file, or from its row of the table; raises what the reader raises."""
+        if image.path != self.file:
+            return super().open(image)
+        row = int(image.name.rpartition(" ")[2])
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        value = self._group(group)[row - self._starts[group]].as_py()
+        data, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
+        return PIL.Image.open(self.folder / path if data is None else io.BytesIO(data))
+
+    @cached_property
+    def _starts(self):
+        """The first row of each group of rows of a .parquet."""
+        metadata = self._parquet_file().metadata
+        counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        return [0, *itertools.accumulate(counts)][:-1]
+
+    @lru_cache(maxsize=1)  # noqa: B019  (images are opened in the order of the rows)
+    def _group(self, number):
+        """Read the images of one group of rows of a .parquet."""
+        file = self._parquet_file()
+        (column,) = self._columns(file.schema_arrow.names, "image")
+        return file.read_row_group(number, columns=[column], use_threads=False)[column]
+
     def _image(self, name, where):
-        """Make an image of a path; one file has one id, however its path is spelled."""
+        """Make an image of a path or of a row; one file has one id, however its path is spelled."""
+        if isinstance(name, _Inside):
+            name = f"{self.file.name} row {name.row}"  # which `open` reads
+            return Image(name_id(f"{self.file.resolve()} {name}"), self.file, name)
         if "://" in name:
             raise self._error(f"the image of {where} is a URL, {name}: download it, and give the path of its file.")
         path = Path(os.path.normpath(self.folder / name))
         return Image(name_id(path.as_posix()), path)
 
-    def _column(self, names, kind):
-        """Return the file's name of a column, or None; raises UserError without one, except for the split."""
+    def _columns(self, names, kind):
+        """List the file's columns of a kind: one, several of captions, or no split; raises UserError without one."""
         option = self.columns[kind]
         candidates = [option] if option else COLUMNS[kind]
-        column = next((name for name in candidates if name in names), None)
-        if column is None and (option or kind != "split"):
+        numbered = re.compile(rf"({'|'.join(map(re.escape, candidates))})[ _-]?\d+")
+        columns = [name for name in candidates if name in names][:1]
+        if not columns and kind == "caption":
+            columns = [name for name in names if numbered.fullmatch(name)]
+        if not columns and (option or kind != "split"):
             hint = f"choose one with --set data.options.{kind}_column=NAME"
             if len(names) == 1 and ";" in names[0]:
                 hint = "separate the columns by commas, or by tabs in a .tsv"
+            elif not option and not set(names) & set(itertools.chain(*COLUMNS.values())):
+                hint += ", or write the names above it if that is no header"
             wanted = " or ".join(f"'{name}'" for name in candidates)
             raise self._error(f"it has no column {wanted}; it has {', '.join(names):.200}: {hint}.")
-        return column
+        return columns
 
     def _open(self):
         """Open the table: returns the column names, and an iterator of ("line 2" or "row 0", {column: value})."""
@@ -125,45 +188,54 @@ class PairsFile(Described):
             raise self._error(f"it is missing: {self.get or 'point --root to the file of pairs'}.")
         return formats[self.file.suffix.lower()]()
 
-    def _text(self):
-        data = self.file.read_bytes().removeprefix(codecs.BOM_UTF8)
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise self._error(
-                f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8."
-            ) from None
+    def _text(self, header=False):
+        data = self.file.read_bytes()
+        # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
+        text = data.decode("utf-8-sig", "surrogateescape")
+        top = text.split("\n", 1)[0] if header else ""
+        wrong = re.search("[\udc80-\udcff]", top)
+        if wrong:
+            raise self._error(f"line 1 is not UTF-8 (byte 0x{ord(wrong[0]) - 0xDC00:02x}): save the file as UTF-8.")
         if not text.strip():
             raise self._error("it is empty: write a row per caption.")
         return text
 
     def _csv(self, delimiter):
         csv.field_size_limit(2**31 - 1)  # the default refuses captions of 10,000 words and more
+        text = self._text(header=True)
+        delimiter = next((one for one in (delimiter, *SEPARATORS) if self._separates(text, one)), delimiter)
         # Strict, because an unclosed quote would otherwise turn the following rows into one caption.
-        reader = csv.reader(io.StringIO(self._text(), newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
         def lines():
-            width = 0
+            width, start = 0, 1
             try:
-                for row in filter(None, reader):
+                for row in reader:
                     width = width or len(row)
-                    if len(row) != width:
-                        hint = f"put captions with a {'comma' if delimiter == ',' else 'tab'} in quotes"
-                        raise self._error(
-                            f"line {reader.line_num} has {len(row)} fields, but the header has {width}: {hint}."
-                        )
-                    yield f"line {reader.line_num}", row
+                    if len(row) > width:
+                        hint = f"put captions with {SEPARATORS[delimiter]} in quotes"
+                        raise self._error(f"line {start} has {len(row)} fields, but the header has {width}: {hint}.")
+                    if row:
+                        yield f"line {start}", row
+                    start = reader.line_num + 1
             except csv.Error as error:
+                reason = "a quote in it is never closed" if "end of data" in str(error) else error
                 hint = 'put fields that contain quotes in quotes, and double those inside ("say ""this""")'
-                raise self._error(f"line {reader.line_num} cannot be read ({error}): {hint}.") from None
+                raise self._error(f"line {start} cannot be read ({reason}): {hint}.") from None
 
         rows = lines()
         header = [name.strip() for name in next(rows)[1]]
         repeated = [name for name in header if header.count(name) > 1]
         if repeated:
             raise self._error(f"it has two columns '{repeated[0]}': write a row per caption, and each column once.")
+        # A row that is too short lacks its last columns.
         return header, ((where, dict(zip(header, row))) for where, row in rows)
+
+    def _separates(self, text, delimiter):
+        """Whether `delimiter` cuts the header of a table into known columns."""
+        names = [name.strip() for name in text.split("\n", 1)[0].replace('"', "").split(delimiter)]
+        with contextlib.suppress(UserError):
+            return bool(self._columns(names, "image") and self._columns(names, "caption"))
 
     def _jsonl(self):
         rows = []
@@ -179,33 +251,65 @@ class PairsFile(Described):
         return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
     def _parquet(self):
+        file = self._parquet_file()
+        import pyarrow
+
+        names = file.schema_arrow.names
+        (image,), captions, split = (self._columns(names, kind) for kind in COLUMNS)
+        type = file.schema_arrow.field(image).type
+        inside = pyarrow.types.is_struct(type) or pyarrow.types.is_binary(type) or pyarrow.types.is_large_binary(type)
+        # Other columns are skipped, and images inside the table are read when they are opened.
+        read = [*captions, *split] if inside else [image, *captions, *split]
+
+        def records():
+            numbers = itertools.count()
+            try:
+                for batch in file.iter_batches(columns=read):
+                    for values in zip(*(_values(batch.column(name)) for name in read)):
+                        number = next(numbers)
+                        yield f"row {number}", dict(zip(read, values)) | ({image: _Inside(number)} if inside else {})
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                raise self._unreadable(error) from None
+
+        return names, records()
+
+    def _parquet_file(self):
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
             hint = "run `pip install -r requirements-extra.txt`, or save the table as .csv"
             raise self._error(f"Parquet files are read with pyarrow, which is not installed: {hint}.") from None
-        errors = (pyarrow.ArrowException, OSError, ValueError)
-
-        def unreadable(error):
-            message = " ".join(str(error).split())
-            return self._error(f"it is not a Parquet file that pyarrow can read ({message}): write it again.")
-
-        def records():
-            try:
-                # Other columns are skipped: some tables hold the bytes of the images.
-                used = {*itertools.chain(*COLUMNS.values()), *self.columns.values()}
-                number = 0
-                for batch in file.iter_batches(columns=[name for name in names if name in used]):
-                    for row in batch.to_pylist():
-                        yield f"row {number}", row
-                        number += 1
-            except errors as error:
-                raise unreadable(error) from None
-
         try:
-            file = pyarrow.parquet.ParquetFile(self.file)
-            names = file.schema_arrow.names
-        except errors as error:
-            raise unreadable(error) from None
-        return names, records()
+            return pyarrow.parquet.ParquetFile(self.file)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error):
+        message = " ".join(str(error).split())
+        return self._error(f"it is not a Parquet file that pyarrow can read ({message}): write it again.")
+
+
+def _texts(values):
+    """List the captions that the fields of a row hold; only if all are empty, one that is none."""
+    texts = [text for value in values for text in captions_in(value)]
+    filled = [text for text in texts if text is not None and text == text and text != ""]
+    return (filled if len(values) > 1 else texts) or [None]
+
+
+def _values(column):
+    """Return the values of a column of a Parquet batch as Python objects, strings even if they are not UTF-8."""
+    import pyarrow
+
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        listed = pyarrow.types.is_list(column.type)
+        values = column.cast(pyarrow.list_(pyarrow.binary()) if listed else pyarrow.binary()).to_pylist()
+    return [_decoded(value) for value in values]
+
+
+def _decoded(value):
+    if isinstance(value, list):
+        return [_decoded(part) for part in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from datasets.shapes import caption, describe
@@ -19,7 +19,7 @@ from models.pair_loss import info_nce
 from utils.arguments import make_parser
 from utils.config import load_config, make_source
 from utils.device import pick_device
-from utils.files import atomic
+from utils.files import write_bytes
 from utils.seed import seed_everything
 
 CAPTIONS = 2  # per image in a batch, one InfoNCE each: the text tower is the cheaper one
@@ -54,8 +54,7 @@ def full_description_recall(model, tokenizer, images, scenes, device):
 def save_half(model, path):
     """Write the weights as float16 safetensors; integers stay integers."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    with atomic(path) as partial:
-        save_file({name: value.cpu().contiguous() for name, value in state.items()}, partial)
+    write_bytes(path, save({name: value.cpu().contiguous() for name, value in state.items()}))
 
 
 def main(argv=None):

@@ -5,6 +5,7 @@ names a random subset of the attributes, from none ("a photo") to all five. The 
 a gallery a caption is true of, its ambiguity, and the best recall that any method can reach.
 """
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from datasets import Caption, Image, Source
 from utils.device import usable_cores
 from utils.errors import UserError
-from utils.files import atomic
+from utils.files import write_bytes
 
 # Each value with its wordings in captions. Colors of objects and of backgrounds do not overlap, so that every object is
 # visible and no word is ambiguous.
@@ -171,8 +172,9 @@ def drawn(folder, count, make):
     missing = [image for image in images if image.path.name not in present]
 
     def save(image):
-        with atomic(image.path) as partial:
-            make(image.id).save(partial, format="JPEG", quality=92, subsampling=0)
+        content = io.BytesIO()
+        make(image.id).save(content, format="JPEG", quality=92, subsampling=0)
+        write_bytes(image.path, content.getbuffer())
 
     quiet = None if len(missing) > 500 else True
     pool = ThreadPoolExecutor(usable_cores())  # most of the work is NumPy's and Pillow's, outside of Python's lock

@@ -1,4 +1,4 @@
-"""WebDataset shards: plain .tar files in which the members of a sample, 000001.jpg, 000001.txt, ..., are adjacent.
+"""WebDataset shards: plain .tar files of samples, each of which has files of one key: 000001.jpg, 000001.txt, ...
 
 The headers of a shard are read once; any worker then reads an image from its position in the tar.
 """
@@ -6,6 +6,7 @@ The headers of a shard are read once; any worker then reads an image from its po
 import glob
 import io
 import json
+import posixpath
 import re
 import tarfile
 from functools import lru_cache
@@ -16,14 +17,14 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from datasets import Caption, Image, Source, check_folds, fold_splits, name_id
+from datasets import Caption, Described, Image, captions_in, check_folds, fold_splits, folded, name_id, visible
 from utils.errors import UserError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "gif", "tif", "tiff", "avif", "ppm")
 
 
-class Shards(Source):
-    """Images and captions in shards, in the order of shard names and members; one caption per image.
+class Shards(Described):
+    """Images and captions in shards, in the order of shard names and members.
 
     root: a folder, or without `splits` also a pattern of shards, 'folder/cc3m-train-{0000..0575}.tar'. splits: pattern
     of each split's shards in that folder, with {a,b}, {0..9}, * and ?; without it, samples are split at random by
@@ -47,13 +48,15 @@ class Shards(Source):
             self.folder, self.pattern = Path(*parts[:first]), str(Path(*parts[first:]))
         self.places = {}  # of images in shards: {path: (sorted ids (N,), their first byte and size (N, 2))}
 
-    def images(self, split):
-        """List the images of `split`; raises UserError for an unknown split and for absent or broken shards."""
-        return self._pairs(split)[0]
-
-    def captions(self, split):
-        """List the captions of `split`, "" if a sample has none, with ids of images; raises what `images` raises."""
-        return self._pairs(split)[1]
+    def pairs(self, split):
+        """List images with their captions, "" if a sample has none; raises UserError if shards are absent or broken."""
+        if self.splits:
+            self._check_split(split, self.splits)
+            return self._samples(self.splits[split])
+        samples = self._samples(self.pattern)
+        masks = fold_splits(len(samples), self.folds, self.seed, self.root)
+        self._check_split(split, masks)
+        return list(compress(samples, masks[split]))
 
     def open(self, image):
         """Open an image that `images` has listed, here or before this source was sent to a worker."""
@@ -67,33 +70,23 @@ class Shards(Source):
         """Return "shards": an id is a hash of the shard's path and the sample's key."""
         return "shards"
 
-    def _pairs(self, split):
-        """List the images and the captions of `split`."""
-        if self.splits:
-            self._check_split(split, self.splits)
-            return self._samples(self.splits[split])
-        images, captions = self._samples(self.pattern)
-        masks = fold_splits(len(images), self.folds, self.seed, self.root)
-        self._check_split(split, masks)
-        return list(compress(images, masks[split])), list(compress(captions, masks[split]))
-
     def _check_split(self, split, splits):
         if split not in splits:
             raise UserError(f"{self.root} has no split '{split}'; it has {', '.join(splits)}.")
 
     @lru_cache  # noqa: B019  (a source lives as long as its script)
     def _samples(self, pattern):
-        """List images and captions of the shards that match `pattern`."""
+        """List the samples of the shards that match `pattern`, (image, captions)."""
         shards = self._shards(pattern)
         bar = tqdm(shards, desc="list shards", unit="shard", disable=None if len(shards) > 20 else True)
         samples = [sample for shard in bar for sample in self._listed(shard)]
         if not samples:
             raise UserError(f"{self.folder / pattern} holds no samples: give other shards.")
-        if not any(text for _, text in samples):
+        if not any(caption.text for _, captions in samples for caption in captions):
             where = f"'{self.caption_key}' of any .json" if self.caption_key else "'caption' of any .json nor any .txt"
             hint = "set the key with --set data.options.caption_key=KEY"
             raise UserError(f"{self.folder / pattern} holds no caption in {where}: {hint}.")
-        return [image for image, _ in samples], [Caption(image.id, image.id, text) for image, text in samples]
+        return samples
 
     def _shards(self, pattern):
         """List the names of the shards in the folder that match `pattern`."""
@@ -112,52 +105,60 @@ class Shards(Source):
         return list(shards)
 
     def _listed(self, shard):
-        """List the samples of a shard, (image, text), and record the places of its images."""
+        """List the samples of a shard, (image, captions), and record the places of its images."""
         path = self.folder / shard
         with path.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
                 raise UserError(f"{path} is compressed, which rules out random access: gunzip it.")
-        samples, places = [], {}
         try:
             with tarfile.open(path, "r:") as tar:
-                group_by_keys = _webdataset("tariterators").group_by_keys
-                for sample in group_by_keys(_members(tar, path), handler=_refuse_repeats(path)):
-                    key = sample["__key__"]
-                    kind = next((kind for kind in IMAGES if kind in sample), None)
-                    if kind is None:
-                        kinds = ", ".join(f".{kind}" for kind in sample if not kind.startswith("__"))
-                        hint = "remove the sample from the shard"
-                        raise UserError(f"{path}: sample '{key}' has no .{', .'.join(IMAGES)} but {kinds}: {hint}.")
-                    image = Image(name_id(f"{path.resolve()}/{key}"), path, f"{shard}/{key}.{kind}")
-                    if image.id in places:
-                        raise UserError(f"{path} has two samples with the key '{key}': make the shard again.")
-                    places[image.id] = sample[kind]
-                    samples.append((image, self._caption(tar, sample, f"{path}: {key}")))
+                members = _members(tar, path)
                 # tarfile takes an unreadable header for the end of the archive, and skips everything after it.
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"it has no member at byte {tar.offset:,} and does not end there")
         except tarfile.TarError as error:
             raise UserError(f"{path} is not a complete .tar ({error}): download or make it again.") from None
+        samples, places = [], {}
+        with path.open("rb") as file:
+            for key, sample in _grouped(members, path).items():
+                kind = _kind(path, key, sample, IMAGES)
+                texts = self._captions(file, sample, path, key)
+                image = Image(name_id(f"{path.resolve()}/{key}"), path, f"{shard}/{key}.{kind}")
+                if kind is not None:
+                    places[image.id] = sample[kind]
+                elif any(texts):
+                    image = image._replace(path=path / key, name=f"{shard}/{key}")  # absent
+                else:
+                    continue  # a file beside the samples
+                # The first caption has the id of its image.
+                ids = [image.id, *(name_id(f"{image.id} {number}") for number in range(1, len(texts)))]
+                samples.append((image, [Caption(id, image.id, text) for id, text in zip(ids, texts)]))
+        if samples and not places:
+            kinds = sorted({kind for sample in _grouped(members, path).values() for kind in sample})
+            hint = f"make it again with images named .{', .'.join(IMAGES)}"
+            raise UserError(f"no sample of {path} has an image, but .{', .'.join(kinds[:5])}: {hint}.")
         ids = np.array(sorted(places), dtype=np.int64)
         self.places[path] = ids, np.array([places[id] for id in ids.tolist()], dtype=np.int64).reshape(-1, 2)
         return samples
 
-    def _caption(self, tar, sample, where):
-        """Read the caption of a sample, "" if it has none."""
-        kind = "txt" if "txt" in sample and not self.caption_key else "json"
-        if kind not in sample:
-            return ""
+    def _captions(self, file, sample, path, key):
+        """Read the captions of a sample, [""] if it has none."""
+        kind = None if self.caption_key else _kind(path, key, sample, ["txt"])
+        kind = kind or _kind(path, key, sample, ["json"])
+        if kind is None:
+            return [""]
         start, size = sample[kind]
-        tar.fileobj.seek(start)
-        try:
-            text = tar.fileobj.read(size).decode("utf-8")
-            if kind == "json":
+        file.seek(start)
+        # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
+        text = file.read(size).decode("utf-8", "surrogateescape")
+        if kind.endswith("json"):
+            try:
                 text = json.loads(text).get(self.caption_key or "caption") or ""
-            return " ".join(text.split())
-        except (ValueError, AttributeError, RecursionError) as error:
-            expected = "UTF-8" if kind == "txt" else "a JSON object with the caption as a string"
-            raise UserError(f"{where}.{kind} is not {expected} ({error}): make the shard again.") from None
+            except (ValueError, AttributeError, RecursionError) as error:
+                hint = "make the shard again"
+                raise UserError(f"{path}: {key}.{kind} is not a JSON object ({error}): {hint}.") from None
+        return [folded(text) for text in captions_in(text)]
 
 
 def _webdataset(module):
@@ -172,18 +173,49 @@ def _webdataset(module):
 
 
 def _members(tar, path):
-    """Yield the files of a tar as webdataset's `tar_file_iterator` does, with (first byte, size) for content."""
+    """List the files of a tar, {name: (first byte, size) of its content}, without those that webdataset skips."""
+    files, content = {}, {}
     for member in tar:
         tar.members = []  # otherwise the list of all headers stays in memory
-        if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
-            yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(path)}
+        name = posixpath.normpath(member.name)
+        if not visible(name) or re.match(r"__[^/]*__($|/)", name):
+            continue
+        if member.name in files:
+            raise UserError(f"{path} has the file {name} twice: make the shard again.")
+        if member.isreg():
+            files[member.name] = content[name] = member.offset_data, member.size
+        elif member.islnk():
+            files[member.name] = posixpath.normpath(member.linkname)
+        elif member.issym():
+            files[member.name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+    for name, place in files.items():
+        if isinstance(place, str):  # a link
+            if place not in content:
+                hint = "make the shard again with tar --dereference --hard-dereference"
+                raise UserError(f"{path}: {name} is a link to {place}, which is no file of the shard: {hint}.")
+            files[name] = content[place]
+    return files
 
 
-def _refuse_repeats(path):
-    """Return a handler of webdataset's error for a file that occurs twice."""
+def _grouped(members, path):
+    """Group the files of a shard by webdataset's keys, in which they need not be adjacent: {key: {suffix: place}}."""
+    split, samples = _webdataset("tariterators").base_plus_ext, {}
+    for name, place in members.items():
+        key, kind = split(name)
+        if key is None:
+            continue  # without a suffix
+        sample = samples.setdefault(key, {})
+        if kind.lower() in sample:
+            raise UserError(f"{path} has the file {name} twice: make the shard again.")
+        sample[kind.lower()] = place
+    return samples
 
-    def handler(error):
-        name = str(error.args[0]).split(": duplicate")[0]
-        raise UserError(f"{path} has the file {name} twice: make the shard again.") from None
 
-    return handler
+def _kind(path, key, sample, kinds):
+    """Return the suffix of a sample's file of one of `kinds`: jpg, or else the only one like input.jpg; or None."""
+    longer = [kind for kind in sample if kind.rpartition(".")[2] in kinds]
+    exact = next((kind for kind in kinds if kind in sample), None)
+    if exact is None and len(longer) > 1:
+        hint = "a key ends at the first dot of a name, so rename them, or keep one"
+        raise UserError(f"{path}: sample '{key}' has .{' and .'.join(longer[:3])}: {hint}.")
+    return exact or next(iter(longer), None)

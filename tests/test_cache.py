@@ -10,13 +10,15 @@ import torch
 from check_method import SMALL_WORLD
 
 import cache_embeddings
-from datasets import blocks, caching, embeddings
+from datasets import Caption, Image, Source, blocks, caching, embeddings
 from datasets.coco import Coco
 from datasets.embeddings import Pairs
+from datasets.listing import list_split
 from models.backbones.openclip import Backbone
-from utils.config import load_backbone
+from utils import checkpoint
+from utils.config import load_backbone, load_config, make_source
 from utils.errors import UserError
-from utils.files import locked
+from utils.files import locked, save_array, save_arrays, write_text
 
 SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
 VAL = ["--splits", "val"]
@@ -311,23 +313,30 @@ def test_coco_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "sentence"),
     [
-        lambda listing: listing["annotations"][0].pop("caption"),
-        lambda listing: listing["annotations"][0].update(caption=None),
-        lambda listing: listing["images"][0].pop("file_name"),
-        lambda listing: listing.pop("images"),
-        lambda listing: listing.pop("annotations"),
-        lambda listing: listing["images"].pop(),
+        (lambda listing: listing["images"][0].pop("file_name"), r"images\[0\] has no 'file_name'"),
+        (lambda listing: listing.pop("images"), "is not a file of COCO captions"),
+        (lambda listing: listing.pop("annotations"), "is not a file of COCO captions"),
+        (lambda listing: listing["annotations"].clear(), "lists no images or no captions"),
+        (lambda listing: listing["images"].pop(), r"annotations\[0\] describes image 139, which is not among"),
+        (lambda listing: listing["images"][1].update(id=285), r"images\[1\] has the id of images\[0\], 285: leave one"),
+        (lambda listing: listing["annotations"][2].update(id=900), r"annotations\[2\] has the id of annotations\[0\]"),
+        (lambda listing: listing["images"][0].update(id="285"), r"images\[0\] has the 'id' '285', which is not an int"),
+        (
+            lambda listing: listing["annotations"][1].update(id=2**63),
+            r"annotations\[1\] has the 'id' 9223372",
+        ),
+        (lambda listing: listing["annotations"][1].pop("id"), r"annotations\[1\] has the 'id' None"),
     ],
 )
-def test_coco_files_of_another_kind_are_named(tmp_path, spoil):
+def test_coco_files_of_another_kind_are_named(tmp_path, spoil, sentence):
     coco_folder(tmp_path)
     path = tmp_path / "annotations" / "captions_val2017.json"
     listing = json.loads(path.read_text())
     spoil(listing)
     path.write_text(json.dumps(listing))
-    with pytest.raises(UserError, match=r"captions_val2017\.json (is not a file of COCO captions|lists no images)"):
+    with pytest.raises(UserError, match=rf"captions_val2017\.json:? {sentence}"):
         Coco(tmp_path).images("val")
 
 
@@ -356,6 +365,88 @@ def test_empty_captions_stop_or_are_left_out(tmp_path, monkeypatch, refusal, cap
     assert "2 images, 2 captions" in capsys.readouterr().out
 
 
+class Three(Source):
+    """Three pairs of an image without a file and a caption, with these ids and captions."""
+
+    def __init__(self, ids=(0, 1, 2), texts=("a", "b", "c"), caption_ids=(0, 1, 2)):
+        self.items = list(zip(ids, texts, caption_ids))
+
+    def images(self, split):
+        return [Image(id, name=f"picture {row}") for row, (id, _, _) in enumerate(self.items)]
+
+    def captions(self, split):
+        return [Caption(caption_id, id, text) for id, text, caption_id in self.items]
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (Three(["a", "b", "c"]), "the image of 'all' 'picture 0' has the id 'a', no integer of 64 bits"),
+        (Three([0, 1, 2**63]), "the image of 'all' 'picture 2' has the id 9223372036854775808, no integer"),
+        (Three([0, [1], 2]), r"the image of 'all' 'picture 1' has the id \[1\], no integer"),
+        (Three(caption_ids=[0, 1.5, 2]), "the caption of 'all' 'b' has the id 1.5, no integer"),
+        (Three([0, 7, 7]), "one image of 'all' and another, 'picture 1' and 'picture 2', have the same id, 7"),
+        (Three(caption_ids=[5, 1, 5]), "one caption of 'all' and another, 'a' and 'c', have the same id, 5"),
+    ],
+)
+def test_ids_that_the_cache_cannot_hold_and_repeats_are_named(source, sentence):
+    with pytest.raises(UserError, match=sentence):
+        list_split(source, "all")
+
+
+def test_a_caption_of_an_image_that_is_not_listed_is_named(monkeypatch):
+    monkeypatch.setattr(Three, "captions", lambda self, split: [Caption(0, "0", "a")])
+    with pytest.raises(UserError, match="caption 0 of 'all' describes image '0', which is not among the images: list"):
+        list_split(Three(), "all")
+
+
+def test_what_is_no_caption_stops_or_is_left_out():
+    odd = None, float("nan"), ["a", "b"], 5, "caf\udce9"
+    reasons = ["is null or missing"] * 2 + ["is not a string but ['a', 'b']", "is not a string but 5"]
+    source = Three(range(7), ["a", *odd, "c"], range(7))
+    with pytest.raises(UserError, match=r"^caption 1 of 'all', of picture 1, is null or missing \(and 4 more\): fix"):
+        list_split(source, "all")
+    listing = list_split(source, "all", "skip")
+    assert [caption.text for caption in listing.captions] == ["a", "c"] and [i.id for i in listing.images] == [0, 6]
+    skipped = [item["reason"] for item in listing.skipped if "text_id" in item]
+    assert skipped[:4] == reasons and skipped[4].startswith("is not valid Unicode (it holds bytes that are not UTF-8")
+    with pytest.raises(UserError, match="no caption of 'all' can be read, as the first is not a string but 5: name"):
+        list_split(Three(texts=[5, 6, 7]), "all")
+
+
+@pytest.mark.parametrize("dataset", ["coco", "coco-karpathy"])
+def test_captions_of_json_that_are_none_are_left_out_one_by_one(tmp_path, dataset):
+    if dataset == "coco":
+        coco_folder(tmp_path)
+        path, split = tmp_path / "annotations" / "captions_val2017.json", "val"
+    else:
+        path, split = tmp_path / "dataset_coco.json", "test"
+        entries = [
+            {"cocoid": id, "split": "test", "filepath": "val2017", "filename": f"{id:012d}.jpg", "sentences": sentences}
+            for id, sentences in (
+                (139, [{"sentid": 899, "raw": " two\ncats "}, {"sentid": 900, "raw": "a dog \n"}]),
+                (285, [{"sentid": 898, "raw": "a bird"}]),
+            )
+        ]
+        path.write_text(json.dumps({"images": entries}))
+    (tmp_path / "val2017").mkdir(exist_ok=True)
+    for id in (139, 285):
+        PIL.Image.new("L", (50, 50)).save(tmp_path / "val2017" / f"{id:012d}.jpg")
+    whole = path.read_bytes()
+    for wrong in (b"null", b"NaN", b'["a", "b"]', b'"caf\xe9"'):
+        path.write_bytes(whole.replace(b'"a dog \\n"', wrong))
+        source = make_source(config_of(dataset, tmp_path))
+        with pytest.raises(UserError, match=rf"caption 900 of '{split}', of .*0139\.jpg, is n"):
+            list_split(source, split)
+        assert [caption.text for caption in list_split(source, split, "skip").captions] == ["two cats", "a bird"]
+
+
+def config_of(dataset, root):
+    config = load_config(dataset)
+    config.data.root = str(root)
+    return config
+
+
 def test_real_coco_annotations(shared, tmp_path):
     source = Coco(shared / "data" / "coco")
     images, captions = source.images("val"), source.captions("val")
@@ -367,6 +458,29 @@ def test_real_coco_annotations(shared, tmp_path):
     assert {caption.id: (caption.image_id, caption.text.split()) for caption in captions} == expected
     order = {image.id: row for row, image in enumerate(images)}
     assert (np.diff([order[caption.image_id] for caption in captions]) >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "pt", "txt"])
+@pytest.mark.parametrize("beyond", [100, 10**6])  # libraries that write by themselves lose a short end without an error
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, kind, beyond):
+    resource = pytest.importorskip("resource")
+    limit = 2**20
+    array = np.random.default_rng(0).integers(0, 256, limit + beyond - 128, dtype=np.uint8)
+    path = tmp_path / f"x.{kind}"
+    write = {
+        "npy": lambda: save_array(path, array),
+        "npz": lambda: save_arrays(path, array=array),
+        "pt": lambda: checkpoint._save(path, {"array": torch.from_numpy(array)}),
+        "txt": lambda: write_text(path, "x" * len(array) + "y" * 200),
+    }
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # which stands for the free space
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"x\.{kind} cannot be written \(File too large\): free space on its disk"):
+            write[kind]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_backbones_are_named():

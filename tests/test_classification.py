@@ -362,6 +362,27 @@ def test_what_cannot_be_read_is_named(tmp_path):
         source_of("folder", tmp_path / "images" / "dog" / "notes.txt").images("all")
 
 
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hidden = ".git", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "cat/.thumbnails", "dog/a/.ipynb_checkpoints"
+    folders("cat", "dog/a", "dog/b", *hidden)(tmp_path / "images")
+    (tmp_path / "images" / "owl").mkdir()
+    (tmp_path / "images" / "cat" / "Thumbs.db").write_text("of Windows")
+    source = source_of("folder", "images")
+    assert source.classes("all").names == ["cat", "dog", "owl"]
+    places = [image.path.relative_to("images").as_posix() for image in source.images("all")]
+    assert places == ["cat/a.jpg", "cat/b.jpg", "dog/a/a.jpg", "dog/a/b.jpg", "dog/b/a.jpg", "dog/b/b.jpg"]
+    cache_embeddings.main(["--dataset", "folder", "--root", "images", "--backbone", "shapes-tiny", "--quiet"])
+    assert "6 images, 3 prompts for 3 classes, D = 64, no image of 'owl'\n" in capsys.readouterr().out
+    # A class called like a split may hold hidden folders.
+    folders("test/.git", "exam")(tmp_path / "flat")
+    assert source_of("folder", "flat").classes("all").names == ["exam", "test"]
+    folders("2750/River", "2750/.git")(tmp_path / "eurosat")
+    assert len(source_of("eurosat", tmp_path).images("all")) == 2
+    with pytest.raises(UserError, match="Couldn't find any class folder"):
+        source_of("folder", tmp_path / "images" / "cat").images("all")
+
+
 def test_names_must_be_as_many_as_classes(tmp_path):
     folders("cat", "dog", "owl")(tmp_path)
     source = Classification(tmp_path, "ImageFolder", {"all": {}}, classes=["a cat", "a dog"])

@@ -120,7 +120,7 @@ def test_other_chains_are_another_version(tmp_path):
         (("x", "a => b", url(7)), "'id' of line 3 is 'x', which is not a number or not unique: give each row"),
         (("9" * 30, "a => b", url(7)), "'id' of line 3 is '9+', which is not a number"),
         (("0", "a => b", url(7)), "'id' of line 3 is '0', which is not a number or not unique"),
-        (("7", "a => b"), "line 3 has 2 fields, but the header has 3"),
+        (("7", "a => b"), "'image_url' of line 3 is ''"),
     ],
 )
 def test_invalid_rows_are_named(tmp_path, row, sentence):
@@ -138,7 +138,6 @@ def test_invalid_rows_are_named(tmp_path, row, sentence):
         (b"id,captions,image_url\n", "it holds no chains: download it again"),
         (b"id,captions,url\n", "it has no column 'image_url'; it has id, captions, url: download it again"),
         (b"\x89PNG\r\n\x1a\n", r"line 1 is not UTF-8 \(byte 0x89\)"),
-        (b"id,captions,image_url\n0,a => caf\xe9,x\n", r"line 2 is not UTF-8 \(byte 0xe9\)"),
         (b'id,captions,image_url\n0,"a => b,x\n', "line 2 cannot be read"),
     ],
 )
@@ -147,6 +146,14 @@ def test_files_of_another_kind_are_named(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         HierarCaps(tmp_path).images("test")
     assert "\n" not in str(error.value)
+
+
+def test_a_chain_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "hierarcaps_test.csv").write_bytes(
+        f"id,captions,image_url\n0,caf\xe9 => b,{url(1)}\n".encode("latin-1")
+    )
+    with pytest.raises(UserError, match=r"the prompt 'caf\\udce9' of a chain of 'test' is not valid Unicode"):
+        list_split(HierarCaps(tmp_path), "test")
 
 
 def test_the_error_for_a_missing_file_says_where_to_get_it(tmp_path):

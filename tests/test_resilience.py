@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -25,11 +26,12 @@ import torch
 from check_method import SMALL_WORLD
 
 import cache_embeddings
-from datasets import blocks
+from datasets import blocks, ranks
 from datasets.embeddings import Pairs
+from datasets.ranks import Ranks
 from models.backbones.openclip import Backbone
 from utils.config import HOME, load_backbone
-from utils.ranks import Ranks
+from utils.errors import UserError
 
 SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--splits", "val", "--set", *SMALL_WORLD]
 SMALL_BATCHES = [*SHAPES, "encoder.batch_size=8"]
@@ -146,6 +148,64 @@ def test_processes_with_different_lists_are_refused(empty_world, refusal, monkey
     assert not list(empty_world.glob("embeddings/**/*.np*"))
 
 
+def test_waiting_for_processes_that_never_come_ends(monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in (("WORLD_SIZE", 2), ("RANK", 0), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "NOTICE", 0.1)
+    monkeypatch.setattr(ranks, "MEETING", 1)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but the processes cannot find each other \(.*1/2.*\):"):
+        Ranks()
+    assert "waiting for 2 processes, as WORLD_SIZE says" in capsys.readouterr().err
+
+
+def test_waiting_for_the_work_of_another_process_ends(monkeypatch):
+    one = Ranks()
+    one.world = 2
+
+    def lost(*args, **options):
+        raise RuntimeError("Connection closed by peer, or timed out")
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lost)
+    with pytest.raises(SystemExit) as stop:  # another has failed, and says why
+        one.broadcast(None)
+    assert stop.value.code == 1
+    monkeypatch.setattr(ranks, "WAIT", 0)
+    with pytest.raises(UserError, match=r"process 0 of 2 has waited 0 hours for the others: see what they do"):
+        one.broadcast(None)
+
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, row):
+        time.sleep(2)
+
+
+def test_waiting_for_a_picture_ends():
+    loader = torch.utils.data.DataLoader(Slow(), num_workers=1, timeout=1, multiprocessing_context="fork")
+    with pytest.raises(UserError, match=r"images does not answer \(DataLoader timed out after 1 seconds\):"):
+        next(blocks._decoded(loader))
+
+
+def test_pictures_need_no_shared_memory_and_no_socket(tmp_path, monkeypatch, capsys):
+    """In a TMPDIR of more than 100 characters no socket can be made, without which torch sends no tensor."""
+    monkeypatch.chdir(tmp_path)
+    for row in range(6):
+        PIL.Image.new("RGB", (20, 20), (40 * row, 0, 0)).save(f"{row}.png")
+    Path("mine.csv").write_text("image,caption\n" + "".join(f"{row}.png,caption {row}\n" for row in range(6)))
+    (tmp_path / ("x" * 120)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+    monkeypatch.delitem(multiprocessing.process.current_process()._config, "tempdir", raising=False)
+    monkeypatch.setattr(blocks, "PATIENCE", 20)
+    command = ["--dataset", "pairs", "--root", "mine.csv", "--backbone", "shapes-tiny", "--splits", "all", "--quiet"]
+    cache_embeddings.main([*command, "--workers", "1", "--set", "encoder.batch_size=4"])
+    assert "6 images, 6 captions" in capsys.readouterr().out
+
+
 def png(width, height, data=b"", *chunks):
     """Make a PNG with a header of this size, whatever its data."""
 
@@ -175,6 +235,13 @@ def hostile_images():
     turned, stripe = photo.transpose(PIL.Image.Transpose.ROTATE_90), PIL.Image.new("RGB", (20000, 1), (9, 99, 199))
     other = PIL.ImageOps.invert(photo)
     bomb = zlib.compress(b"\0" * 2**20)
+    megabytes = zlib.compress(b"a" * 2**21)
+
+    def with_chunk(kind, body):
+        """A PNG of the photo with one more chunk after its header."""
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return plain[:33] + struct.pack(">I", len(body)) + kind + body + checksum + plain[33:]
+
     read = {
         "plain.jpg": (jpeg, photo),
         "progressive.jpg": (encoded(photo, "JPEG", progressive=True), photo),
@@ -203,6 +270,10 @@ def hostile_images():
         "one pixel.png": (encoded(photo.resize((1, 1)), "PNG"), photo.resize((1, 1))),
         "thin.png": (encoded(stripe, "PNG"), stripe.crop((0, 0, 1, 1))),
         "tall.png": (encoded(stripe.rotate(90, expand=True), "PNG"), stripe.crop((0, 0, 1, 1))),
+        "long text.png": (with_chunk(b"zTXt", b"Comment\0\0" + megabytes), photo),
+        "long unicode text.png": (with_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + megabytes), photo),
+        "long profile.png": (with_chunk(b"iCCP", b"profile\0\0" + megabytes), photo),
+        "short chunk.png": (with_chunk(b"gAMA", b"\0"), photo),
         "damaged profile.jpg": (encoded(photo, "JPEG", icc_profile=b"nonsense"), photo),
     }
     broken = {

@@ -16,6 +16,7 @@ from datasets import fold_splits, name_id
 from datasets.coco import Coco
 from datasets.flickr import Flickr
 from datasets.karpathy import Karpathy
+from datasets.listing import list_split
 from datasets.pairs import PairsFile
 from datasets.shards import Shards
 from utils.config import load_config, make_source
@@ -126,7 +127,6 @@ def test_karpathy_finds_images_of_2014_and_2017(tmp_path):
         lambda entry: entry.pop("split"),
         lambda entry: entry.pop("filepath"),
         lambda entry: entry.update(filename=None),
-        lambda entry: entry["sentences"][0].update(raw=None),
         lambda entry: entry["sentences"][0].pop("sentid"),
         lambda entry: entry.update(sentences=3),
     ],
@@ -134,7 +134,7 @@ def test_karpathy_finds_images_of_2014_and_2017(tmp_path):
 def test_karpathy_files_of_another_kind_are_named(tmp_path, spoil):
     item = entry(7, "train")
     spoil(item)
-    with pytest.raises(UserError, match=r"dataset_coco\.json is not a file of Karpathy's splits \(.*: download"):
+    with pytest.raises(UserError, match=r"dataset_coco\.json is not a file of Karpathy's splits \(images\[1\]: .*: d"):
         karpathy(tmp_path, entry(1, "train"), item).images("train")
 
 
@@ -233,6 +233,7 @@ def test_flickr_sources_share_their_ids_and_find_their_folders(tmp_path):
         ("Flickr8k.token.txt", b"1_a.jpg#0 no tab\n", "line 1 is not 'name.jpg#0', a tab and a caption"),
         ("Flickr8k.token.txt", b"1_a.jpg\tno number\n", "line 1 is not 'name.jpg#0', a tab and a caption"),
         ("Flickr8k.token.txt", b"1_a.jpg#0\tcaf\xe9\n", "is not UTF-8"),
+        ("Flickr8k.token.txt", b"1_a.jpg#0\tone\n\n1_a.jpg#0\ttwo\n", "lines 1 and 3 are both '1_a.jpg#0': leave one"),
         ("Flickr_8k.devImages.txt", b"2_a.jpg\n", "devImages.txt lists 2_a.jpg, which has no caption in .*token.txt"),
         ("Flickr_8k.devImages.txt", b"99_unlisted.jpg\n" * 2, r"lists (99_unlisted.jpg) and \1 with the same image id"),
         ("Flickr_8k.testImages.txt", None, "testImages.txt is missing: unpack Flickr8k_Dataset.zip"),
@@ -356,6 +357,21 @@ def test_one_file_has_one_id_however_its_path_is_written(tmp_path):
     assert texts(source, "all")[path_id(tmp_path, "a.jpg")] == ["one", "two", "three", "four"]
 
 
+def test_names_are_found_in_either_spelling_of_unicode(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    rows = [(f"{composed}/{composed}.jpg", "one"), (f"{decomposed}/b.jpg", "two"), (f"{composed}/absent.jpg", "three")]
+    path = write(tmp_path / "mine.csv", rows, ("image", "caption"))
+    (tmp_path / decomposed).mkdir()
+    for name in (f"{decomposed}.jpg", "b.jpg"):
+        (tmp_path / decomposed / name).touch()
+    listing = list_split(source_of("pairs", path, folds=2), "all", "skip")
+    assert [image.path.relative_to(tmp_path).as_posix() for image in listing.images] == [
+        f"{decomposed}/{decomposed}.jpg", f"{decomposed}/b.jpg",
+    ]  # fmt: skip
+    assert [item["reason"] for item in listing.skipped] == ["absent"]
+    assert listing.images[0].id == path_id(tmp_path, rows[0][0])
+
+
 def test_lone_surrogates_are_left_as_they_are(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "\\ud800.jpg", "caption": "a \\ud800 b", "split": "train"}')
     source = PairsFile(tmp_path / "mine.jsonl")
@@ -368,17 +384,17 @@ def test_lone_surrogates_are_left_as_they_are(tmp_path):
         ("m.csv", b"", "it is empty"),
         ("m.jsonl", b"\xef\xbb\xbf \n\n", "it is empty"),
         ("m.csv", b"image,caption\n", "it holds no pairs"),
-        ("m.csv", b"image,caption\na.jpg,one\nb.jpg,caf\xe9\n", r"line 3 is not UTF-8 \(byte 0xe9\)"),
         ("m.csv", "image,caption".encode("utf-16"), "line 1 is not UTF-8"),
         ("m.csv", b"img;caption\n", "it has img;caption: separate the columns by commas"),
-        ("m.csv", b"image,words\n", "it has no column 'caption' or 'text' or 'title'; it has image, words"),
+        ("m.csv", b"image,words\n", "it has no column 'caption' or .*; it has image, words: choose .*caption_column="),
         ("m.csv", b"image,caption,caption\n", "it has two columns 'caption'"),
         ("m.csv", b"image,caption\n\na.jpg,red, blue\n", "line 3 has 3 fields, but the header has 2: put .* comma in"),
-        ("m.tsv", b"image\tcaption\na.jpg\n", "line 2 has 1 fields, but the header has 2: put .* a tab in"),
+        ("m.tsv", b"image\tcaption\na.jpg\tone\ttwo\n", "line 2 has 3 fields, but the header has 2: put .* a tab in"),
+        ("m.csv", b"a.jpg,a dog\nb.jpg,a cat\n", "it has a.jpg, a dog: choose .*, or write the names above it"),
         (
             "m.csv",
             b'image,caption\na.jpg,"one\nb.jpg,two\n',
-            "line 3 cannot be read .*: put fields that contain quotes in quotes",
+            "line 2 cannot be read .a quote in it is never closed.: put fields that contain quotes in quotes",
         ),
         ("m.csv", b"image,caption\n,one\n", "'image' of line 2 is empty"),
         ("m.csv", b"image,caption,split\na.jpg,one,\n", "'split' of line 2 is empty"),
@@ -386,9 +402,9 @@ def test_lone_surrogates_are_left_as_they_are(tmp_path):
         ("m.jsonl", b'{"image": "a"}\n\n{"image": 1,}', "line 3 is not valid JSON"),
         ("m.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
         ("m.jsonl", b'["a.jpg", "one"]', "line 1 is not an object"),
-        ("m.jsonl", b'{"image": "a", "caption": null}', "'caption' of line 1 is null or missing"),
+        ("m.jsonl", b'{"image": null, "caption": "x"}', "'image' of line 1 is null or missing: fix the row, or rem"),
+        ("m.jsonl", b'{"image": 1, "caption": "x"}\n' * 3, "'image' of line 1 is not a string but 1, like all 3: "),
         ("m.jsonl", b'{"image": "a", "caption": "", "split": "x"}\n{"image": "b", "caption": ""}', "'split' of line 2"),
-        ("m.jsonl", b'{"image": "a", "caption": ["x"]}', r"'caption' of line 1 is not a string but \['x'\]"),
         ("m.parquet", b"PAR1", "it is not a Parquet file that pyarrow can read"),
         ("m.xlsx", b"PK", r"its name must end in \.csv, \.tsv, \.jsonl, \.parquet"),
     ],
@@ -403,15 +419,91 @@ def test_tables_that_cannot_be_read_are_named(tmp_path, name, content, sentence)
 
 
 def test_parquet_of_another_kind_is_named(tmp_path, monkeypatch):
-    path = write(tmp_path / "m.parquet", [("a.jpg", "one"), ("b.jpg", None)], ("image", "caption"))
-    with pytest.raises(UserError, match="'caption' of row 1 is null or missing"):
-        PairsFile(path).images("train")
-    write(path, [({"bytes": b"jpg"}, "one")], ("image", "caption"))
-    with pytest.raises(UserError, match=r"'image' of row 0 is not a string but \{'bytes'"):
+    path = write(tmp_path / "m.parquet", [("a.jpg", "one"), (None, "two")], ("image", "caption"))
+    with pytest.raises(UserError, match="'image' of row 1 is null or missing"):
         PairsFile(path).images("train")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-extra\.txt"):
         PairsFile(path).images("train")
+
+
+def captions_of(path, on_error="stop", **options):
+    """Captions by image name, of a table whose images exist."""
+    source = source_of("pairs", path, folds=2, **options)
+    for image in source.images("all"):
+        image.path.touch()
+    listing = list_split(source, "all", on_error)
+    name = {image.id: image.path.name for image in listing.images}
+    captions = [(name[caption.image_id], caption.text) for caption in listing.captions]
+    return captions, [item["reason"] for item in listing.skipped]
+
+
+THREE = [("a.jpg", "one"), ("a.jpg", "it's two"), ("b.jpg", "three")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.csv", "image_name| comment_number| comment\na.jpg| 0| one\na.jpg| 1| it's two\nb.jpg| 0| three\n"),
+        ("m.csv", "image;caption\na.jpg;one\na.jpg;it's two\nb.jpg;three\n"),
+        ("m.csv", "image\tcaption\na.jpg\tone\na.jpg\tit's two\nb.jpg\tthree\n"),
+        ("m.tsv", "image,caption\na.jpg,one\na.jpg,it's two\nb.jpg,three\n"),
+        ("m.csv", 'raw,sentids,filename\n"[""one"", ""it\'s two""]","[0, 1]",a.jpg\nthree,[2],b.jpg\n'),
+        ("m.csv", 'image,caption\na.jpg,"[\'one\', ""it\'s two""]"\nb.jpg,[\'three\']\n'),
+        ("m.csv", 'image,caption\na.jpg,"[\'one\'\n ""it\'s two""]"\nb.jpg,[\'three\']\n'),  # as pandas writes arrays
+        ("m.csv", "image,caption_0,caption_1\na.jpg,one,it's two\nb.jpg,three,\n"),
+        ("m.jsonl", '{"image": "a.jpg", "caption": ["one", "it\'s two"]}\n{"image": "b.jpg", "caption": "three"}'),
+        (
+            "m.jsonl",
+            '{"image": "a.jpg", "text 1": "one", "text 2": "it\'s two"}\n{"image": "b.jpg", "text 1": "three"}',
+        ),
+    ],
+)
+def test_usual_layouts_of_tables_are_read(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert captions_of(tmp_path / name) == (THREE, [])
+
+
+def test_captions_of_tables_that_are_none_are_left_out_one_by_one(tmp_path):
+    pytest.importorskip("pyarrow")
+    rows = [*THREE, ("b.jpg", None), ("c.jpg", "x"), ("b.jpg", "three")]
+    lines = [json.dumps({"image": image, "caption": text}).encode() for image, text in rows]
+    lines[4] = lines[4].replace(b'"x"', b'"caf\xe9"')
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join(lines))
+    csv = "image|caption\n" + "\n".join(image if text is None else f"{image}|{text}" for image, text in rows)
+    (tmp_path / "m.csv").write_bytes(csv.replace("|x", "|caf\xe9").encode("latin-1"))
+    import pyarrow.parquet
+
+    broken = pyarrow.array([text and text.replace("x", "caf\xe9").encode("latin-1") for _, text in rows])
+    broken = pyarrow.StringArray.from_buffers(len(rows), *broken.buffers()[1:], broken.buffers()[0])
+    table = pyarrow.table({"image": [image for image, _ in rows], "text": broken})
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
+    for name, where in (("m.jsonl", "line 4"), ("m.csv", "line 5"), ("m.parquet", "row 3")):
+        sentence = rf"caption 3 of 'all' \({where}\), of .*b\.jpg, is null or missing \(and 1 more\)"
+        with pytest.raises(UserError, match=sentence):
+            captions_of(tmp_path / name)
+        captions, reasons = captions_of(tmp_path / name, "skip")
+        assert captions == THREE and reasons[:2] == ["is null or missing", "is listed twice"]
+        assert "not UTF-8" in reasons[2] and reasons[3:] == ["no caption"]
+
+
+def test_images_inside_a_parquet_file_are_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": jpeg(10 * row), "path": "same.jpg"} for row in range(5)]
+    images.append({"bytes": None, "path": "other.jpg"})
+    (tmp_path / "other.jpg").write_bytes(jpeg(50))
+    captions = [[f"{row} a", f"{row} b"] for row in range(6)]
+    for inside in (images, [image["bytes"] or jpeg(50) for image in images]):
+        table = sys.modules["pyarrow"].table({"image": inside, "caption": captions, "split": ["test"] * 6})
+        parquet.write_table(table, tmp_path / "m.parquet", row_group_size=2)
+        source = source_of("pairs", tmp_path / "m.parquet")
+        listed = source.images("test")
+        assert [caption.text for caption in source.captions("test")] == [text for texts in captions for text in texts]
+        assert [image.place for image in listed] == [f"m.parquet row {row}" for row in range(6)]
+        sent = pickle.loads(pickle.dumps(source))  # as a spawned worker gets it
+        for row in (0, 5, 3, 2):
+            assert color(source.open(listed[row])) == color(sent.open(listed[row])) == 10 * row
+        assert len(list_split(source, "test").captions) == 12
 
 
 def test_no_file_and_a_folder_are_told_apart(tmp_path):
@@ -557,14 +649,11 @@ def test_a_file_that_is_not_an_image_raises_what_pillow_raises(tmp_path):
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"0.txt": b"x", "0.cls": b"1"}, r"a\.tar: sample '0' has no \.jpg, \.jpeg, .* but \.txt, \.cls: remove"),
-        ({"0.jpg": b"", "1.jpg": b"", "0.txt": b""}, r"a\.tar: sample '0' has no"),
-        ({"0.jpg": b"", "1.jpg": b"", "0.png": b""}, "has two samples with the key '0'"),
+        ({"0.txt": b"x", "0.cls": b"1"}, r"no sample of .*a\.tar has an image, but \.cls, \.txt: make it again"),
+        ({"0.a.jpg": b"", "0.b.jpg": b""}, r"a\.tar: sample '0' has \.a\.jpg and \.b\.jpg: a key ends at the first"),
         ({"0.jpg": b"", "0.JPG": b""}, r"a\.tar has the file 0\.JPG twice"),
-        ({"0.jpg": b"", "0.txt": b"caf\xe9"}, r"a\.tar: 0\.txt is not UTF-8"),
         ({"0.jpg": b"", "0.json": b"{"}, r"a\.tar: 0\.json is not a JSON object"),
         ({"0.jpg": b"", "0.json": b"[]"}, r"a\.tar: 0\.json is not a JSON object"),
-        ({"0.jpg": b"", "0.json": b'{"caption": ["x"]}'}, r"a\.tar: 0\.json is not a JSON object"),
         ({}, r"\*\.tar holds no samples"),
     ],
 )
@@ -574,6 +663,52 @@ def test_shards_that_hold_something_else_are_named(tmp_path, members, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         Shards(tmp_path).images("all")
     assert "\n" not in str(error.value)
+
+
+def test_shards_as_they_are_found_are_read(tmp_path):
+    pytest.importorskip("webdataset")
+    first = {"./0.jpg": jpeg(10), "a/2.jpg": jpeg(30), "1.input.jpg": jpeg(20)}  # not in the order of their captions
+    hidden = {"./._0.jpg": b"macOS", "a/._2.jpg": b"", "__MACOSX/0.jpg": b"", ".DS_Store": b"", "Thumbs.db": b""}
+    last = {"a/2.txt": b"two", "1.txt": b"one", "./0.json": b'{"caption": ["null", "zero"]}', "index.json": b"{}"}
+    last |= {"README.md": b"read"}
+    bmp = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (40, 0, 0)).save(bmp, "BMP")
+    shard(tmp_path / "a.tar", first | hidden | last | {"3.bmp": bmp.getvalue(), "3.txt": b"three"})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, target, kind in (("4.jpg", "0.jpg", tarfile.LNKTYPE), ("b/5.jpg", "../3.bmp", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    source = source_of("webdataset", tmp_path)
+    pairs = source.pairs("all")
+    assert [image.place.removeprefix("a.tar/") for image, _ in pairs] == [
+        "./0.jpg", "a/2.jpg", "1.input.jpg", "3.bmp", "4.jpg", "b/5.jpg",
+    ]  # fmt: skip
+    assert [[caption.text for caption in captions] for _, captions in pairs] == [
+        ["null", "zero"], ["two"], ["one"], ["three"], [""], [""],
+    ]  # fmt: skip
+    assert [color(source.open(image)) for image, _ in pairs] == [10, 30, 20, 40, 10, 40]
+    assert pairs[0][1][0].id == pairs[0][0].id != pairs[0][1][1].id
+
+
+def test_samples_of_shards_that_lack_something_are_left_out_one_by_one(tmp_path):
+    pytest.importorskip("webdataset")
+    whole = sample("0", 10, "zero") | sample("1", 20, "one")
+    odd = {"2.txt": b"no image", "3.jpg": b"", "3.txt": b"caf\xe9", "4.jpg": b"", "4.json": b'{"caption": NaN}'}
+    shard(tmp_path / "a.tar", whole | odd)
+    source = Shards(tmp_path)
+    with pytest.raises(UserError, match=r"1 of the 5 images of 'all' are absent from .*a\.tar \(the first is 2\)"):
+        list_split(source, "all")
+    listing = list_split(source, "all", "skip")
+    assert [caption.text for caption in listing.captions] == ["zero", "one"]
+    reasons = [item["reason"] for item in listing.skipped]
+    assert reasons[0] == "absent" and "not UTF-8" in reasons[1] and reasons[2] == "is null or missing"
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("5.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "elsewhere.jpg"
+        tar.addfile(link)
+    with pytest.raises(UserError, match=r"a\.tar: 5\.jpg is a link to elsewhere\.jpg, which is no file of"):
+        Shards(tmp_path).images("all")
 
 
 def test_damaged_shards_are_named(tmp_path):
@@ -631,7 +766,7 @@ def test_a_table_of_pairs_is_cached_by_one_command(tmp_path, monkeypatch, refusa
     rows = [(f"{row % 6}.png", "" if row == 8 else f"caption {row}") for row in range(12)]
     write(tmp_path / "mine.csv", rows, ("image", "caption"))
     command = ["--dataset", "pairs", "--root", "mine.csv", "--backbone", "shapes-tiny", "--quiet", "--splits", "all"]
-    assert "caption 8 of 'all', of " in refusal(cache_embeddings.main, *command)
+    assert "caption 8 of 'all' (line 10), of " in refusal(cache_embeddings.main, *command)
     cache_embeddings.main([*command, "--on-error", "skip"])
     assert "6 images, 11 captions" in capsys.readouterr().out
     folder = tmp_path / "embeddings" / "pairs" / "shapes-tiny" / "all"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from utils.config import Config, difference, make_adaptor
 from utils.errors import UserError
-from utils.files import atomic
+from utils.files import write_bytes
 
 BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, TypeError)
 
@@ -114,8 +115,9 @@ class Run:
 
 
 def _save(path, value):
-    with atomic(path) as partial, open(partial, "wb") as file:  # given a path, torch.save writes its name into the file
-        torch.save(value, file)
+    content = io.BytesIO()  # given a path, torch.save writes its name into the file, and its errors hide a full disk's
+    torch.save(value, content)
+    write_bytes(path, content.getbuffer())
 
 
 def read_run(path):

@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, and locks on folders."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import types
 from pathlib import Path
 
 import filelock
@@ -11,16 +13,26 @@ import numpy as np
 
 from utils.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and is removed if not."""
+    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and is removed if not.
+
+    Raises UserError if the disk is full, and OSError, which names `path`, if it cannot be written for another reason.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno in FULL:
+            hint = "free space on its disk, and run the same command again"
+            raise UserError(f"{path} cannot be written ({error.strerror}): {hint}.") from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -43,8 +55,13 @@ def locked(folder):
 
 def write_text(path, text):
     """Write text as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, content):
+    """Write bytes. Libraries that write to a disk by themselves can cut a file without an error when it is full."""
     with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
 
 
 def write_lines(path, values):
@@ -73,7 +90,8 @@ def _refuse(constant):
 def save_array(path, array):
     """Write one .npy."""
     with atomic(path) as partial, open(partial, "wb") as file:
-        np.save(file, array)
+        # To a file itself NumPy writes outside of Python, and if the disk is full can lose the end without an error.
+        np.save(types.SimpleNamespace(write=file.write), array)
 
 
 def save_arrays(path, **arrays):

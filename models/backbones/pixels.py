@@ -5,6 +5,8 @@ import contextlib
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
+import PIL.PngImagePlugin
 from PIL.Image import Transpose
 from torchvision.transforms import CenterCrop
 from torchvision.transforms.functional import pil_to_tensor
@@ -20,6 +22,23 @@ UPRIGHT = {  # the transpose that turns each EXIF orientation upright; 1 is upri
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+
+
+# The texts of a PNG may take 1 GB: Pillow refuses the picture from 64 MB on.
+PIL.PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+
+
+@contextlib.contextmanager
+def lenient():
+    """Let Pillow open a PNG inside the block whose texts or color profile are damaged or beyond 1 MB.
+
+    Pixels that are read after the block must be whole, as always.
+    """
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        yield
+    finally:
+        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class Transform:

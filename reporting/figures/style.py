@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from reporting.runs import has_uncertainty, is_unified
-from utils.files import atomic
+from utils.files import write_bytes
 
 # Hues that the color-blind tell apart (after Okabe and Ito), dark enough for paper or light enough for a dark page.
 # Figures are drawn in light colors; a page replaces them by its own, so no color may occur twice.
@@ -101,8 +101,10 @@ def save(figure, stem):
     """Write a figure as `<stem>.png` and `<stem>.pdf`, with the same bytes each time."""
     lay_out(figure)
     for suffix, options in ((".png", {"dpi": 200}), (".pdf", {"dpi": 300, "metadata": {"CreationDate": None}})):
-        with atomic(stem.with_name(stem.name + suffix)) as partial, matplotlib.rc_context({"pdf.fonttype": 42}):
-            figure.savefig(partial, format=suffix[1:], facecolor="white", **options)
+        content = io.BytesIO()
+        with matplotlib.rc_context({"pdf.fonttype": 42}):
+            figure.savefig(content, format=suffix[1:], facecolor="white", **options)
+        write_bytes(stem.with_name(stem.name + suffix), content.getbuffer())
 
 
 def svg(figure, name):
