@@ -153,6 +153,8 @@ def check(args, run, pairs, task, count):
         )
     if has_classes and len(pairs.classes) < 2:
         raise UserError(f"{pairs.folder} has only one class, '{pairs.classes[0]}': classification needs at least two.")
+    if pairs.queries < 2:
+        raise UserError(f"{pairs.folder} has a single query, and an evaluation needs two: cache a larger split.")
     if not 2 <= count <= pairs.queries:
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
 

@@ -186,7 +186,7 @@ def caching(cells, settings):
             flags["features"] = "pooled"
         splits = [split for *_, split in caches]
         words = [*as_words(flags), "--splits", *splits, *as_set(settings)]
-        jobs[str(cache_folder(dataset, backbone, ""))] = [("cache_embeddings", words)]
+        jobs[str(cache_folder(*caches[0]).parent)] = [("cache_embeddings", words)]
     return jobs
 
 

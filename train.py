@@ -156,10 +156,7 @@ def make_optimizer(adaptor, config):
         "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True),
         "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr, fused=True),
     }
-    try:
-        return makers[one_of("optim.name", config.name, list(makers), UserError)]()
-    except ValueError as error:
-        raise UserError(f"optim: {error}.") from None
+    return makers[one_of("optim.name", config.name, list(makers), UserError)]()
 
 
 def write_log(path, rows):
@@ -196,12 +193,13 @@ def main(argv=None):
             f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
         )
     config.settle(len(pairs.text))
-    rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
     seed_everything(config.seed)
     adaptor = make_adaptor(config, pairs.dim).to(device)
-    if held_out and not any(p.requires_grad for p in adaptor.parameters()):  # all are there to calibrate on
+    if any(p.requires_grad for p in adaptor.parameters()):
+        rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
+    else:  # all are there to calibrate on
         rows = torch.arange(len(pairs.text))
-        held_out = blocks(pairs.image_of_text, np.full(len(rows), True))[:BLOCKS]
+        held_out = blocks(pairs.image_of_text, np.full(len(rows), True))[:BLOCKS] if config.train.val_fraction else []
     optimizer = make_optimizer(adaptor, config.optim)
     run = Run(config)
     with locked(run.folder):

@@ -37,7 +37,7 @@ from scipy import sparse
 from models.backbones.last_map import Joined
 from utils.config import HOME
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import is_name, read_json
 
 WORKING = "unfinished"  # folder inside the split's folder for the blocks of an unfinished run
 META = "meta.json"
@@ -58,6 +58,9 @@ def read_meta(folder):
 
 
 def cache_folder(dataset, backbone, split):
+    """Folder of the cache of a split; raises UserError for a split that is a path."""
+    if not is_name(split):
+        raise UserError(f"a split names a folder: it cannot be {split!r}, with a separator or beginning with a dot.")
     return Path("embeddings", dataset, backbone, split)
 
 
@@ -266,8 +269,8 @@ def hold_out(image_of_text, fraction, seed, block=1024, most=BLOCKS):
         return rows, []
     if not 2 <= held_out <= len(captions) - 2:
         raise UserError(
-            f"--val-fraction {fraction} holds out {held_out} of {len(captions)} images: leave two or more on either"
-            " side, or hold out none with --val-fraction 0."
+            f"holding out {fraction:g} of {len(captions)} images leaves {held_out} to pick the epoch and"
+            f" {len(captions) - held_out} to train on, where two are the least: choose another --val-fraction, or 0."
         )
     out = np.isin(image_of_text, np.random.default_rng(seed).permutation(len(captions))[:held_out])
     return rows[~out], blocks(image_of_text, out, block)[:most]

@@ -55,6 +55,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_five_pairs_are_few_but_no_flag_is_blamed(here, refusal):
+    """A method without training needs no held-out pairs; one with it says how many are left."""
+    np.savez("pairs.npz", **{side: values[:5] for side, values in arrays().items() if side in ("image", "text")})
+    cache_embeddings.main(CACHE)
+    train.main([*RUN, "clip", "--quiet"])
+    assert "test0 has a single query, and an evaluation needs two" in refusal(evaluation.main, *RUN, "clip")
+    error = refusal(train.main, *RUN, "pfe")
+    assert "holding out 0.1 of 4 images leaves 0 to pick the epoch and 4 to train on, where two are the least" in error
+
+
 def test_splits_share_no_image_and_cover_all(here):
     source = Arrays("pairs.npz", folds=3)
 

@@ -764,6 +764,8 @@ def spoiled():
         (("text_to_image", "examples", "most_certain"), [{"query": 3}]),
         (("coco",), {"eccv_r1": []}),
         (("hierarchy",), [1]),
+        (("evaluated_on",), "../x"),
+        (("config", "backbone"), "../../x"),
     ):
         yield json.dumps(put(make_result("pfe", 0, 0.3, -0.5), path, value))
 

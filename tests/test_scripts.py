@@ -12,6 +12,8 @@ import sys
 import pytest
 from test_check_method import write_readme_example
 
+import active_learning
+import cache_embeddings
 import eval as evaluation
 import train
 from utils.config import HOME, known
@@ -55,6 +57,22 @@ def test_scripts_import_no_more_than_they_need(scripts, heavy):
     code = f"import sys, {scripts}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = run("-c", code, PYTHONPATH=str(HOME))
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("split", ["../shapes-tiny/val", "..", ".hidden", "a\\b", "val/"])
+def test_no_name_is_a_path(world, refusal, split):
+    data = ["--dataset", "shapes", "--quiet"]
+    run = [*data, "--method", "clip"]
+    for script, *flags in (
+        (cache_embeddings, *data, "--splits", split),
+        (train, *run, "--set", f"data.train_split={split}"),
+        (evaluation, *run, "--split", split),
+        (active_learning, *data, "--pool", split, "--target", "test", "--budgets", "2"),
+    ):
+        assert f"a split names a folder: it cannot be {split!r}" in refusal(script.main, *flags)
+    for script in (train, evaluation):
+        assert "--tag names a folder" in refusal(script.main, *run, "--tag", split)
+    assert {path.name for path in world.iterdir()} == {"data", "embeddings"}
 
 
 def test_a_method_is_one_file_and_one_yaml(world, monkeypatch, capsys):

@@ -99,6 +99,8 @@ class Run:
             )
         saved = read_run(self.adaptor_file)
         trained = Config.load(self.folder / "config.yaml")
+        if trained.checkpoint != self.folder:  # results would go there, wherever that is
+            raise UserError(f"{self.folder / 'config.yaml'} is of the run {trained.checkpoint}: train again.")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])
         try:
             self.seen, self.bank, self.untrained = saved["seen"], saved.get("bank"), saved.get("untrained", False)

@@ -41,6 +41,11 @@ def locked(folder):
         raise UserError(f"another process is writing {folder}: wait for it, or stop it.") from None
 
 
+def is_name(text):
+    """Whether a text can name a file or a folder inside another: printable, and no path."""
+    return text.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", text) is not None
+
+
 def write_text(path, text):
     """Write text as UTF-8."""
     with atomic(path) as partial:
