@@ -21,7 +21,7 @@ from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieva
 from utils import result_file
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import HUBS, LEVELS, evaluated_as, load_config, needs_pooled
+from utils.config import HUBS, LEVELS, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
 from utils.files import locked
@@ -177,7 +177,8 @@ def main(argv=None):
     device = pick_device(args.device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
-    if pairs.classes is not None and not run.done and args.train_dataset is None:
+    trains_elsewhere = pairs.classes is not None and make_adaptor(run.config, pairs.dim).needs_pairs
+    if trains_elsewhere and not run.done and args.train_dataset is None:
         raise UserError(
             f"{args.dataset} has images with classes, on which nothing is trained: name what the adaptor was trained on"
             " with --train-dataset."
@@ -203,6 +204,7 @@ def main(argv=None):
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
         "skipped": pairs.meta["skipped"],
         "seen_in_training": pairs.shared_with(run.seen), "untrained": run.untrained,
+        "start_kept": run.start_kept,
         "repeated_captions": repeated(pairs),
         "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,

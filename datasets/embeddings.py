@@ -35,7 +35,7 @@ import torch
 from scipy import sparse
 
 from models.backbones.last_map import Joined
-from utils.config import HOME
+from utils.config import HOME, load_backbone
 from utils.errors import UserError
 from utils.files import is_name, read_json
 
@@ -97,6 +97,10 @@ class Pairs:
     def __init__(self, dataset, backbone, split, pooled=False):
         self.folder = cache_folder(dataset, backbone, split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
+        elsewhere = f"{self.folder} is for embeddings computed elsewhere, without the inputs of the model's last"
+        elsewhere += " projections, which this needs: choose another method."
+        if pooled and load_backbone(backbone).pretrained == "elsewhere":
+            raise UserError(elsewhere)
         if pooled:
             self.command += " --features pooled"
         if not (self.folder / META).is_file():
@@ -126,6 +130,8 @@ class Pairs:
                 f"the cache {self.folder} has other sizes than its {META} says: delete it and run `{self.command}`."
             )
         if pooled and self.meta["features"] != "pooled":
+            if self.meta["precision"] == "given":  # under the name of a backbone
+                raise UserError(elsewhere)
             raise UserError(
                 f"{self.folder} has no pooled features, which this needs: run `{self.command} --overwrite`, with --root"
                 " if the data are not where their YAML says."

@@ -301,8 +301,12 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
     assert "60 images, 18 prompts for 6 classes, D = 16" in capsys.readouterr().out
     pairs = Pairs("embeddings", "given", "all")
     assert pairs.classes[2] == "thing 2" and (pairs.label == original["label"]).all()
-    error = refusal(train.main, *RUN, "clip", "--set", "data.train_split=all")
+    error = refusal(train.main, *RUN, "knn", "--set", "data.train_split=all")
     assert "holds images with classes, not captions" in error
+    assert "it is not trained yet): run `python train.py" in refusal(evaluation.main, *RUN, "clip", "--split", "all")
+    # Plain CLIP needs no pairs: it learns nothing.
+    train.main([*RUN, "clip", "--quiet", "--tag", "alone", "--set", "data.train_split=all"])
+    evaluation.main([*RUN, "clip", "--split", "all", "--tag", "alone", "--quiet"])
     train.main([*RUN, "clip", "--quiet"])
     capsys.readouterr()
     evaluation.main([*RUN, "clip", "--split", "all", "--score", "both"])
@@ -321,6 +325,8 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
     for k in (1, 5):
         assert result["image_to_class"]["recall"][str(k)] == pytest.approx(hits[k] / 60)
     assert 0.3 < hits[1] / 60 < 1
+    alone = here / "results/embeddings/given/clip+alone/seed0/embeddings+all-classification.json"
+    assert json.loads(alone.read_text())["image_to_class"] == result["image_to_class"]
     assert f"top-1  {100 * hits[1] / 60:.1f}" in capsys.readouterr().out
     arrays = np.load(here / "results/embeddings/given/clip/seed0/embeddings+all-classification.npz")
     assert len(arrays["image_to_class_top"]) == 60

@@ -587,7 +587,7 @@ def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained,
     monkeypatch.setattr(Classification, "_shares", lambda self, images, classes: shares)
     cache_embeddings.main([*names, "--root", "drawn", "--quiet"])
     assert "100 images, 6 prompts for 6 classes" in capsys.readouterr().out
-    message = refusal(train.main, *names, "--method", "clip", "--set", "data.train_split=all")
+    message = refusal(train.main, *names, "--method", "pfe", "--set", "data.train_split=all")
     assert "holds images with classes, not captions" in message
     evaluation.main([*names, "--train-dataset", "shapes", "--method", "asymvlm-vmf"])
     printed = capsys.readouterr().out

@@ -221,7 +221,12 @@ def test_the_start_is_kept_where_training_only_spoils_it(world, capsys):
     assert "the untrained start is kept" in capsys.readouterr().out
     run = Run(load_config("shapes", "asymvlm-psd"))
     adaptor, _, _ = run.load("cpu")
-    assert run.untrained
+    assert run.untrained and run.start_kept
+    settings = ["optim.lr=9", "model.penalty=0.3", "train.val_fraction=0.1"]
+    train.main(["--dataset", "shapes", "--method", "linear", *SHORT[:-1], *settings])
+    linear = Run(load_config("shapes", "linear"))
+    linear.load("cpu")
+    assert linear.start_kept and not linear.untrained
     text = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(adaptor.adapt_text(text).mean, torch.nn.functional.normalize(text, dim=-1))
     assert adaptor.posterior_scale != adaptor.temperature
