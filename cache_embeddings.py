@@ -9,6 +9,9 @@ writes embeddings/<dataset>/<backbone>/<split>/. A killed run resumes where it s
 finished split is left unchanged.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import contextlib
 import functools
 import shutil

@@ -11,6 +11,9 @@ results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated on>-<task>.json, an
 query.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import dataclasses
 
 from datasets.bank import Bank
@@ -24,7 +27,7 @@ from utils.checkpoint import Run
 from utils.config import HUBS, LEVELS, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
-from utils.files import locked
+from utils.files import locked, must_write
 
 TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": hierarchy}
 
@@ -190,6 +193,9 @@ def main(argv=None):
     check(args, run, pairs, task, count)
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
+    evaluated_on = evaluated_as(args.dataset, split, data.eval_split)
+    path = config.result(evaluated_on, task)
+    must_write(path.parent)  # known before it computes
     val = open_val(args, pairs, run, identity) if args.val else None
     kind, correction, bank = choose_hubs(args, run, pairs, task, identity)
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank)
@@ -197,7 +203,6 @@ def main(argv=None):
         figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
-    evaluated_on = evaluated_as(args.dataset, split, data.eval_split)
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
         "levels_by": args.levels_by, "drop_remainder": args.drop_remainder,
@@ -212,7 +217,6 @@ def main(argv=None):
     if correction:
         metadata["hubs"] = {name: one._asdict() for name, one in correction.items()}
         metadata["hubs"]["bank"] = {"images": len(bank.image), "split": args.bank}
-    path = config.result(evaluated_on, task)
     chosen = {"score": first, "hubs": kind}
     with locked(path.parent):
         result_file.write(path, metadata | {"config": dataclasses.asdict(config) | chosen} | figures, arrays)

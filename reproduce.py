@@ -9,6 +9,9 @@ embeddings exists, so a killed command goes on where it stopped. Missing caches 
 cell that fails does not stop the others: failed cells are named at the end, and the exit code is 1.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import dataclasses
 import itertools
 import sys

@@ -6,6 +6,9 @@ writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on
 weights.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import copy
 import csv
 import io

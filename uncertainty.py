@@ -6,6 +6,9 @@ prints them in the order given; larger = less certain. Image files need a method
 What exists as a file or folder is no prompt.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import json
 import mimetypes
 import os

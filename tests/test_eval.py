@@ -484,6 +484,15 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
         assert f"{item} cannot be read as an image" in refusal(uncertainty.main, *RUN, item)
 
 
+def test_a_folder_that_cannot_be_written_into_is_named_before_anything_is_computed(trained, refusal, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("tasks.retrieval.evaluate", None)  # whoever computes ends with a TypeError
+    assert "cannot be written into (Permission denied): change that, or work" in refusal(evaluation.main, *RUN)
+
+
 def test_what_looks_like_a_path_is_no_prompt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for prompt in ("dog", "a photo of a dog", "and/or a dog", "U.S.", "a picture called dog.jpg", "x" * 5000, "a\0b"):

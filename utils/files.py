@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import filelock
@@ -39,6 +40,16 @@ def locked(folder):
             yield
     except filelock.Timeout:
         raise UserError(f"another process is writing {folder}: wait for it, or stop it.") from None
+
+
+def must_write(folder):
+    """Raise UserError unless files can be written into a folder, or into the nearest one above it that exists."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{place} cannot be written into ({error.strerror}): change that, or work elsewhere.") from None
 
 
 def is_name(text):
