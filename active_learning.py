@@ -10,6 +10,9 @@ vary with it. Writes one file per seed and strategy, with an .npz beside it, to
 results/<dataset>/<backbone>/active/<target>/; existing results are not made again.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import itertools
 import math
 import sys
@@ -34,7 +37,7 @@ from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config
 from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly, one_of
-from utils.files import locked, read_json
+from utils.files import locked, must_write, read_json
 
 # Flags that are not settings of a result, or stand elsewhere in it.
 NO_SETTINGS = ("dataset", "backbone", "device", "seeds", "strategies", "tag", "overwrite", "quiet")
@@ -108,8 +111,8 @@ def check(args):
     for name, (value, limit) in (least | {name: (getattr(args, name), 1) for name in COUNTS}).items():
         if value < limit:
             raise UserError(f"--{name.replace('_', '-')} must be {limit} or more, not {value}.")
-    if not all(0 < value < math.inf for value in (args.n, args.lr)) or not 0 <= args.weight_decay < math.inf:
-        raise UserError("--n and --lr must be above 0, and --weight-decay must not be below 0.")
+    if not all(0 < value < math.inf for value in (args.n, args.lr)) or not 0 <= args.weight_decay * args.lr < 1:
+        raise UserError("--n and --lr must be above 0, and --weight-decay must be at least 0 and below 1 / --lr.")
     if not 0 < args.pool_share <= 1:
         raise UserError(f"--pool-share must be above 0 and at most 1, not {args.pool_share}.")
     if args.val_counts is not None and not (args.val and 0 < args.val_counts < 1):
@@ -188,6 +191,7 @@ def main(argv=None):
     device = pick_device(args.device)
     config = load_config(args.dataset, backbone=args.backbone, tag=args.tag)
     folder = results_folder(args, config.backbone, args.preset)
+    must_write(folder)
     if has_old_name:
         say_new_name(folder, results_folder(args, config.backbone, "published"))
     splits = Splits(args.dataset, config.backbone, args.pool, args.target, args.val, device)

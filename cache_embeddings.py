@@ -9,6 +9,9 @@ writes embeddings/<dataset>/<backbone>/<split>/. A killed run resumes where it s
 finished split is left unchanged.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import contextlib
 import functools
 import shutil
@@ -91,8 +94,8 @@ def main(argv=None):
     backbone = None
     todo = []  # all splits are checked before any is encoded
     for split in dict.fromkeys(args.splits or [config.data.train_split, config.data.eval_split]):
-        listing = ranks.in_turn(functools.partial(list_split, source, split, args.on_error))
         folder = cache_folder(config.dataset, config.backbone, split)
+        listing = ranks.in_turn(functools.partial(list_split, source, split, args.on_error))
         if listing.embeddings is not None and args.features == "pooled":
             raise UserError(f"'{config.dataset}' has embeddings but no pooled features: leave out --features pooled.")
         wanted = identity(config, split, source, listing, args.features)

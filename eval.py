@@ -11,6 +11,9 @@ results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated on>-<task>.json, an
 query.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import dataclasses
 
 from datasets.bank import Bank
@@ -21,10 +24,10 @@ from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieva
 from utils import result_file
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import HUBS, LEVELS, evaluated_as, load_config, needs_pooled
+from utils.config import HUBS, LEVELS, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
-from utils.files import locked
+from utils.files import locked, must_write
 
 TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": hierarchy}
 
@@ -153,6 +156,8 @@ def check(args, run, pairs, task, count):
         )
     if has_classes and len(pairs.classes) < 2:
         raise UserError(f"{pairs.folder} has only one class, '{pairs.classes[0]}': classification needs at least two.")
+    if pairs.queries < 2:
+        raise UserError(f"{pairs.folder} has a single query, and an evaluation needs two: cache a larger split.")
     if not 2 <= count <= pairs.queries:
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
 
@@ -175,7 +180,8 @@ def main(argv=None):
     device = pick_device(args.device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
-    if pairs.classes is not None and not run.done and args.train_dataset is None:
+    trains_elsewhere = pairs.classes is not None and make_adaptor(run.config, pairs.dim).needs_pairs
+    if trains_elsewhere and not run.done and args.train_dataset is None:
         raise UserError(
             f"{args.dataset} has images with classes, on which nothing is trained: name what the adaptor was trained on"
             " with --train-dataset."
@@ -187,6 +193,9 @@ def main(argv=None):
     check(args, run, pairs, task, count)
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
+    evaluated_on = evaluated_as(args.dataset, split, data.eval_split)
+    path = config.result(evaluated_on, task)
+    must_write(path.parent)  # known before it computes
     val = open_val(args, pairs, run, identity) if args.val else None
     kind, correction, bank = choose_hubs(args, run, pairs, task, identity)
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank)
@@ -194,13 +203,13 @@ def main(argv=None):
         figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
-    evaluated_on = evaluated_as(args.dataset, split, data.eval_split)
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
         "levels_by": args.levels_by, "drop_remainder": args.drop_remainder,
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
         "skipped": pairs.meta["skipped"],
         "seen_in_training": pairs.shared_with(run.seen), "untrained": run.untrained,
+        "start_kept": run.start_kept,
         "repeated_captions": repeated(pairs),
         "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
@@ -208,7 +217,6 @@ def main(argv=None):
     if correction:
         metadata["hubs"] = {name: one._asdict() for name, one in correction.items()}
         metadata["hubs"]["bank"] = {"images": len(bank.image), "split": args.bank}
-    path = config.result(evaluated_on, task)
     chosen = {"score": first, "hubs": kind}
     with locked(path.parent):
         result_file.write(path, metadata | {"config": dataclasses.asdict(config) | chosen} | figures, arrays)

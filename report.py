@@ -8,6 +8,9 @@ results/<trained on>: report.html (one self-contained page), table.md, table.tex
 figure), and every figure as .png and .pdf.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import itertools
 from pathlib import Path
 

@@ -9,6 +9,9 @@ embeddings exists, so a killed command goes on where it stopped. Missing caches 
 cell that fails does not stop the others: failed cells are named at the end, and the exit code is 1.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import dataclasses
 import itertools
 import sys
@@ -186,7 +189,7 @@ def caching(cells, settings):
             flags["features"] = "pooled"
         splits = [split for *_, split in caches]
         words = [*as_words(flags), "--splits", *splits, *as_set(settings)]
-        jobs[str(cache_folder(dataset, backbone, ""))] = [("cache_embeddings", words)]
+        jobs[str(cache_folder(*caches[0]).parent)] = [("cache_embeddings", words)]
     return jobs
 
 

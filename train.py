@@ -6,6 +6,9 @@ writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on
 one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import copy
 import csv
 import io
@@ -170,10 +173,7 @@ def make_optimizer(adaptor, config):
         "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True),
         "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr, fused=True),
     }
-    try:
-        return makers[one_of("optim.name", config.name, list(makers), UserError)]()
-    except ValueError as error:
-        raise UserError(f"optim: {error}.") from None
+    return makers[one_of("optim.name", config.name, list(makers), UserError)]()
 
 
 def write_log(path, rows):
@@ -204,21 +204,23 @@ def main(argv=None):
     config = run_config(args, args.dataset, args.set + fraction)
     device = pick_device(args.device)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
-    if pairs.classes is not None:
-        raise UserError(
-            f"{pairs.folder} holds images with classes, not captions: train on pairs, then evaluate here with"
-            f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
-        )
     config.settle(len(pairs.text))
-    rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
     seed_everything(config.seed)
     adaptor = make_adaptor(config, pairs.dim).to(device)
     optimizer = None
-    if any(p.requires_grad for p in adaptor.parameters()):
+    if pairs.classes is not None:
+        if adaptor.needs_pairs:
+            raise UserError(
+                f"{pairs.folder} holds images with classes, not captions: train on pairs, then evaluate here with"
+                f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
+            )
+        rows, held_out = torch.arange(0), []
+    elif any(p.requires_grad for p in adaptor.parameters()):
+        rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
         optimizer = make_optimizer(adaptor, config.optim)  # torch loads its compiler for it, in seconds
-    elif held_out:  # all are there to calibrate on
+    else:  # all are there to calibrate on
         rows = torch.arange(len(pairs.text))
-        held_out = blocks(pairs.image_of_text, np.full(len(rows), True))[:BLOCKS]
+        held_out = blocks(pairs.image_of_text, np.full(len(rows), True))[:BLOCKS] if config.train.val_fraction else []
     run = Run(config)
     with locked(run.folder):
         run.claim(pairs.identity, args.overwrite)
@@ -240,13 +242,16 @@ def main(argv=None):
         elif held_out:
             _, temperature = validate(adaptor, *pairs.to(device, adaptor.pooled), held_out)
             adaptor.given_scale.fill_(temperature)
-            outcome += ", posterior calibrated"
+            of = "" if config.score == "log_likelihood" else ", that of eval.py's --score log_likelihood"
+            outcome += f", posterior calibrated{of}"
         if learned is not None:
             outcome += f", prepared with {len(learned['image_id']):,} images"
         write_log(run.folder / "log.csv", log)
         # A method without training has seen only the images that it was prepared with or calibrated on.
         captions = torch.cat([rows if log else rows[:0], *held_out]).numpy()
-        run.finish(adaptor, all_seen(pairs.seen(pairs.image_of_text[captions]), learned), bank, untrained)
+        images = pairs.image_of_text[captions] if len(captions) else captions
+        start_kept = bool(log and held_out) and not kept
+        run.finish(adaptor, all_seen(pairs.seen(images), learned), bank, untrained, start_kept)
     print(f"{run.folder}: {outcome}")
 
 

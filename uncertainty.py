@@ -3,9 +3,15 @@
     python uncertainty.py --dataset shapes --method asymvlm-psd "a photo" "a photo of a circle"
 
 prints them in the order given; larger = less certain. Image files need a method that models images; AsymVLM does not.
+What exists as a file or folder is no prompt.
 """
 
+import utils.interrupt  # noqa: F401
+
+# isort: split
 import json
+import mimetypes
+import os
 import sys
 from pathlib import Path
 
@@ -21,8 +27,6 @@ from utils.config import Encoder
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
 
-IMAGE_SUFFIXES = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-
 
 def parse(argv):
     parser = make_parser(__doc__)
@@ -35,9 +39,9 @@ def parse(argv):
 
 
 def is_image(item):
-    """Whether an item is the path of an image file rather than a prompt that ends like one."""
-    path = Path(item)
-    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not any(map(str.isspace, item)))
+    """Whether an item is a path, not a prompt: it exists, or two of its folders, suffix and lack of blanks say so."""
+    suffix = mimetypes.guess_type(item)[0] or Path(item).suffix.lower() in PIL.Image.registered_extensions()
+    return os.path.exists(item) or (Path(item).name != item) + bool(suffix) + (len(item.split()) == 1) >= 2
 
 
 def pixels(name, transform):
@@ -46,9 +50,12 @@ def pixels(name, transform):
         with PIL.Image.open(name) as image:
             return transform(image)
     except FileNotFoundError:
-        raise UserError(f"there is no image file {name}, and a prompt cannot end like one.") from None
+        raise UserError(f"there is no image file {name}: name one, or let a prompt look less like a path.") from None
     except Exception as error:  # Pillow raises a dozen kinds on a broken file
-        raise UserError(f"the image {name} cannot be read ({error}).") from None
+        raise UserError(
+            f"{name} cannot be read as an image ({error}): name an image, or add a word to a prompt that is called like"
+            " a file or folder here."
+        ) from None
 
 
 def encode(kind, items, backbone, pooled):

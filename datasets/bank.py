@@ -32,7 +32,7 @@ def draw(pairs, rows, seed, pooled=False, most=MOST):
     rows = np.asarray(rows)
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:most])
-    images, image_of_text = np.unique(pairs.image_of_text[rows], return_inverse=True)
+    images, image_of_text = np.unique(pairs.image_of_text[rows] if len(rows) else rows, return_inverse=True)
     image, text = (torch.from_numpy(np.array(pairs.fed(side, pooled)[chosen]))
                    for side, chosen in (("image", images), ("text", rows)))  # fmt: skip
     ids = torch.from_numpy(pairs.image_id[images])

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -155,11 +156,12 @@ class Classification(Source):
             )
 
     def _names(self, listed):
-        """Return the class names; listed: the names that torchvision lists."""
+        """Return the class names; listed: the names that torchvision lists. Raises UserError for one that repeats."""
         if isinstance(self.names, list):
-            return self.names
+            return _distinct(self.names, self.names, self.root)
         if self.names == "folders":
-            return [" ".join(name.replace("_", " ").replace("/", " ").split()) for name in listed]
+            names = [" ".join(name.replace("_", " ").replace("/", " ").split()) for name in listed]
+            return _distinct(names, listed, self.root)
         if self.names == "own":
             return listed
         from timm.data import ImageNetInfo  # comes with open_clip; maps class numbers to WordNet ids
@@ -209,6 +211,17 @@ def _zero_shot():
     import open_clip.zero_shot_metadata
 
     return open_clip.zero_shot_metadata
+
+
+def _distinct(names, listed, where):
+    """Return the names; raises UserError, with names of `listed`, where prompts would call two classes the same."""
+    first = {}
+    for row, name in enumerate(names):
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), row)
+        if other != row:
+            two = f"'{listed[other]}' and '{listed[row]}'"
+            raise UserError(f"the classes {two} of {where} have one name in prompts: rename one, or merge them.")
+    return names
 
 
 def _listed(data):

@@ -35,9 +35,9 @@ import torch
 from scipy import sparse
 
 from models.backbones.last_map import Joined
-from utils.config import HOME
+from utils.config import HOME, load_backbone
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import is_name, read_json
 
 WORKING = "unfinished"  # folder inside the split's folder for the blocks of an unfinished run
 META = "meta.json"
@@ -58,6 +58,9 @@ def read_meta(folder):
 
 
 def cache_folder(dataset, backbone, split):
+    """Folder of the cache of a split; raises UserError for a split that is a path."""
+    if not is_name(split):
+        raise UserError(f"a split names a folder: it cannot be {split!r}, with a separator or beginning with a dot.")
     return Path("embeddings", dataset, backbone, split)
 
 
@@ -94,6 +97,10 @@ class Pairs:
     def __init__(self, dataset, backbone, split, pooled=False):
         self.folder = cache_folder(dataset, backbone, split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
+        elsewhere = f"{self.folder} is for embeddings computed elsewhere, without the inputs of the model's last"
+        elsewhere += " projections, which this needs: choose another method."
+        if pooled and load_backbone(backbone).pretrained == "elsewhere":
+            raise UserError(elsewhere)
         if pooled:
             self.command += " --features pooled"
         if not (self.folder / META).is_file():
@@ -123,6 +130,8 @@ class Pairs:
                 f"the cache {self.folder} has other sizes than its {META} says: delete it and run `{self.command}`."
             )
         if pooled and self.meta["features"] != "pooled":
+            if self.meta["precision"] == "given":  # under the name of a backbone
+                raise UserError(elsewhere)
             raise UserError(
                 f"{self.folder} has no pooled features, which this needs: run `{self.command} --overwrite`, with --root"
                 " if the data are not where their YAML says."
@@ -266,8 +275,8 @@ def hold_out(image_of_text, fraction, seed, block=1024, most=BLOCKS):
         return rows, []
     if not 2 <= held_out <= len(captions) - 2:
         raise UserError(
-            f"--val-fraction {fraction} holds out {held_out} of {len(captions)} images: leave two or more on either"
-            " side, or hold out none with --val-fraction 0."
+            f"holding out {fraction:g} of {len(captions)} images leaves {held_out} to pick the epoch and"
+            f" {len(captions) - held_out} to train on, where two are the least: choose another --val-fraction, or 0."
         )
     out = np.isin(image_of_text, np.random.default_rng(seed).permutation(len(captions))[:held_out])
     return rows[~out], blocks(image_of_text, out, block)[:most]

@@ -43,6 +43,7 @@ class Adaptor(nn.Module):
     """
 
     pooled = False
+    needs_pairs = True  # False for a method that learns nothing from the training split, which may be of classes, then
 
     def __init__(self, temperature: str = "fixed"):
         super().__init__()

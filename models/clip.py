@@ -6,6 +6,8 @@ from models.base import Adaptor
 class Clip(Adaptor):
     """Images and captions as points, scored by cosine: the deterministic baseline; Radford et al., arXiv 2103.00020."""
 
+    needs_pairs = False
+
     def __init__(self, dim: int):
         super().__init__()
 

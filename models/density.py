@@ -42,6 +42,8 @@ def kernel(query: Tensor, bank: Tensor, beta: float) -> Tensor:
 class QueryOnly(Clip):
     """Plain CLIP with an uncertainty (N,) of queries (N, D) of either modality, by the method `uncertainty`."""
 
+    needs_pairs = True
+
     def adapt_image(self, image: Tensor) -> Embedding:
         """Adapt images (N, D)."""
         return super().adapt_image(image)._replace(uncertainty=self.uncertainty(image, "image"))

@@ -8,7 +8,7 @@ from reporting.runs import TASKS, Block, Result, data_sets, has_uncertainty, lev
 from reporting.tables import by_task, formats
 from reporting.words import DIRECTIONS, OWN, QUERY, followed
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import is_name, read_json
 from utils.result_file import NUMBER, must_hold
 
 METADATA = {
@@ -186,6 +186,8 @@ def _read_one(path):
         if values["task"] != task:
             raise ValueError(f"{path} is named after another task")
         must_hold(values, METADATA | SHAPES[task])
+        if not all(map(is_name, (values["evaluated_on"], values["variant"], values["config"]["backbone"]))):
+            raise ValueError(f"{path} has a path for a name, and figures are called by it")
         if "hierarchy" in values:
             must_hold(values, HIERARCHY)
         for direction in DIRECTIONS.keys() & values.keys():

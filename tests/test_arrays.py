@@ -55,6 +55,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_five_pairs_are_few_but_no_flag_is_blamed(here, refusal):
+    """A method without training needs no held-out pairs; one with it says how many are left."""
+    np.savez("pairs.npz", **{side: values[:5] for side, values in arrays().items() if side in ("image", "text")})
+    cache_embeddings.main(CACHE)
+    train.main([*RUN, "clip", "--quiet"])
+    assert "test0 has a single query, and an evaluation needs two" in refusal(evaluation.main, *RUN, "clip")
+    error = refusal(train.main, *RUN, "pfe")
+    assert "holding out 0.1 of 4 images leaves 0 to pick the epoch and 4 to train on, where two are the least" in error
+
+
 def test_splits_share_no_image_and_cover_all(here):
     source = Arrays("pairs.npz", folds=3)
 
@@ -291,8 +301,12 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
     assert "60 images, 18 prompts for 6 classes, D = 16" in capsys.readouterr().out
     pairs = Pairs("embeddings", "given", "all")
     assert pairs.classes[2] == "thing 2" and (pairs.label == original["label"]).all()
-    error = refusal(train.main, *RUN, "clip", "--set", "data.train_split=all")
+    error = refusal(train.main, *RUN, "knn", "--set", "data.train_split=all")
     assert "holds images with classes, not captions" in error
+    assert "it is not trained yet): run `python train.py" in refusal(evaluation.main, *RUN, "clip", "--split", "all")
+    # Plain CLIP needs no pairs: it learns nothing.
+    train.main([*RUN, "clip", "--quiet", "--tag", "alone", "--set", "data.train_split=all"])
+    evaluation.main([*RUN, "clip", "--split", "all", "--tag", "alone", "--quiet"])
     train.main([*RUN, "clip", "--quiet"])
     capsys.readouterr()
     evaluation.main([*RUN, "clip", "--split", "all", "--score", "both"])
@@ -311,6 +325,8 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
     for k in (1, 5):
         assert result["image_to_class"]["recall"][str(k)] == pytest.approx(hits[k] / 60)
     assert 0.3 < hits[1] / 60 < 1
+    alone = here / "results/embeddings/given/clip+alone/seed0/embeddings+all-classification.json"
+    assert json.loads(alone.read_text())["image_to_class"] == result["image_to_class"]
     assert f"top-1  {100 * hits[1] / 60:.1f}" in capsys.readouterr().out
     arrays = np.load(here / "results/embeddings/given/clip/seed0/embeddings+all-classification.npz")
     assert len(arrays["image_to_class_top"]) == 60

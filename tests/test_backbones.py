@@ -4,8 +4,10 @@ import copy
 import io
 import json
 import math
+import os
 import pickle
 import sys
+import zipfile
 from types import MethodType
 
 import numpy as np
@@ -436,6 +438,55 @@ def test_archives_of_openai_want_quickgelu(small, tmp_path):
     backbone = small("ViT-B-32-quickgelu", pretrained=path)
     with torch.inference_mode():
         assert backbone.encode_images(pixels).equal(plain.encode_image(backbone.normalize(pixels)))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a pointer of Git LFS, get the file itself"),
+        (b"<!DOCTYPE html>\r\n<html>404</html>", "a text or a web page, get the weights again."),
+        (b"", "empty, get it again."),
+        (b"\0" * 300, "they are damaged, get them again."),
+    ],
+)
+@pytest.mark.parametrize("name", ["mine.pt", "mine.safetensors"])
+def test_weights_that_are_no_weights_are_named(tmp_path, content, sentence, name):
+    (tmp_path / name).write_bytes(content)
+    encoder = load_backbone("shapes-tiny")
+    encoder.pretrained = str(tmp_path / name)
+    with pytest.raises(UserError) as refused:
+        make_backbone(encoder)
+    assert sentence in str(refused.value)
+
+
+class Opened:
+    """What a pickle may do: here it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_weights_cannot_run_code(tmp_path):
+    """Not even a zip that looks like TorchScript, the one format that torch reads without `weights_only`."""
+    torch.save(Opened(tmp_path / "ran"), tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "zip.pt", "w") as disguised:
+        for name in plain.namelist():
+            disguised.writestr(name, plain.read(name))
+        disguised.writestr(f"{name.split('/')[0]}/code/x.py", "")
+    with open(tmp_path / "both.pt", "wb") as both:  # a pickle to those who begin in front, a zip to others
+        both.write(pickle.dumps(Opened(tmp_path / "ran")))
+        with zipfile.ZipFile(both, "w") as archive:
+            archive.writestr("both/code/x.py", "")
+            archive.writestr("both/constants.pkl", "")
+    for name in ("plain.pt", "zip.pt", "both.pt"):
+        encoder = load_backbone("shapes-tiny")
+        encoder.pretrained = str(tmp_path / name)
+        with pytest.raises(UserError, match="do not load"):
+            make_backbone(encoder)
+    assert not (tmp_path / "ran").exists()
 
 
 def photo(*size, mode="RGB", seed=0):

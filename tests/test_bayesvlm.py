@@ -318,6 +318,18 @@ def test_factors_of_another_run(place, refusal):
     assert "has the factors of another backbone" in error
 
 
+def test_embeddings_from_elsewhere_are_refused_without_advice_that_leads_nowhere(tmp_path, monkeypatch, refusal):
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(20, 8))
+    np.savez("pairs.npz", image=rows, text=rows)
+    for backbone in ("given", "shapes-tiny"):
+        cache = ["--dataset", "embeddings", "--root", "pairs.npz", "--backbone", backbone]
+        cache_embeddings.main([*cache, "--quiet", "--splits", "train0"])
+        error = refusal(train.main, "--dataset", "embeddings", "--method", "bayesvlm", "--backbone", backbone)
+        assert "without the inputs of the model's last projections, which this needs: choose another method" in error
+        assert "leave out --features pooled" in refusal(cache_embeddings.main, *cache, "--features", "pooled")
+
+
 def test_a_cache_without_pooled_features_is_refused(place, small_world, refusal):
     train.main(TRAIN)
     (place / "embeddings").unlink()

@@ -335,6 +335,13 @@ def test_a_folder_laid_out_in_splits_is_no_split(tmp_path):
     assert source_of("folder", tmp_path / "flat").classes("all").names == ["exam", "test"]
 
 
+@pytest.mark.parametrize("twins", [("hot dog", "hot_dog"), ("Crane", "crane"), ("cafe\u0301", "caf\u00e9")])
+def test_two_classes_of_one_name_are_refused(tmp_path, twins):
+    folders("ant", *twins)(tmp_path)
+    with pytest.raises(UserError, match=f"the classes '{twins[0]}' and '{twins[1]}' of .* have one name in prompts"):
+        source_of("folder", tmp_path).classes("all")
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"^CIFAR10 cannot be read from .* \(Dataset not found or corrupted\): download"

@@ -476,6 +476,29 @@ def test_uncertainty_of_prompts(trained, capsys, refusal, tmp_path):
     assert "there is no image file nowhere.jpg" in refusal(uncertainty.main, *RUN, "nowhere.jpg")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     assert "broken.png cannot be read" in refusal(uncertainty.main, *RUN, str(tmp_path / "broken.png"))
+    # What exists is no prompt, whatever it is called.
+    shutil.copy(pairs.items["image"][0], tmp_path / "photo")
+    assert "has no uncertainty for images ('photo')" in refusal(uncertainty.main, *RUN, "photo")
+    (tmp_path / "table.csv").write_text("image,caption\n")
+    for item in ("data", "table.csv", str(tmp_path / "table.csv")):
+        assert f"{item} cannot be read as an image" in refusal(uncertainty.main, *RUN, item)
+
+
+def test_a_folder_that_cannot_be_written_into_is_named_before_anything_is_computed(trained, refusal, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("tasks.retrieval.evaluate", None)  # whoever computes ends with a TypeError
+    assert "cannot be written into (Permission denied): change that, or work" in refusal(evaluation.main, *RUN)
+
+
+def test_what_looks_like_a_path_is_no_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for prompt in ("dog", "a photo of a dog", "and/or a dog", "U.S.", "a picture called dog.jpg", "x" * 5000, "a\0b"):
+        assert not uncertainty.is_image(prompt), prompt
+    for path in ("dog.jpg", "DOG.JPG", "dog.csv", "photos/dog", "/photos/a dog.png", "../dog", "https://a.b/dog.jpg"):
+        assert uncertainty.is_image(path), path
 
 
 def test_which_score_ranks_is_a_flag(trained, capsys):
@@ -573,7 +596,7 @@ def test_drawn_objects_are_classified_by_an_adaptor_trained_on_captions(trained,
     monkeypatch.setattr(Classification, "_shares", lambda self, images, classes: shares)
     cache_embeddings.main([*names, "--root", "drawn", "--quiet"])
     assert "100 images, 6 prompts for 6 classes" in capsys.readouterr().out
-    message = refusal(train.main, *names, "--method", "clip", "--set", "data.train_split=all")
+    message = refusal(train.main, *names, "--method", "pfe", "--set", "data.train_split=all")
     assert "holds images with classes, not captions" in message
     evaluation.main([*names, "--train-dataset", "shapes", "--method", "asymvlm-vmf"])
     printed = capsys.readouterr().out

@@ -764,6 +764,8 @@ def spoiled():
         (("text_to_image", "examples", "most_certain"), [{"query": 3}]),
         (("coco",), {"eccv_r1": []}),
         (("hierarchy",), [1]),
+        (("evaluated_on",), "../x"),
+        (("config", "backbone"), "../../x"),
     ):
         yield json.dumps(put(make_result("pfe", 0, 0.3, -0.5), path, value))
 
@@ -847,6 +849,8 @@ def test_the_uncertainty_of_an_untrained_start_is_left_out(tmp_path):
         )
         assert not any("query" in key and key.startswith("text") for row in rows.values() for key in row.cells), name
     assert any("held-out pairs chose the start" in warning for warning in part.warnings)
+    write(tmp_path, "linear", 0, 0.3, start_kept=True)  # without an uncertainty that training could spoil
+    assert "linear (untrained start)" in rows_of(tables_of(blocks_of(tmp_path)[0])["recall"])
     write(tmp_path, "asymvlm", 0, 0.3, -0.5, truth=True, untrained=True)
     (part,) = blocks_of(tmp_path)
     assert baseline_of(part) == "clip"  # not the first that shows no uncertainty

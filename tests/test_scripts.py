@@ -1,17 +1,21 @@
 """The scripts as a new user meets them: help, imports, and adding a method."""
 
+import ast
 import csv
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 from test_check_method import write_readme_example
 
+import active_learning
+import cache_embeddings
 import eval as evaluation
 import train
 from utils.config import HOME, known
@@ -57,6 +61,54 @@ def test_scripts_import_no_more_than_they_need(scripts, heavy):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_ctrl_c_while_libraries_load_is_one_line():
+    for script in HOME.glob("*.py"):
+        imports = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert ast.unparse(imports[0]) == "import utils.interrupt", script
+    done = run("-c", "import utils.interrupt; raise KeyboardInterrupt", PYTHONPATH=str(HOME))
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "-c: interrupted.\n")
+
+
+PRINTS = """
+from utils.errors import exits_cleanly
+@exits_cleanly()
+def main(argv):
+    for _ in range(5000): print('0.25 \u2013 \u65e5')
+main([])
+"""
+
+
+def test_a_terminal_without_a_letter_shows_another():
+    done = run("-c", PRINTS, PYTHONPATH=str(HOME), PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr, done.stdout[:9]) == (0, "", "0.25 ? ?\n")
+
+
+@pytest.mark.parametrize("printed", [PRINTS, PRINTS.replace("5000", "1")], ids=["much", "little"])
+def test_a_reader_that_has_enough_ends_it_silently(printed):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, environment = [sys.executable, "-c", printed], os.environ | {"PYTHONPATH": str(HOME)}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("split", ["../shapes-tiny/val", "..", ".hidden", "a\\b", "val/"])
+def test_no_name_is_a_path(world, refusal, split):
+    data = ["--dataset", "shapes", "--quiet"]
+    run = [*data, "--method", "clip"]
+    for script, *flags in (
+        (cache_embeddings, *data, "--splits", split),
+        (train, *run, "--set", f"data.train_split={split}"),
+        (evaluation, *run, "--split", split),
+        (active_learning, *data, "--pool", split, "--target", "test", "--budgets", "2"),
+    ):
+        assert f"a split names a folder: it cannot be {split!r}" in refusal(script.main, *flags)
+    for script in (train, evaluation):
+        assert "--tag names a folder" in refusal(script.main, *run, "--tag", split)
+    assert {path.name for path in world.iterdir()} == {"data", "embeddings"}
+
+
 def test_a_method_is_one_file_and_one_yaml(world, monkeypatch, capsys):
     """README's example, a YAML and a module that nothing names, is in --help, train, evaluate and in the report."""
     home = world / "home"
@@ -82,4 +134,4 @@ def test_a_method_is_one_file_and_one_yaml(world, monkeypatch, capsys):
         figures = {(row["row"], row["column"]) for row in csv.DictReader(file)}
     assert ("mine", "text_to_image_query_auroc") in figures and ("mine", "query_spearman") in figures
     assert re.search(r"\bmine\b", capsys.readouterr().out)
-    assert ">mine<" in (world / "results/shapes/report.html").read_text()
+    assert ">mine (untrained start)<" in (world / "results/shapes/report.html").read_text()

@@ -171,7 +171,7 @@ def test_embeddings_that_changed_are_noticed(world, small_world, refusal):
 def test_a_mistake_does_not_take_the_folder(world, refusal, capsys):
     refusal(train.main, *COMMAND, "optim.name=lion")
     refusal(train.main, *COMMAND, "optim.lr=-1")
-    refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30")
+    refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30", "optim.weight_decay=0")
     train.main(COMMAND)
     assert "trained, loss" in capsys.readouterr().out
 
@@ -182,7 +182,7 @@ def test_two_processes_do_not_share_a_folder(world, refusal):
 
 
 def test_a_diverging_run_says_so(world, refusal):
-    error = refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30")
+    error = refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30", "optim.weight_decay=0")
     assert "is nan in epoch 1: try a lower learning rate with --set optim.lr=" in error
     assert not list(world.glob("checkpoints/**/adaptor.pt"))
 
@@ -255,7 +255,12 @@ def test_the_start_is_kept_where_training_only_spoils_it(world, capsys):
     assert "the untrained start is kept" in capsys.readouterr().out
     run = Run(load_config("shapes", "asymvlm-psd"))
     adaptor, _, _ = run.load("cpu")
-    assert run.untrained
+    assert run.untrained and run.start_kept
+    settings = ["optim.lr=9", "model.penalty=0.3", "train.val_fraction=0.1"]
+    train.main(["--dataset", "shapes", "--method", "linear", *SHORT[:-1], *settings])
+    linear = Run(load_config("shapes", "linear"))
+    linear.load("cpu")
+    assert linear.start_kept and not linear.untrained
     text = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(adaptor.adapt_text(text).mean, torch.nn.functional.normalize(text, dim=-1))
     assert adaptor.posterior_scale != adaptor.temperature
@@ -305,7 +310,7 @@ def test_impossible_validation_fractions_are_refused(world, refusal):
     for fraction in ("1.5", "-0.1"):
         assert f"must lie in [0, 1), not {fraction}" in refusal(train.main, *COMMAND, "--val-fraction", fraction)
     error = refusal(train.main, *COMMAND, "--val-fraction", "0.003")
-    assert "--val-fraction 0.003 holds out 1 of 300 images" in error
+    assert "holding out 0.003 of 300 images leaves 1 to pick the epoch and 299 to train on" in error
     assert not (world / "checkpoints").exists()
 
 

@@ -76,22 +76,23 @@ class Run:
         """Save the state from which a killed run resumes."""
         _save(self.state_file, state | {"identity": self.identity})
 
-    def finish(self, adaptor, seen, bank, untrained=False):
+    def finish(self, adaptor, seen, bank, untrained=False, start_kept=False):
         """Save the trained weights. seen: which images they were trained on (`Pairs.seen`).
 
-        bank: NamedTuple of training queries. untrained: whether held-out pairs chose the start, whose uncertainty is
-        that of random weights.
+        bank: NamedTuple of training queries. start_kept: whether held-out pairs chose the start. untrained: whether its
+        uncertainty is that of random weights, then.
         """
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
         saved = {"state_dict": state, "identity": self.identity, "seen": seen, "bank": bank._asdict()}
-        _save(self.adaptor_file, saved | ({"untrained": True} if untrained else {}))
+        chosen = {"untrained": untrained, "start_kept": start_kept}
+        _save(self.adaptor_file, saved | {name: True for name, holds in chosen.items() if holds})
         self.state_file.unlink(missing_ok=True)
 
     def load(self, device):
         """Read the trained adaptor, its configuration and identity; raises UserError if missing or damaged.
 
         Sets `seen`, which images it was trained on, `bank`, the fields of its bank or None if it was trained before
-        there were banks, and `untrained`, whether its uncertainty is of random weights.
+        there were banks, and `untrained` and `start_kept`, see `finish`.
         """
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
@@ -100,9 +101,12 @@ class Run:
             )
         saved = read_run(self.adaptor_file)
         trained = Config.load(self.folder / "config.yaml")
+        if trained.checkpoint != self.folder:  # results would go there, wherever that is
+            raise UserError(f"{self.folder / 'config.yaml'} is of the run {trained.checkpoint}: train again.")
         adaptor = make_adaptor(trained, saved["identity"]["dim"])
         try:
             self.seen, self.bank, self.untrained = saved["seen"], saved.get("bank"), saved.get("untrained", False)
+            self.start_kept = saved.get("start_kept", self.untrained)
             adaptor.load_state_dict(saved["state_dict"])
         except BROKEN as error:
             reason = str(error).splitlines()[-1].strip()

@@ -7,6 +7,7 @@ its preset <- `--set key=value`. An unknown key is an error that lists the known
 import dataclasses
 import importlib
 import inspect
+import math
 import re
 import typing
 from dataclasses import dataclass, field
@@ -199,7 +200,8 @@ def load_config(
 
     settings: strings `key=value` with dotted keys, applied last.
     """
-    values = _named("datasets", dataset)
+    values = dataclasses.asdict(Config())
+    _merge(values, _named("datasets", dataset))
     backbone = backbone or values.get("backbone")
     if not backbone:
         raise UserError(f"configs/datasets/{dataset}.yaml names no backbone: give one with --backbone.")
@@ -244,7 +246,7 @@ def _setting(text):
         raise UserError(f"--set takes key=value, not '{text}'; for example --set train.epochs=10.")
     try:
         nested = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date of no calendar; brackets without an end
         raise UserError(f"--set {text}: the value is not valid YAML.") from None
     for name in reversed(key.split(".")):
         nested = {name: nested}
@@ -263,7 +265,18 @@ def _check(config):
     one_of("encoder.precision", config.encoder.precision, PRECISIONS, UserError)
     one_of("score", config.score, ("log_likelihood", "similarity"), UserError)
     one_of("hubs", config.hubs, HUBS, UserError)
-    train = config.train
+    train, optim = config.train, config.optim
+    decay = optim.lr * optim.weight_decay  # share of the weights that a step takes away
+    for name, value, fits, limits in (
+        ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "above 0 and finite"),
+        ("optim.min_lr", optim.min_lr, 0 <= optim.min_lr <= optim.lr, f"between 0 and optim.lr, {optim.lr}"),
+        ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "at least 0 and below 1"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("optim.lr * optim.weight_decay", decay, decay < 1, "below 1"),
+        ("train.save_every", train.save_every, train.save_every >= 0, "a number of seconds"),
+    ):
+        if not fits:
+            raise UserError(f"{name} must be {limits}, not {value}.")
     if train.val_fraction is not None and not 0 <= train.val_fraction < 1:
         raise UserError(f"train.val_fraction must lie in [0, 1), not {train.val_fraction}.")
     counts = {"train.batch_size": train.batch_size, "train.epochs": train.epochs}
@@ -329,7 +342,7 @@ def _read(path):
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     return _mapping(values, path)
 
@@ -340,11 +353,18 @@ def _mapping(values, where):
     return values
 
 
-def _merge(values, layer):
-    """Override nested dicts `values` in place by those of `layer`."""
+def _merge(values, layer, section=""):
+    """Override nested dicts `values` in place by those of `layer`; raises UserError where only one has a section."""
     for name, value in layer.items():
-        if isinstance(value, dict) and isinstance(values.get(name), dict):
-            _merge(values[name], value)
+        if name in values and isinstance(value, dict) != isinstance(values[name], dict):
+            keys = (
+                f"the keys {', '.join(values[name]) or 'of its class'}"
+                if isinstance(values[name], dict)
+                else "one value"
+            )
+            raise UserError(f"{section}{name} takes {keys}, not {value!r}.")
+        if isinstance(value, dict) and name in values:
+            _merge(values[name], value, f"{section}{name}.")
         else:
             values[name] = value
 

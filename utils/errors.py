@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 import threading
@@ -22,11 +23,19 @@ def exits_cleanly(interrupted="interrupted."):
     def decorate(main):
         @functools.wraps(main)
         def wrapped(argv=None):
+            if hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(errors="replace")  # a terminal may not have every letter
             try:
                 with _terminates_as_interrupt():
-                    return main(argv)
+                    try:
+                        return main(argv)
+                    finally:
+                        sys.stdout.flush()
             except UserError as error:
                 message, code = str(error), 2
+            except BrokenPipeError:  # `| head` has read enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+                raise SystemExit(141) from None  # as if SIGPIPE had ended it
             except OSError as error:
                 if error.strerror is None:
                     raise

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 import types
 from pathlib import Path
 
@@ -51,6 +52,21 @@ def locked(folder):
             yield
     except filelock.Timeout:
         raise UserError(f"another process is writing {folder}: wait for it, or stop it.") from None
+
+
+def must_write(folder):
+    """Raise UserError unless files can be written into a folder, or into the nearest one above it that exists."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{place} cannot be written into ({error.strerror}): change that, or work elsewhere.") from None
+
+
+def is_name(text):
+    """Whether a text can name a file or a folder inside another: printable, and no path."""
+    return text.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", text) is not None
 
 
 def write_text(path, text):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from models.backbones.openclip import Frozen, first_sentence, quietly
+from models.backbones.openclip import Frozen, first_sentence, not_weights, quietly
 from utils.config import HOME
 from utils.errors import UserError
 
@@ -77,10 +77,10 @@ class HuggingFace(Frozen):
         except UserError:
             raise
         except Exception as error:  # whatever the hub's client or a file's parser raises
-            raise UserError(
-                f"{config.model} does not load ({first_sentence(error)}): check the connection, or name a folder that"
-                " holds it with --set encoder.pretrained=FOLDER."
-            ) from None
+            hint = "check the connection, or name a folder that holds it with --set encoder.pretrained=FOLDER."
+            if config.weights_file:
+                hint = not_weights(config.weights_file) or hint
+            raise UserError(f"{config.model} does not load ({first_sentence(error)}): {hint}") from None
         size = settings.vision_config.image_size
         preprocess = self.family.preprocess | _processor(self.name, config, size) | {"size": size}
         super().__init__(config, device, model.float(), preprocess, self.family.dim(settings))

@@ -7,7 +7,6 @@ normalized.
 import contextlib
 import logging
 import warnings
-import zipfile
 from functools import cached_property
 
 import open_clip
@@ -165,12 +164,14 @@ class Backbone(Frozen):
                 )
             )
         except Exception as error:  # whatever open_clip's downloader or torch raises
-            hint = "are they of this architecture?"
-            if not weights:
-                hint = (
-                    "check the connection, name a local file with --set encoder.pretrained=FILE, or try random weights"
-                    " with --backbone ViT-B-32-random."
-                )
+            hint = (
+                "check the connection, name a local file with --set encoder.pretrained=FILE, or try random weights"
+                " with --backbone ViT-B-32-random."
+            )
+            if weights:
+                other = "in loading state_dict" in str(error)  # torch's words for other names or sizes
+                hint = "are they of this architecture?" if other else "they are damaged, get them again."
+                hint = not_weights(weights) or hint
             raise UserError(
                 f"the weights '{config.pretrained}' of {config.model} do not load ({first_sentence(error)}): {hint}"
             ) from None
@@ -245,9 +246,23 @@ class Backbone(Frozen):
         return None if bias is None else bias.item()
 
 
+def not_weights(path):
+    """Say what lies in the place of a file of weights, or of one in a folder, that do not load; "" if unknown."""
+    for file in sorted(path.glob("*.[sbp]*")) if path.is_dir() else [path]:  # safetensors, bin, pt, pth
+        with open(file, "rb") as opened:
+            start = opened.read(200)
+        if start.startswith(b"version https://git-lfs"):
+            return f"{file} is a pointer of Git LFS, get the file itself with `git lfs pull`."
+        if not start:
+            return f"{file} is empty, get it again."
+        if start.isascii() and start.decode().replace("\n", " ").replace("\r", "").replace("\t", "").isprintable():
+            return f"{file} is a text or a web page, get the weights again."
+    return ""
+
+
 def first_sentence(error):
-    """First sentence of an exception's message, on one line."""
-    return " ".join(str(error).split()).split(". ")[0][:300]
+    """First sentence of an exception's message, on one line; its type where it has none."""
+    return " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__
 
 
 def quietly(load):
@@ -326,8 +341,14 @@ def _check_activation(config, quick_gelu):
 
 
 def _is_jit_archive(path):
-    """Whether a file is a TorchScript archive, the format in which OpenAI alone published weights."""
-    if not zipfile.is_zipfile(path):
+    """Whether a file is a TorchScript archive, the format in which OpenAI alone published weights.
+
+    It is asked exactly as torch.load asks it, which unpickles whatever else it is told to trust.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return False
+    try:
+        return torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl")
+    except RuntimeError:  # a damaged zip
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:2] == ["code"] for name in archive.namelist())
