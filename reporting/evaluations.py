@@ -95,7 +95,12 @@ class Evaluation(Block, Part):
             for variant, runs in self.results.items()
             if any(run.values.get("untrained") for run in runs)
         ]
-        return leakage + constant + untrained
+        start = [
+            f"{variant}: held-out pairs chose the start, so its answers are those before training."
+            for variant, runs in self.results.items()
+            if any(run.values.get("start_kept") and not run.values.get("untrained") for run in runs)
+        ]
+        return leakage + constant + untrained + start
 
     @property
     def files(self):

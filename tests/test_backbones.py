@@ -25,6 +25,8 @@ from datasets.embeddings import encoder_fingerprint
 from models.backbones import make_backbone
 from models.backbones.last_map import Pooled, Projection, reconstruction_error
 from models.backbones.openclip import Backbone
+from models.laplace import load_published
+from utils.checkpoint import read_run
 from utils.config import HOME, Encoder, known, load_backbone
 from utils.errors import UserError
 
@@ -486,6 +488,13 @@ def test_weights_cannot_run_code(tmp_path):
         encoder.pretrained = str(tmp_path / name)
         with pytest.raises(UserError, match="do not load"):
             make_backbone(encoder)
+    torch.save({"identity": Opened(tmp_path / "ran")}, tmp_path / "adaptor.pt")
+    for name in ("A_img", "A_txt", "B_img", "B_txt"):
+        torch.save(Opened(tmp_path / "ran"), tmp_path / f"{name}_analytic.pt")
+    np.savez(tmp_path / "factors.npz", A_img=np.array([Opened(tmp_path / "ran")]))
+    for read, file in ((read_run, "adaptor.pt"), (load_published, "."), (load_published, "factors.npz")):
+        with pytest.raises(UserError, match="damaged"):
+            read(tmp_path / file)
     assert not (tmp_path / "ran").exists()
 
 

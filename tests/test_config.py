@@ -107,9 +107,21 @@ def test_options_of_a_class_are_checked():
         construct("models.asymvlm.AsymVLM", {"family": "normal"}, "here", dim=4)
     with pytest.raises(UserError, match="cannot have 3 hidden layers of width -3"):
         construct("models.asymvlm.AsymVLM", {"width": -3}, "here", dim=4)
-    for nothing in ("models.nothing.Nothing", "Nothing", 3, "os.path"):
+    for nothing in ("models.nothing.Nothing", "Nothing", 3, "os.path", ""):
         with pytest.raises(UserError, match="cannot be imported"):
             construct(nothing, {}, "here")
+
+
+def test_a_configuration_names_classes_of_this_suite_alone(tmp_path, monkeypatch):
+    """What another module does when it is imported is done by nobody's YAML."""
+    (tmp_path / "stranger.py").write_text("import os\nos.mkdir('ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for path in ("stranger.Adaptor", "subprocess.Popen", "torch.nn.Linear", "builtins.print", "os.system"):
+        with pytest.raises(UserError, match="none of this suite's modules"):
+            construct(path, {}, "here")
+        assert not configuration.needs_pooled(Config(model={"adaptor": path}))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_every_shipped_configuration_resolves():

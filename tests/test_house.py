@@ -1,12 +1,14 @@
 """The house: which room may import which, no circle, and the words that names must not be."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
-from utils.config import HOME
+from utils.config import HOME, _Loader
 
 # A room may import the rooms named here, and itself; scripts are the files at the top.
 MAY_IMPORT = {
@@ -85,6 +87,17 @@ def test_no_two_modules_import_each_other():
 def test_the_table_of_rooms_is_of_the_folders_that_there_are():
     folders = {path.parent.name for path in HOME.glob("*/__init__.py")} - {"tests"}
     assert folders <= set(MAY_IMPORT)
+
+
+def test_nothing_that_runs_what_it_reads():
+    """No pickle, no object array, no YAML but the safe loader's, no code of a hub, no archive that writes files."""
+    unsafe = r"pickle\.loads?\b|allow_pickle=True|weights_only=False|trust_remote_code=True|extractall"
+    unsafe += r"|(?<!\.)\beval\(|\bexec\(|yaml\.(unsafe|full)_load|yaml\.load\((?!.*, _Loader\))"
+    unsafe += r"|shell=True|os\.system|joblib|marshal|shelve"
+    for module, path in MODULES.items():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.search(unsafe, line)]
+        assert not lines, f"{module}: {lines[0]}"
+    assert issubclass(_Loader, yaml.SafeLoader | getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def test_heavy_libraries_stay_in_their_rooms():

@@ -13,6 +13,7 @@ import pytest
 from conftest import draw_one_figure
 
 import eval as evaluation
+import models
 import reproduce
 import train
 from utils.config import HOME
@@ -208,15 +209,16 @@ def test_a_failing_cell_keeps_no_other_from_being_made(world, same, forked, caps
 
 
 def test_a_process_that_dies_fails_its_cell_alone(world, forked, monkeypatch, capsys):
-    (world / "crash.py").write_text(
+    (world / "models").mkdir()
+    (world / "models/crash.py").write_text(
         "import os, torch\nfrom models.clip import Clip\n\n\n"
         "class Crash(Clip):\n"
         "    def prepare(self, data, bank, quiet):\n"
         "        if torch.initial_seed() == 0:\n            os.kill(os.getpid(), 9)\n"
         "        if torch.initial_seed() == 1:\n            raise RuntimeError('CUDA error:\\nan odd one')\n"
     )
-    monkeypatch.syspath_prepend(str(world))
-    settings = ["--seeds", "0", "1", "2", "--set", "model.adaptor=crash.Crash"]
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(world / "models")])
+    settings = ["--seeds", "0", "1", "2", "--set", "model.adaptor=models.crash.Crash"]
     out, (killed, raised) = fails(capsys, *command(methods=["clip"], settings=settings))
     assert out.endswith("3 cells: 0 were done, 1 are made, 2 failed\n")
     assert killed == "shapes/shapes-tiny/clip/seed0: its process was ended by SIGKILL (out of memory?)."

@@ -5,7 +5,7 @@ its preset <- `--set key=value`. An unknown key is an error that lists the known
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -24,6 +24,7 @@ PRECISIONS = ("auto", "float32", "float16", "bfloat16")
 LEVELS = 10  # uncertainty levels of an evaluation; no more than it has queries
 FEW = 10_000  # with fewer pairs than this an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
+CODE = HOME, HOME / "tests"  # folders of the modules and packages whose classes a configuration may name
 # The parts of a run's name: set by flags, never by a key.
 NAMES = ("dataset", "method", "preset", "objective", "mean", "tag", "seed")
 
@@ -288,11 +289,20 @@ def _check(config):
 
 def needs_pooled(config):
     """Whether the adaptor that `config` names needs pooled features, the inputs of the towers' last linear maps."""
-    module, _, name = str(config.model.get("adaptor", "")).rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name).pooled
+        return _class(config.model.get("adaptor", "")).pooled
     except (ImportError, AttributeError, TypeError, ValueError):
         return False  # `construct` reports it
+
+
+def _class(path):
+    """Import `module.Class` of this suite; of nothing else, as a stranger's configuration may name anything."""
+    module, _, name = str(path).rpartition(".")
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    place = Path(spec.origin) if spec and spec.origin else Path()
+    if (place.parent.parent if spec and spec.submodule_search_locations else place.parent) not in CODE:
+        raise ImportError("it is none of this suite's modules")
+    return getattr(importlib.import_module(module), name)
 
 
 def construct(path, options, where, **arguments):
@@ -300,9 +310,8 @@ def construct(path, options, where, **arguments):
 
     Raises UserError for a class that cannot be imported, an option it does not take, and a value it refuses.
     """
-    module, _, name = str(path).rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls = _class(path)
         accepted = [name for name in inspect.signature(cls).parameters if name not in arguments]
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where} names the class '{path}', which cannot be imported ({error}).") from None

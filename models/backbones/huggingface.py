@@ -95,7 +95,9 @@ class HuggingFace(Frozen):
                 " encoder.tokenizer=FOLDER."
             )
         one_end_token = self.family.padding == "max_length"
-        return self._load_tokenizer(name, lambda: transformers.AutoTokenizer.from_pretrained(name), one_end_token)
+        return self._load_tokenizer(
+            name, lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False), one_end_token
+        )
 
     @property
     def window(self):
@@ -146,7 +148,7 @@ def _name_or_folder(config):
 
 def _configuration(config, name):
     if name is not None:
-        return transformers.AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     return transformers.AutoConfig.for_model(**json.loads((HOME / config.architecture).read_text(encoding="utf-8")))
 
 
@@ -164,7 +166,7 @@ def _processor(name, config, size):
     if name is None:
         return {}
     try:
-        processor = quietly(lambda: transformers.AutoImageProcessor.from_pretrained(name))
+        processor = quietly(lambda: transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError):
         return {}
     shortest = processor.size.get("shortest_edge")

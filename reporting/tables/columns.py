@@ -1,6 +1,6 @@
 """Columns and rows that the tables of several tasks share."""
 
-from reporting.runs import find, is_unified, seeds_of
+from reporting.runs import find, has_uncertainty, is_unified, seeds_of
 from reporting.tables import Column, Row, Selector, cells_of
 from reporting.words import DIRECTIONS, FREE, GALLERY_AWARE, MINUS, TREND, followed
 
@@ -53,7 +53,7 @@ def rows_of(block, columns, rows=one_row, cells=None):
     for variant, runs in block.results.items():
         seen = max(run.values["seen_in_training"] for run in runs)
         name = f"{variant} (trained on {seen:,} of the images)" if seen else variant
-        if any(run.values.get("start_kept", run.values.get("untrained")) for run in runs):
+        if any(run.values.get("untrained" if has_uncertainty(run) else "start_kept") for run in runs):
             name += " (untrained start)"
         for label, selector in rows(runs):
             row = Row(name + label, runs[0].path.parent.parent, seeds_of(runs), cells(runs, selector), variant)

@@ -6,6 +6,7 @@ import math
 import re
 import textwrap
 from itertools import groupby
+from urllib.parse import quote
 
 from reporting.tables import has_best, parts, spans
 from reporting.words import MINUS, NONE, plain
@@ -89,7 +90,8 @@ def noted(column):
 
 def _markdown_line(row, columns):
     name = _in_markdown(row.name)
-    name = f"[{name}](<{row.folder.as_posix()}>)" if row.folder else f"*{name}*"
+    link = re.sub("[<>]", lambda mark: quote(mark[0]), row.folder.as_posix()) if row.folder else ""
+    name = f"[{name}](<{link}>)" if link else f"*{name}*"
     cells = [_markdown_cell(row.cells.get(column.key), column.digits) for column in columns]
     return [name, str(row.seeds or ""), *cells]
 
@@ -189,8 +191,14 @@ def to_csv(report):
                     if column.key in row.cells:
                         cell = row.cells[column.key]
                         figures = column.key, cell.mean, cell.sd, cell.text, int(column.published)
-                        writer.writerow([*place, row.name, row.variant, row.seeds, *figures])
+                        writer.writerow(map(_in_csv, [*place, row.name, row.variant, row.seeds, *figures]))
     return file.getvalue()
+
+
+def _in_csv(value):
+    """A cell that no spreadsheet takes for a formula; a text of figures and signs is none."""
+    harmless = not isinstance(value, str) or re.fullmatch(r"[-+\d.,±%\[\]() ]*", value)
+    return value if harmless or value[0] not in "=+-@\t\r" else f"'{value}"
 
 
 def to_text(report):
