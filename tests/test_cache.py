@@ -1,6 +1,8 @@
 """The cache of embeddings: complete or absent, resumable, and its errors."""
 
 import json
+import os
+import platform
 import shutil
 
 import numpy as np
@@ -190,7 +192,9 @@ def test_two_processes_do_not_share_a_folder(world_copy, refusal):
     folder = world_copy / "embeddings/shapes/shapes-tiny/val"
     shutil.rmtree(folder)
     with locked(folder):
-        assert "another process is writing" in refusal(cache_embeddings.main, *SHAPES, *VAL)
+        assert f"process {os.getpid()} on {platform.node()}, started 20" in refusal(
+            cache_embeddings.main, *SHAPES, *VAL
+        )
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import re
 import tempfile
 import types
+from datetime import datetime
 from pathlib import Path
 
 import filelock
@@ -40,18 +42,29 @@ def atomic(path):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Lock `folder` for this process inside the block; raises UserError if another process has locked it.
+    """Lock `folder` for this process inside the block; raises UserError, which names the process that has locked it.
 
-    Removes the temporary files that killed processes left in it.
+    Removes the temporary files that killed processes left in it. The lock of a process ends with it, however it ends.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    writer = folder.with_name(f".{folder.name}.writer.lock")  # a file of its own, as opening the lock empties it
     try:
-        with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+        acquired = lock.acquire(timeout=0)
+    except filelock.Timeout:
+        who = writer.read_text() if writer.is_file() else "another process"
+        raise UserError(f"{who} is writing {folder}: wait for it, or stop it.") from None
+    except NotImplementedError:
+        raise UserError(f"the file system of {folder.parent} has no locks: work in a folder of another one.") from None
+    with acquired:
+        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        writer.write_text(f"process {os.getpid()} on {platform.node()}, started {now},")
+        try:
             for partial in folder.glob(".*.part"):
                 partial.unlink()
             yield
-    except filelock.Timeout:
-        raise UserError(f"another process is writing {folder}: wait for it, or stop it.") from None
+        finally:
+            writer.unlink(missing_ok=True)
 
 
 def must_write(folder):
