@@ -252,23 +252,29 @@ def measure(file, methods, means, sizes, settings):
 
 
 def draw(results, path):
-    """Draw figures against the number of training images: a row of panels for each file, a line for each row."""
+    """Draw figures against the number of training images: three rows of panels for each file, a line for each row.
+
+    A color is a method's, and dashes are hub correction.
+    """
     from matplotlib.figure import Figure
 
     labels = {"recall": "R@1 (%)", "aurc": "100 AURC", "query": "100 AUROC before the search"}
-    panels = [(name, direction) for name in labels for direction in RETRIEVAL]
-    figure = Figure(figsize=(13, 3.2 * len(results)), layout="constrained")
-    axes = figure.subplots(len(results), len(panels), squeeze=False)
-    for line, (stem, sizes) in zip(axes, results.items(), strict=True):
-        for panel, (name, direction) in zip(line, panels, strict=True):
-            for title in next(iter(sizes.values()))[direction]:
+    figure = Figure(figsize=(8, 7 * len(results)), layout="constrained")
+    axes = figure.subplots(len(labels) * len(results), len(RETRIEVAL), squeeze=False)
+    lines = [(stem, sizes, name) for stem, sizes in results.items() for name in labels]
+    for panels, (stem, sizes, name) in zip(axes, lines, strict=True):
+        for panel, direction in zip(panels, RETRIEVAL, strict=True):
+            rows = list(next(iter(sizes.values()))[direction])
+            methods = list(dict.fromkeys(title.removesuffix(", hubs") for title in rows))
+            for title in rows:
+                number = methods.index(title.removesuffix(", hubs"))
                 values = [100 * sizes[size][direction][title].figure(name) for size in sizes]
-                style = "k-" if title == BASELINE else "--" if title.endswith("hubs") else "-"
-                panel.plot([str(size or "all") for size in sizes], values, style, marker="o", ms=3, label=title)
+                look = {"color": f"C{number - 1}" if number else "black", "marker": "osv^D*P"[number % 7], "ms": 4}
+                look["linestyle"] = "--" if title.endswith("hubs") else "-"
+                panel.plot([str(size or "all") for size in sizes], values, label=title, lw=1, **look)
             panel.set_title(f"{stem}: {RETRIEVAL[direction]}", fontsize=8)
-            panel.set_xlabel("training images")
-            panel.set_ylabel(labels[name])
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+            panel.set(xlabel="training images", ylabel=labels[name])
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
