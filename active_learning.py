@@ -32,6 +32,7 @@ from models.laplace import loss_of
 from reporting.curves import curves_text
 from reporting.runs import Result
 from tasks.classification import class_embeddings
+from tasks.made_with import made_with
 from utils import result_file
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config
@@ -221,7 +222,8 @@ def main(argv=None):
                 result, arrays = run(args, seed, strategy, splits, labels, classifier, before, posterior, loss, bar)
             except FloatingPointError as error:
                 raise UserError(f"{strategy}, seed {seed}: {error} on the target; try --lr with less.") from None
-            result_file.write(paths[seed, strategy], metadata | result, arrays)
+            made = {"made_with": made_with(device)}
+            result_file.write(paths[seed, strategy], metadata | made | result, arrays)
         bar.close()
     if not args.quiet:
         arrays = {cell: Result(path, {}).arrays for cell, path in paths.items()}
