@@ -112,8 +112,8 @@ def check(args):
     for name, (value, limit) in (least | {name: (getattr(args, name), 1) for name in COUNTS}).items():
         if value < limit:
             raise UserError(f"--{name.replace('_', '-')} must be {limit} or more, not {value}.")
-    if not all(0 < value < math.inf for value in (args.n, args.lr)) or not 0 <= args.weight_decay * args.lr < 1:
-        raise UserError("--n and --lr must be above 0, and --weight-decay must be at least 0 and below 1 / --lr.")
+    if not all(0 < value < math.inf for value in (args.n, args.lr)) or not 0 <= args.weight_decay < math.inf:
+        raise UserError("--n and --lr must be above 0, and --weight-decay must not be below 0.")
     if not 0 < args.pool_share <= 1:
         raise UserError(f"--pool-share must be above 0 and at most 1, not {args.pool_share}.")
     if args.val_counts is not None and not (args.val and 0 < args.val_counts < 1):
