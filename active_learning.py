@@ -32,6 +32,7 @@ from models.laplace import loss_of
 from reporting.curves import curves_text
 from reporting.runs import Result
 from tasks.classification import class_embeddings
+from tasks.made_with import made_with
 from utils import result_file
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config
@@ -111,8 +112,8 @@ def check(args):
     for name, (value, limit) in (least | {name: (getattr(args, name), 1) for name in COUNTS}).items():
         if value < limit:
             raise UserError(f"--{name.replace('_', '-')} must be {limit} or more, not {value}.")
-    if not all(0 < value < math.inf for value in (args.n, args.lr)) or not 0 <= args.weight_decay * args.lr < 1:
-        raise UserError("--n and --lr must be above 0, and --weight-decay must be at least 0 and below 1 / --lr.")
+    if not all(0 < value < math.inf for value in (args.n, args.lr)) or not 0 <= args.weight_decay < math.inf:
+        raise UserError("--n and --lr must be above 0, and --weight-decay must not be below 0.")
     if not 0 < args.pool_share <= 1:
         raise UserError(f"--pool-share must be above 0 and at most 1, not {args.pool_share}.")
     if args.val_counts is not None and not (args.val and 0 < args.val_counts < 1):
@@ -221,7 +222,8 @@ def main(argv=None):
                 result, arrays = run(args, seed, strategy, splits, labels, classifier, before, posterior, loss, bar)
             except FloatingPointError as error:
                 raise UserError(f"{strategy}, seed {seed}: {error} on the target; try --lr with less.") from None
-            result_file.write(paths[seed, strategy], metadata | result, arrays)
+            made = {"made_with": made_with(device)}
+            result_file.write(paths[seed, strategy], metadata | made | result, arrays)
         bar.close()
     if not args.quiet:
         arrays = {cell: Result(path, {}).arrays for cell, path in paths.items()}

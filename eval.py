@@ -21,6 +21,7 @@ from datasets.embeddings import Pairs
 from metrics import hubs
 from reporting.terminal import result_text
 from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieval
+from tasks.made_with import made_with
 from utils import result_file
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
@@ -218,8 +219,9 @@ def main(argv=None):
         metadata["hubs"] = {name: one._asdict() for name, one in correction.items()}
         metadata["hubs"]["bank"] = {"images": len(bank.image), "split": args.bank}
     chosen = {"score": first, "hubs": kind}
+    made = {"made_with": made_with(device), "config": dataclasses.asdict(config) | chosen}
     with locked(path.parent):
-        result_file.write(path, metadata | {"config": dataclasses.asdict(config) | chosen} | figures, arrays)
+        result_file.write(path, metadata | made | figures, arrays)
     if not args.quiet:
         print(result_text(metadata | figures))
     print(path)

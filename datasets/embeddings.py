@@ -130,7 +130,7 @@ class Pairs:
                 f"the cache {self.folder} has other sizes than its {META} says: delete it and run `{self.command}`."
             )
         if pooled and self.meta["features"] != "pooled":
-            if self.meta["precision"] == "given":  # under the name of a backbone
+            if self.meta.get("precision") == "given":  # under the name of a backbone
                 raise UserError(elsewhere)
             raise UserError(
                 f"{self.folder} has no pooled features, which this needs: run `{self.command} --overwrite`, with --root"

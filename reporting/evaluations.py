@@ -3,13 +3,12 @@
 from collections import defaultdict
 from functools import cached_property
 
-from reporting.parts import Part
+from reporting.parts import NUMBER, Part, must_hold
 from reporting.runs import TASKS, Block, Result, data_sets, has_uncertainty, level_counts
 from reporting.tables import by_task, formats
 from reporting.words import DIRECTIONS, OWN, QUERY, followed
 from utils.errors import UserError
 from utils.files import is_name, read_json
-from utils.result_file import NUMBER, must_hold
 
 METADATA = {
     "evaluated_on": str, "split": str, "variant": str, "images": int, "captions": int, "classes": int,

@@ -1,4 +1,6 @@
-"""What a report is made of: parts of several kinds, each a section of the page."""
+"""What a report is made of: parts of several kinds, each a section of the page, and the shape of what they read."""
+
+NUMBER = (int, float)
 
 
 class Part:
@@ -22,3 +24,18 @@ class Part:
     def facts(self):
         """What a reader has to know first: dict of a short name to text."""
         return {"numbers": self.summary}
+
+
+def must_hold(values, shape):
+    """Raise TypeError or KeyError unless `values` has the keys and types of `shape`, which is nested in the same way.
+
+    >>> must_hold({"seed": 3, "scores": [0.5, 1]}, {"seed": int, "scores": [NUMBER]})
+    """
+    if not isinstance(values, type(shape) if isinstance(shape, dict | list) else shape):
+        raise TypeError(f"{values} is not of type {shape}")
+    if isinstance(shape, dict):
+        for name, part in shape.items():
+            must_hold(values[name], part)
+    elif isinstance(shape, list):
+        for value in values:
+            must_hold(value, shape[0])

@@ -4,7 +4,7 @@ from collections import defaultdict
 from functools import cached_property
 
 from reporting.curves import BASE, DIGITS, ORDER, SCALE, TITLES, curves, gaps, image_errors, interval_note
-from reporting.parts import Part
+from reporting.parts import NUMBER, Part, must_hold
 from reporting.runs import Result
 from reporting.tables import Cell, Column, Row, Selector, cells_of, make, mean_sd
 from reporting.tables.columns import AUROC, column
@@ -13,7 +13,6 @@ from utils import result_file
 from utils.config import difference
 from utils.errors import UserError
 from utils.files import read_json
-from utils.result_file import NUMBER, must_hold
 
 JUDGED = dict.fromkeys(TITLES, NUMBER) | {
     "entropy_auroc": (*NUMBER, type(None)),

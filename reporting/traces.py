@@ -2,12 +2,11 @@
 
 from functools import cached_property
 
-from reporting.parts import Part
+from reporting.parts import NUMBER, Part, must_hold
 from reporting.tables import Cell, Column, Row, make, mean_sd
 from reporting.words import over
 from utils.errors import UserError
 from utils.files import read_json
-from utils.result_file import NUMBER, must_hold
 
 NAME = "factor-trace.json"
 SHAPE = {

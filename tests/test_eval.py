@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from datasets.embeddings import Pairs
 from datasets.shapes import VALUES
 from metrics.calibration import halves
 from metrics.uncertainty import bootstrap
+from tasks import made_with as provenance
 from tasks import retrieval
 from utils.checkpoint import Run
 from utils.config import load_config
@@ -146,6 +149,30 @@ def agrees(figures, expected, tolerance=1e-4):
         assert np.array(figures) == pytest.approx(np.array(expected), rel=1e-4, abs=tolerance)
 
 
+def test_a_result_says_what_it_was_made_with(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *words], check=True)
+
+    def made():
+        provenance._commit.cache_clear()
+        values = provenance.made_with(torch.device("cpu"))
+        return values["commit"], values["clean"]
+
+    monkeypatch.setattr(provenance, "HOME", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert made() == (None, None)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    head = (tmp_path / ".git" / (tmp_path / ".git/HEAD").read_text().split()[1]).read_text().strip()
+    assert made() == (head, True)
+    (tmp_path / "new.py").touch()
+    assert made() == (head, False)
+    provenance._commit.cache_clear()
+    values = provenance.made_with(torch.device("cpu"))
+    assert values["device"] == "cpu" and values["versions"].keys() == {"torch", "numpy", "scipy", "python"}
+    assert values["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
 @pytest.mark.parametrize(("method", "levels"), [("asymvlm-vmf", 10), ("asymvlm-vmf", 7), ("pfe", 10)])
 def test_every_figure_by_a_slow_script(world, method, levels):
     run = ["--dataset", "shapes", "--method", method, "--device", "cpu"]
@@ -156,6 +183,8 @@ def test_every_figure_by_a_slow_script(world, method, levels):
     result, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
     pairs, run = Pairs("shapes", "shapes-tiny", "val"), Run(load_config("shapes", method))
     adaptor, _, _ = run.load("cpu")
+    assert result["made_with"] == provenance.made_with(torch.device("cpu")) and result["config"]["seed"] == 0
+    assert (result["fingerprint"], result["checkpoint"]) == (pairs.meta["fingerprint"], run.weights_hash())
     with torch.inference_mode():
         image = adaptor.adapt_image(torch.tensor(np.array(pairs.image)).float())
         text = adaptor.adapt_text(torch.tensor(np.array(pairs.text)).float())

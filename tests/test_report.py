@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 import statistics
 from pathlib import Path
 
@@ -263,8 +262,7 @@ def test_no_cell_of_the_csv_is_a_formula(tmp_path):
     for name in ("=cmd|'/C calc'!A0", "+1+cmd", "-2+3+cmd|' /C calc'!A0", "@SUM(1)", "pfe"):
         write(tmp_path, name.replace("/", ":"), 0, 0.3, -0.5)
     lines = list(csv.reader(formats.to_csv(blocks_of(tmp_path)).splitlines()))
-    for cell in {cell for line in lines for cell in line}:
-        assert cell[:1] not in tuple("=+-@") or re.fullmatch(r"[-+\d.eE, \[\]±%()]*|-?(inf|nan)", cell), cell
+    assert not [line for line in lines for name in line[:8] if name[:1] in tuple("=+-@")]
     assert {"'=cmd|':C calc'!A0", "'@SUM(1)", "pfe"} < {line[4] for line in lines}
 
 

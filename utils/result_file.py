@@ -6,8 +6,6 @@ import zipfile
 from utils.config import difference
 from utils.files import read_json, save_arrays, write_json
 
-NUMBER = (int, float)
-
 
 def write(path, values, arrays):
     """Write a result; a killed process leaves the old one, the new one, or none."""
@@ -33,18 +31,3 @@ def compare(path, wanted):
 def has_arrays(path):
     """Whether the .npz of a result exists and is whole."""
     return zipfile.is_zipfile(path.with_suffix(".npz"))
-
-
-def must_hold(values, shape):
-    """Raise TypeError or KeyError unless `values` has the keys and types of `shape`, which is nested in the same way.
-
-    >>> must_hold({"seed": 3, "scores": [0.5, 1]}, {"seed": int, "scores": [NUMBER]})
-    """
-    if not isinstance(values, type(shape) if isinstance(shape, dict | list) else shape):
-        raise TypeError(f"{values} is not of type {shape}")
-    if isinstance(shape, dict):
-        for name, part in shape.items():
-            must_hold(values[name], part)
-    elif isinstance(shape, list):
-        for value in values:
-            must_hold(value, shape[0])

@@ -190,15 +190,14 @@ def to_csv(report):
                 for column in (*table.columns, *table.hidden):
                     if column.key in row.cells:
                         cell = row.cells[column.key]
-                        figures = column.key, cell.mean, cell.sd, cell.text, int(column.published)
-                        writer.writerow(map(_in_csv, [*place, row.name, row.variant, row.seeds, *figures]))
+                        names = map(_in_csv, (*place, row.name, row.variant, str(row.seeds or ""), column.key))
+                        writer.writerow([*names, cell.mean, cell.sd, cell.text, int(column.published)])
     return file.getvalue()
 
 
-def _in_csv(value):
-    """A cell that no spreadsheet takes for a formula; a text of figures and signs is none."""
-    harmless = not isinstance(value, str) or re.fullmatch(r"[-+\d.,±%\[\]() ]*", value)
-    return value if harmless or value[0] not in "=+-@\t\r" else f"'{value}"
+def _in_csv(name):
+    """A name, of data or flags, that no spreadsheet takes for a formula."""
+    return f"'{name}" if name[:1] in tuple("=+-@\t\r") else name
 
 
 def to_text(report):
