@@ -193,12 +193,20 @@ def test_waiting_for_a_picture_ends():
 
 
 class Large(Slow):
+    def __len__(self):
+        return 8
+
     def __getitem__(self, row):
         return np.zeros(2**20)
 
 
 def decode_for_ever():
-    options = {"num_workers": 2, "batch_size": None, "worker_init_fn": blocks._end_with_script}
+    options = {
+        "num_workers": 1,
+        "batch_size": None,
+        "collate_fn": np.asarray,
+        "worker_init_fn": blocks._end_with_script,
+    }
     next(iter(torch.utils.data.DataLoader(Large(), **options, multiprocessing_context="fork")))
     time.sleep(60)
 
