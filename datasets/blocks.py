@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import shutil
+import threading
 import warnings
 
 import numpy as np
@@ -20,6 +21,7 @@ from datasets.embeddings import UNREADABLE, WORKING
 from models.backbones.pixels import lenient
 from utils.errors import UserError
 from utils.files import atomic, read_json, write_json
+from utils.workers import end_with_parent
 
 BLOCK = 256  # images per block, rounded up to whole batches
 PROOF = 16  # images or captions on which pooled features are checked against the ordinary encoding
@@ -110,6 +112,11 @@ def _collate(items):
     return np.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
 
 
+def _end_with_script(_):
+    """Let a worker end when the script is killed: it would wait for ever for its batch to be taken."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def _stamp(images):
     """Hash sizes and times of the images' files, so that a fixed or replaced file is noticed: 16 hex digits."""
     digest = hashlib.sha256()
@@ -180,6 +187,7 @@ class BlockEncoder:
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=_end_with_script,
             timeout=PATIENCE if workers else 0,
         )
         decoded = _decoded(loader)

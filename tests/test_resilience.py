@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -189,6 +190,38 @@ def test_waiting_for_a_picture_ends():
     loader = torch.utils.data.DataLoader(Slow(), num_workers=1, timeout=1, multiprocessing_context="fork")
     with pytest.raises(UserError, match=r"images does not answer \(DataLoader timed out after 1 seconds\):"):
         next(blocks._decoded(loader))
+
+
+class Large(Slow):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return np.zeros(2**20)
+
+
+def decode_for_ever():
+    options = {
+        "num_workers": 1,
+        "batch_size": None,
+        "collate_fn": np.asarray,
+        "worker_init_fn": blocks._end_with_script,
+    }
+    next(iter(torch.utils.data.DataLoader(Large(), **options, multiprocessing_context="fork")))
+    time.sleep(60)
+
+
+def test_workers_end_when_the_script_is_killed():
+    """Even one that waits for its batch, which is larger than a pipe, to be taken."""
+    ended, alive = os.pipe()  # which every process keeps open for writing until it ends
+    process = multiprocessing.get_context("fork").Process(target=decode_for_ever)
+    process.start()
+    os.close(alive)
+    time.sleep(1)
+    process.kill()
+    process.join()
+    assert select.select([ended], [], [], 20)[0] and os.read(ended, 1) == b""
+    os.close(ended)
 
 
 def test_pictures_need_no_shared_memory_and_no_socket(tmp_path, monkeypatch, capsys):
