@@ -207,7 +207,8 @@ def decode_for_ever():
         "collate_fn": np.asarray,
         "worker_init_fn": blocks._end_with_script,
     }
-    next(iter(torch.utils.data.DataLoader(Large(), **options, multiprocessing_context="fork")))
+    batches = iter(torch.utils.data.DataLoader(Large(), **options, multiprocessing_context="fork"))
+    next(batches)
     time.sleep(60)
 
 
