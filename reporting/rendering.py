@@ -1,6 +1,7 @@
 """Draws the figures of a report in several processes: each takes a second or two, and a part has several."""
 
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ from markupsafe import Markup
 
 from reporting.figures import style
 from utils.device import usable_cores
+from utils.workers import end_with_parent
 
 NARROW = 3.6  # inches: as wide as a phone, so that type keeps its size there
 
@@ -46,6 +48,7 @@ def in_processes(parts, looks, stems):
 
 def _share(parts, looks, stems):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that waits for this one
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _shared.update(parts=parts, looks=looks, stems=stems)
 
 

@@ -3,6 +3,7 @@
 Slow: `make test-faults`.
 """
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -92,15 +93,18 @@ def start(script, command):
 
 
 def kill(process, whole):
-    """Kill a process, or its whole group as a cluster does."""
-    if whole:
-        try:
+    """Kill a process, or its whole group as a cluster does; nothing that it started may outlive it."""
+    with contextlib.suppress(ProcessLookupError):  # it has not yet made its group
+        if whole:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has ended, or not yet made its group
-            process.kill()
-    else:
-        process.kill()
+    process.kill()
     process.join()
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        pytest.fail("a process that it started is left")
 
 
 @pytest.fixture(scope="module")
