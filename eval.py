@@ -181,8 +181,8 @@ def main(argv=None):
     device = pick_device(args.device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
-    trains_elsewhere = pairs.classes is not None and make_adaptor(run.config, pairs.dim).needs_pairs
-    if trains_elsewhere and not run.done and args.train_dataset is None:
+    untrained = pairs.classes is not None and not run.done and args.train_dataset is None
+    if untrained and make_adaptor(run.config, pairs.dim).needs_pairs:
         raise UserError(
             f"{args.dataset} has images with classes, on which nothing is trained: name what the adaptor was trained on"
             " with --train-dataset."

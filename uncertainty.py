@@ -21,6 +21,7 @@ import torch
 from datasets.embeddings import encoder_fingerprint
 from models.backbones import make_backbone
 from models.backbones.last_map import join
+from models.backbones.pixels import lenient
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
 from utils.config import Encoder
@@ -47,7 +48,9 @@ def is_image(item):
 def pixels(name, transform):
     """Load an image file as the backbone sees it, (3, H, W)."""
     try:
-        with PIL.Image.open(name) as image:
+        with lenient():
+            image = PIL.Image.open(name)
+        with image:
             return transform(image)
     except FileNotFoundError:
         raise UserError(f"there is no image file {name}: name one, or let a prompt look less like a path.") from None

@@ -123,12 +123,14 @@ class Queries:
             return hit.mean()
         if name == "aurc":
             return selective(-columns["probability"], hit).aurc
-        if name == "ece" and not self.share_answers:
-            return calibration_error(reliability(columns["probability"].clip(0, 1), hit))
-        if name == "order" and {"query", "ambiguity"} <= columns.keys():
-            return spearman(columns["query"], columns["ambiguity"])
+        if name == "ece":
+            confidence = columns["probability"].clip(0, 1)
+            return np.nan if self.share_answers else calibration_error(reliability(confidence, hit))
+        if name == "order":
+            has_both = {"query", "ambiguity"} <= columns.keys()
+            return spearman(columns["query"], columns["ambiguity"]) if has_both else np.nan
         values = -columns["probability"] if name == "probability" else columns.get(name)
-        area = None if values is None or name in ("ece", "order") else auroc(values, hit)
+        area = None if values is None else auroc(values, hit)
         return np.nan if area is None else area
 
 
@@ -233,8 +235,7 @@ def measure(file, methods, means, sizes, settings):
     splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
     splits += [f"train{number}-{size}" for size in sizes if size for number in range(SPLITS)]
     with np.load(file) as arrays:
-        scale = [f"data.options.logit_scale={float(arrays['logit_scale'])}"] if "logit_scale" in arrays else []
-    scale = ["--set", *scale] if scale else []
+        scale = ["--set", f"data.options.logit_scale={float(arrays['logit_scale'])}"] if "logit_scale" in arrays else []
     run(cache_embeddings, "--dataset", "embeddings", "--root", file, "--quiet", "--splits", *splits, *scale)
     rows = []
     for method in dict.fromkeys([BASELINE, *methods]):

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import math
 import shutil
-import threading
 import warnings
 
 import numpy as np
@@ -112,11 +111,6 @@ def _collate(items):
     return np.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
 
 
-def _end_with_script(_):
-    """Let a worker end when the script is killed: it would wait for ever for its batch to be taken."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 def _stamp(images):
     """Hash sizes and times of the images' files, so that a fixed or replaced file is noticed: 16 hex digits."""
     digest = hashlib.sha256()
@@ -187,7 +181,7 @@ class BlockEncoder:
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_collate,
-            worker_init_fn=_end_with_script,
+            worker_init_fn=end_with_parent,  # it would wait for ever for its batch to be taken
             timeout=PATIENCE if workers else 0,
         )
         decoded = _decoded(loader)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from datasets import Caption, Image, Source, folded, is_id
+from datasets import Caption, Image, Source, is_id
+from datasets.captions import folded
 from utils.errors import UserError
 
 

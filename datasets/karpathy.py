@@ -9,7 +9,8 @@ import operator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from datasets import Caption, Described, Image, folded
+from datasets import Caption, Described, Image
+from datasets.captions import folded
 from utils.errors import UserError
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from datasets import Caption, Classes, Image, is_id, spelled_list
+from datasets import Caption, Classes, Image, is_id
+from datasets.captions import spelled_list
 from utils.errors import UserError
 
 SAMPLE = 16  # files whose content is hashed, to detect other pictures under the same names

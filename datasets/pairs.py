@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from datasets import Caption, Described, Image, captions_in, check_folds, fold_splits, folded, name_id
+from datasets import Caption, Described, Image, check_folds, fold_splits, name_id
+from datasets.captions import captions_in, folded
 from utils.errors import UserError
 
 # Default names of the columns.

@@ -17,7 +17,8 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from datasets import Caption, Described, Image, captions_in, check_folds, fold_splits, folded, name_id, visible
+from datasets import Caption, Described, Image, check_folds, fold_splits, name_id, visible
+from datasets.captions import captions_in, folded
 from utils.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "gif", "tif", "tiff", "avif", "ppm")

@@ -1,7 +1,6 @@
 """Draws the figures of a report in several processes: each takes a second or two, and a part has several."""
 
 import signal
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
@@ -48,7 +47,7 @@ def in_processes(parts, looks, stems):
 
 def _share(parts, looks, stems):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that waits for this one
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     _shared.update(parts=parts, looks=looks, stems=stems)
 
 

@@ -30,7 +30,7 @@ DATA = Path(__file__).parent / "data" / "before_move"
 ARCHIVE = DATA / "files.tar.xz"
 STATE_DICTS = json.loads((DATA / "state_dicts.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-5  # of float32 arithmetic on another machine, and of a fitted temperature
-FITTED = 5e-3  # of what a fitted temperature enters: its search stops at a relative 1e-3
+FITTED = 2e-3  # of what a fitted temperature enters: its search stops at a relative 1e-3
 OPTIONS = ["--quiet", "--device", "cpu"]
 LEVELS = ["--uncer_levels", "4"]
 SIZES = [f"data.options.{option}" for option in ("train_images=32", "val_images=32", "captions_per_image=2")]

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.published import ROWS, main
 from utils.config import HOME
 
-NUMBER = r"(?<![\w@.])\d[\d.]*\d(?:e[-+]?\d+)?"  # of two digits or more
+TRAINED = ("pcmepp_mean", "prolip_mean")  # R@1 after training of the means, in which machines differ
 PAGE = (HOME / "configs" / "methods" / "README.md").read_text(encoding="utf-8")
 
 
@@ -27,7 +27,10 @@ def test_the_page_gives_the_figures(row, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"{row} ") and "; right " in printed and printed.count("\n") == 1
     (line,) = (line for line in PAGE.splitlines() if f"`{row}`" in line)
-    # Seconds and megabytes are the machine's, and so are the last digits of what is trained.
-    stands = [float(figure) for figure in re.findall(NUMBER, line.replace(",", ""))]
-    for figure in re.findall(NUMBER, re.sub(rf"{NUMBER} (s|MB)\b", "", printed.partition(" ")[2])):
-        assert any(float(figure) == pytest.approx(other, rel=0.03) for other in stands), figure
+    printed = re.sub(r"\d[\d.]* (s|MB)\b", "", printed)  # which are the machine's
+    for figure in re.findall(r"\d\S*\d", printed):
+        assert figure in line or (row in TRAINED and is_near(figure, line)), figure
+
+
+def is_near(figure, line):
+    return any(float(figure) == pytest.approx(float(other), rel=0.03) for other in re.findall(r"\d+\.\d+", line))

@@ -205,7 +205,7 @@ def decode_for_ever():
         "num_workers": 1,
         "batch_size": None,
         "collate_fn": np.asarray,
-        "worker_init_fn": blocks._end_with_script,
+        "worker_init_fn": blocks.end_with_parent,
     }
     batches = iter(torch.utils.data.DataLoader(Large(), **options, multiprocessing_context="fork"))
     next(batches)

@@ -26,7 +26,7 @@ def exits_cleanly(interrupted="interrupted."):
             if hasattr(sys.stdout, "reconfigure"):
                 sys.stdout.reconfigure(errors="replace")  # a terminal may not have every letter
             try:
-                with _terminates_as_interrupt():
+                with _handled(signal.default_int_handler, signal.SIGTERM):
                     try:
                         return main(argv)
                     finally:
@@ -51,16 +51,15 @@ def exits_cleanly(interrupted="interrupted."):
 
 
 @contextlib.contextmanager
-def _terminates_as_interrupt():
-    """Inside the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, unless it has a handler already."""
-    ours = _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _handled(handler, *numbers):
+    """Handle signals inside the block; in the main thread, as Python lets no other thread handle them."""
+    ours = numbers if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in ours}
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, other in before.items():
+            signal.signal(number, other)
 
 
 @contextlib.contextmanager
@@ -76,19 +75,8 @@ def interrupts_wait():
             raise KeyboardInterrupt
         came.append(True)
 
-    before = {}
-    if _in_main_thread():
-        before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(keep, signal.SIGINT, signal.SIGTERM):
         yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _in_main_thread():
-    """Whether signals arrive here: Python lets no other thread handle them."""
-    return threading.current_thread() is threading.main_thread()
 
 
 def one_of(name, value, choices, error=ValueError):

@@ -54,7 +54,7 @@ def locked(folder):
     except filelock.Timeout:
         who = writer.read_text() if writer.is_file() else "another process"
         raise UserError(f"{who} is writing {folder}: wait for it, or stop it.") from None
-    except NotImplementedError:
+    except NotImplementedError:  # by which filelock reports a file system without flock
         raise UserError(f"the file system of {folder.parent} has no locks: work in a folder of another one.") from None
     with acquired:
         now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")

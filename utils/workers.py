@@ -130,7 +130,7 @@ def _work(connection, device, neighbors):
     """Run jobs as they come, until there are no more or a script fails with an unexpected exception."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # on which scripts end cleanly
     util.Finalize(None, os._exit, (0,), exitpriority=-9)  # runs last, and skips a second of teardown in torch
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         import torch
 
@@ -149,10 +149,14 @@ def _work(connection, device, neighbors):
             connection.send((failures, healthy))
 
 
-def end_with_parent():
-    """End this process when its parent ends in any way, so that the next run finds every folder unlocked."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def end_with_parent(*_):
+    """Let this process end when its parent ends in any way, so that the next run finds every folder unlocked."""
+
+    def wait_and_end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _run(script, flags):
