@@ -203,6 +203,7 @@ def main(argv=None):
     try:
         figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
+        pairs.must_be_finite(adaptor.pooled)
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
