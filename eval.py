@@ -16,6 +16,8 @@ import utils.interrupt  # noqa: F401
 # isort: split
 import dataclasses
 
+import numpy as np
+
 from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from metrics import hubs
@@ -159,6 +161,8 @@ def check(args, run, pairs, task, count):
         raise UserError(f"{pairs.folder} has only one class, '{pairs.classes[0]}': classification needs at least two.")
     if pairs.queries < 2:
         raise UserError(f"{pairs.folder} has a single query, and an evaluation needs two: cache a larger split.")
+    if task == "retrieval" and not np.bincount(pairs.image_of_text, minlength=len(pairs.image)).all():
+        raise UserError(f"{pairs.folder} is damaged, as it has images without a caption: delete it and cache it again.")
     if not 2 <= count <= pairs.queries:
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
 

@@ -25,8 +25,9 @@ import safetensors.torch
 import torch
 
 from datasets import Caption, Classes, Image, Source, check_folds, fold_splits
-from datasets.embeddings import UNREADABLE, name_rows
+from datasets.embeddings import name_rows
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 IDS = ("image_id", "coco_image_id")
 STRINGS = ("caption", "class_name")
@@ -202,8 +203,10 @@ def _read_npz(file):
             for key in KEYS:
                 if key in npz:
                     arrays[key] = npz[key]
+                    if not isinstance(arrays[key], np.ndarray):  # NumPy gives the bytes of what is no .npy
+                        raise ValueError(f"'{key}' is not an .npy")
             return arrays
-    except (*UNREADABLE, AttributeError, NotImplementedError) as error:  # an .npy by the name of .npz opens as an array
+    except UNREADABLE as error:  # an .npy by the name of .npz opens as an array
         message = " ".join(str(error).split())
         if "Object arrays" in message:
             hint = "store plain values, strings with numpy.array(..., dtype=str)"

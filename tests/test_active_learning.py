@@ -58,15 +58,19 @@ def write_cache(split, seed, features="pooled", labels=True, classes=("red", "gr
     meta = {
         "layout": LAYOUT, "dataset": "shapes-colors", "split": split, "backbone": "shapes-tiny", "features": features,
         "id_space": "drawn" if base else split, "encoder": {}, "encoder_fingerprint": "e",
+        "precision": "float32", "skipped": 0, "captions_cut": 0, "unreadable": 0,
         "fingerprint": f"{split}-{seed}", "dim": D, "images": len(label), "captions": 2 * C,
         "logit_scale": SCALE, "logit_bias": logit_bias, "complete": True,
-        "files": [*(f"{name}.npy" for name in arrays), "projection.npz"],
+        "files": [*(f"{name}.npy" for name in arrays), "projection.npz", "items.jsonl"],
     }  # fmt: skip
     if labels:
         meta["classes"] = list(classes)
     else:
         np.save(folder / "image_of_text.npy", np.zeros(2 * C, np.int64))
         meta["files"].append("image_of_text.npy")
+    names = {"image": meta["images"], "text": meta["captions"]}
+    lines = [json.dumps({"kind": kind, "value": "x"}) for kind, count in names.items() for _ in range(count)]
+    (folder / "items.jsonl").write_text("\n".join(lines))
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

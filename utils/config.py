@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError, one_of
-from utils.files import write_text
+from utils.files import UNREADABLE, write_text
 
 MEANS = ("frozen", "residual", "learned")  # how the mean follows from the frozen direction: --mean
 HUBS = ("auto", "none", "nnn", "inverted-softmax")  # metrics/hubs.py
@@ -247,7 +247,7 @@ def _setting(text):
         raise UserError(f"--set takes key=value, not '{text}'; for example --set train.epochs=10.")
     try:
         nested = yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):  # a date of no calendar; brackets without an end
+    except (yaml.YAMLError, *UNREADABLE):  # a date of no calendar; brackets without an end
         raise UserError(f"--set {text}: the value is not valid YAML.") from None
     for name in reversed(key.split(".")):
         nested = {name: nested}
@@ -351,7 +351,9 @@ def _read(path):
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except OSError:
+        raise
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     return _mapping(values, path)
 
