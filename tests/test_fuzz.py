@@ -17,13 +17,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import PIL.Image
 import pyarrow
 import pytest
 import safetensors.numpy
 import yaml
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from studies import make_result, write_trace
@@ -879,11 +879,11 @@ def test_no_input_ends_in_a_traceback(tmp_path, monkeypatch, kind, many):
     strategy, check = KINDS[kind](tmp_path)
     tried = []
 
-    @settings(
+    @hypothesis.settings(
         max_examples=MANY if many else FEW, derandomize=not many, deadline=None, database=None, print_blob=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
-    @given(strategy)
+    @hypothesis.given(strategy)
     def try_all(case):
         tried.append(0)
         check(case)
