@@ -9,6 +9,30 @@ one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights.
 import utils.interrupt  # noqa: F401
 
 # isort: split
+from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.config import FEW, make_adaptor, needs_pooled
+from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
+
+
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config that they name."""
+    parser = make_parser(__doc__)
+    add_data_flags(parser, "trained on")
+    add_run_flags(parser)
+    share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
+    parser.add_argument("--val-fraction", type=float, help=share)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
+    args = parser.parse_args(argv)
+    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
+    return args, run_config(args, args.dataset, args.set + fraction)
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
 import copy
 import csv
 import io
@@ -23,11 +47,8 @@ from datasets.bank import draw
 from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, hold_out
 from models.base import Adaptor, best_temperature
 from models.pair_loss import cross_entropies, info_nce
-from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import FEW, make_adaptor, needs_pooled
 from utils.device import pick_device
-from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
 from utils.files import locked, write_text
 from utils.seed import random_state, seed_everything, set_random_state
 
@@ -185,23 +206,9 @@ def write_log(path, rows):
     write_text(path, text.getvalue())
 
 
-def parse(argv):
-    parser = make_parser(__doc__)
-    add_data_flags(parser, "trained on")
-    add_run_flags(parser)
-    share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
-    parser.add_argument("--val-fraction", type=float, help=share)
-    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
-    return parser.parse_args(argv)
-
-
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
-    args = parse(argv)
-    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
-    config = run_config(args, args.dataset, args.set + fraction)
+    args, config = parse(argv)
     device = pick_device(args.device)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
     config.settle(len(pairs.text))

@@ -21,6 +21,8 @@ from utils.files import write_text
 MEANS = ("frozen", "residual", "learned")  # how the mean follows from the frozen direction: --mean
 HUBS = ("auto", "none", "nnn", "inverted-softmax")  # metrics/hubs.py
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+SCORES = ("log_likelihood", "similarity")
+FOLLOWED = ("query", "retrieved", "sum")  # what levels follow: the query's uncertainty, its answer's, or their sum
 LEVELS = 10  # uncertainty levels of an evaluation; no more than it has queries
 FEW = 10_000  # with fewer pairs than this an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
@@ -264,7 +266,7 @@ def _check(config):
     if config.mean:
         one_of("--mean", config.mean, MEANS, UserError)
     one_of("encoder.precision", config.encoder.precision, PRECISIONS, UserError)
-    one_of("score", config.score, ("log_likelihood", "similarity"), UserError)
+    one_of("score", config.score, SCORES, UserError)
     one_of("hubs", config.hubs, HUBS, UserError)
     train, optim = config.train, config.optim
     decay = optim.lr * optim.weight_decay  # share of the weights that a step takes away
