@@ -121,6 +121,7 @@ from labeling.posterior import make_posterior
 from labeling.splits import Splits, image_map
 from metrics import summary
 from models.laplace import loss_of
+from models.precision import set_precision
 from reporting.curves import curves_text
 from reporting.runs import Result
 from tasks.classification import class_embeddings
@@ -200,6 +201,7 @@ def main(argv=None):
     if has_old_name:
         args.preset = "reference"
     device = pick_device(args.device)
+    set_precision(device)
     folder = results_folder(args, config.backbone, args.preset)
     must_write(folder)
     if has_old_name:

@@ -53,6 +53,7 @@ from datasets.embeddings import META, WORKING, cache_folder, read_meta
 from datasets.listing import list_split
 from datasets.ranks import Ranks
 from models.backbones import make_backbone
+from models.precision import set_precision
 from utils.device import pick_device, usable_cores
 from utils.files import locked
 
@@ -97,6 +98,7 @@ def main(argv=None):
     args, config = parse(argv)
     ranks = Ranks()
     device = pick_device(args.device, ranks.local)
+    set_precision(device)
     workers = usable_cores() // ranks.neighbors if args.workers is None else args.workers
     source = make_source(config)
     backbone = None

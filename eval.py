@@ -64,6 +64,7 @@ import importlib
 from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from metrics import hubs
+from models.precision import set_precision
 from reporting.terminal import result_text
 from tasks import Choices
 from tasks.made_with import made_with
@@ -188,6 +189,7 @@ def main(argv=None):
     args, config, data = parse(argv)
     run = Run(config)
     device = pick_device(args.device)
+    set_precision(device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
     untrained = pairs.classes is not None and not run.done and args.train_dataset is None

@@ -15,7 +15,18 @@ import utils.interrupt  # noqa: F401
 import itertools
 
 from utils.arguments import PRESET, make_parser
-from utils.config import HUBS, LEVELS, SCORES, evaluated_as, known, load_config, needs_pooled, presets_of
+from utils.config import (
+    HUBS,
+    LEVELS,
+    SCORES,
+    completed,
+    difference,
+    evaluated_as,
+    known,
+    load_config,
+    needs_pooled,
+    presets_of,
+)
 from utils.errors import GOES_ON, UserError, exits_cleanly
 
 
@@ -126,12 +137,13 @@ class Cell:
         path = config.result(self.names[dataset], task)
         try:
             values, changed = result_file.compare(path, wanted)
+            saved = {"config": completed(values["config"])}
         except FileNotFoundError:
             return "not evaluated"
-        except ValueError:
+        except (ValueError, UserError):
             return "its result is damaged"
-        if hubs == "none" and "hubs" not in values["config"]:  # of a version that corrected none
-            changed = [name for name in changed if name != "config.hubs"]
+        changed = [name for name in changed if not name.startswith("config.")]
+        changed += difference(saved, {"config": wanted["config"]})
         if not result_file.has_arrays(path):
             return "its result is damaged"
         if self.score == "both" and "other_score" not in values:

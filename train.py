@@ -10,7 +10,7 @@ import utils.interrupt  # noqa: F401
 
 # isort: split
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
-from utils.config import FEW, make_adaptor, needs_pooled
+from utils.config import FEW, PRODUCTS, make_adaptor, needs_pooled
 from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
 
 
@@ -22,12 +22,15 @@ def parse(argv=None):
     add_run_flags(parser)
     share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
     parser.add_argument("--val-fraction", type=float, help=share)
+    of = "of matrix products, on a GPU tf32, or bfloat16, that of perceptrons alone; default: float32"
+    parser.add_argument("--precision", choices=PRODUCTS, help=of)
     parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
     args = parser.parse_args(argv)
-    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
-    return args, run_config(args, args.dataset, args.set + fraction)
+    keys = {"train.val_fraction": args.val_fraction, "train.precision": args.precision}
+    settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    return args, run_config(args, args.dataset, args.set + settings)
 
 
 if __name__ == "__main__":
@@ -47,6 +50,7 @@ from datasets.bank import draw
 from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, hold_out
 from models.base import Adaptor, best_temperature
 from models.pair_loss import cross_entropies, info_nce
+from models.precision import set_precision, train_in_bfloat16
 from utils.checkpoint import Run
 from utils.device import pick_device
 from utils.files import locked, write_text
@@ -70,6 +74,9 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
+    compiled = objective  # for batches of one shape
+    if config.train.compile:  # as CUDA graphs, where there are any
+        compiled = torch.compile(objective, mode="reduce-overhead" if image.is_cuda else "default", fullgraph=True)
     log, best, state = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}, run.resume()
     if state:
         adaptor.load_state_dict(state["adaptor"])
@@ -100,7 +107,8 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
             bar.update(first)
             inside = None
         for step, chosen in enumerate(batches[first:], first + 1):
-            loss = objective(image[image_of_text[chosen]].float(), text[chosen].float())
+            images, captions = image.index_select(0, image_of_text[chosen]), text.index_select(0, chosen)
+            loss = (compiled if len(chosen) == batch else objective)(images.float(), captions.float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -171,16 +179,17 @@ def validate(adaptor, image, text, image_of_text, blocks, native=False):
     inputs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
     pairs = [(adaptor.adapt_image(images), adaptor.adapt_text(texts)) for images, texts in inputs]
     scores = [adaptor.log_likelihood(*pair) for pair in pairs]
-    if not all(torch.isfinite(score).all() for score in scores):
+    if not torch.stack([torch.isfinite(score).all() for score in scores]).all():
         return math.inf, math.nan  # never the best epoch; overfitted densities diverge
     temperature = best_temperature(scores)
-    total = 0.0
+    losses = []
     for each, pair, score in zip(inputs, pairs, scores, strict=True):
         if native:
-            total += len(score) * adaptor.loss(*each).item()
+            losses.append(adaptor.loss(*each))
             continue
         auxiliary = adaptor.auxiliary_loss(*pair, cross_entropies(adaptor.temperature * score))
-        total += len(score) * float(info_nce(temperature * score) + auxiliary)
+        losses.append(info_nce(temperature * score) + auxiliary)
+    total = sum(len(score) * loss for score, loss in zip(scores, torch.stack(losses).tolist(), strict=True))
     mean = total / sum(map(len, scores))
     return mean if math.isfinite(mean) else math.inf, temperature
 
@@ -210,6 +219,7 @@ def write_log(path, rows):
 def main(argv=None):
     args, config = parse(argv)
     device = pick_device(args.device)
+    set_precision(device, config.train.precision)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
     config.settle(len(pairs.text))
     seed_everything(config.seed)
@@ -224,6 +234,8 @@ def main(argv=None):
         rows, held_out = torch.arange(0), []
     elif any(p.requires_grad for p in adaptor.parameters()):
         rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
+        if config.train.precision == "bfloat16":
+            train_in_bfloat16(adaptor)
         optimizer = make_optimizer(adaptor, config.optim)  # torch loads its compiler for it, in seconds
     else:  # all are there to calibrate on
         rows = torch.arange(len(pairs.text))

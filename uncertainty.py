@@ -45,6 +45,7 @@ from datasets.embeddings import encoder_fingerprint
 from models.backbones import make_backbone
 from models.backbones.last_map import join
 from models.backbones.pixels import lenient
+from models.precision import set_precision
 from utils.checkpoint import Run
 from utils.device import pick_device
 
@@ -108,6 +109,7 @@ def measure(items, adaptor, backbone, method, device):
 def main(argv=None):
     args, config = parse(argv)
     device = pick_device(args.device)
+    set_precision(device)
     run = Run(config)
     adaptor, config, identity = run.load(device)
     encoder = Encoder(**identity["encoder"])

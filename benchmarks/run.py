@@ -134,7 +134,7 @@ def pair_loss(device):
 
     def ours():
         mean, kappa, normalizer = parts()
-        loss = PairScore(image, mean, slope=kappa, column=normalizer, kernel=Logarithm()).info_nce()
+        loss = PairScore(image, mean, slope=kappa, column=normalizer, kernel=Logarithm).info_nce()
         return [loss.detach().cpu(), torch.autograd.grad(loss, eta)[0].abs().sum().cpu()]
 
     def textbook():
