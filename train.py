@@ -9,6 +9,33 @@ one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights.
 import utils.interrupt  # noqa: F401
 
 # isort: split
+from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.config import FEW, PRODUCTS, make_adaptor, needs_pooled
+from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
+
+
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config that they name."""
+    parser = make_parser(__doc__)
+    add_data_flags(parser, "trained on")
+    add_run_flags(parser)
+    share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
+    parser.add_argument("--val-fraction", type=float, help=share)
+    of = "of matrix products, on a GPU tf32, or bfloat16, that of perceptrons alone; default: float32"
+    parser.add_argument("--precision", choices=PRODUCTS, help=of)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
+    args = parser.parse_args(argv)
+    keys = {"train.val_fraction": args.val_fraction, "train.precision": args.precision}
+    settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    return args, run_config(args, args.dataset, args.set + settings)
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
 import copy
 import csv
 import io
@@ -25,11 +52,9 @@ from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, cache_folder, h
 from models.base import Adaptor, best_temperature
 from models.finite import all_finite, first_fault
 from models.pair_loss import cross_entropies, info_nce
-from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from models.precision import set_precision, train_in_bfloat16
 from utils.checkpoint import Run
-from utils.config import FEW, make_adaptor, needs_pooled
 from utils.device import pick_device
-from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
 from utils.files import locked, write_text
 from utils.seed import random_state, seed_everything, set_random_state
 
@@ -51,6 +76,9 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
+    compiled = objective  # for batches of one shape
+    if config.train.compile:  # as CUDA graphs, where there are any
+        compiled = torch.compile(objective, mode="reduce-overhead" if image.is_cuda else "default", fullgraph=True)
     log, best, state = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}, run.resume()
     if held_out and not state:
         best = snapshot(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out, native))
@@ -91,10 +119,10 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
             bar.update(first)
             inside = None
         for step, chosen in enumerate(batches[first:], first + 1):
-            pairs = image[image_of_text[chosen]].float(), text[chosen].float()
+            pairs = image.index_select(0, image_of_text[chosen]).float(), text.index_select(0, chosen).float()
             if epoch <= suspect:
                 before = copy.deepcopy(adaptor.state_dict()), random_state(image.device)
-            loss = objective(*pairs)
+            loss = (compiled if len(chosen) == batch else objective)(*pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -196,16 +224,17 @@ def validate(adaptor, image, text, image_of_text, blocks, native=False):
     inputs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
     pairs = [(adaptor.adapt_image(images), adaptor.adapt_text(texts)) for images, texts in inputs]
     scores = [adaptor.log_likelihood(*pair) for pair in pairs]
-    if not all(torch.isfinite(score).all() for score in scores):
+    if not torch.stack([torch.isfinite(score).all() for score in scores]).all():
         return math.inf, math.nan  # never the best epoch; overfitted densities diverge
     temperature = best_temperature(scores)
-    total = 0.0
+    losses = []
     for each, pair, score in zip(inputs, pairs, scores, strict=True):
         if native:
-            total += len(score) * adaptor.loss(*each).item()
+            losses.append(adaptor.loss(*each))
             continue
         auxiliary = adaptor.auxiliary_loss(*pair, cross_entropies(adaptor.temperature * score))
-        total += len(score) * float(info_nce(temperature * score) + auxiliary)
+        losses.append(info_nce(temperature * score) + auxiliary)
+    total = sum(len(score) * loss for score, loss in zip(scores, torch.stack(losses).tolist(), strict=True))
     mean = total / sum(map(len, scores))
     return mean if math.isfinite(mean) else math.inf, temperature
 
@@ -231,24 +260,11 @@ def write_log(path, rows):
     write_text(path, text.getvalue())
 
 
-def parse(argv):
-    parser = make_parser(__doc__)
-    add_data_flags(parser, "trained on")
-    add_run_flags(parser)
-    share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
-    parser.add_argument("--val-fraction", type=float, help=share)
-    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
-    return parser.parse_args(argv)
-
-
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
-    args = parse(argv)
-    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
-    config = run_config(args, args.dataset, args.set + fraction)
+    args, config = parse(argv)
     device = pick_device(args.device)
+    set_precision(device, config.train.precision)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
     config.settle(len(pairs.text))
     seed_everything(config.seed)
@@ -263,6 +279,8 @@ def main(argv=None):
         rows, held_out = torch.arange(0), []
     elif any(p.requires_grad for p in adaptor.parameters()):
         rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
+        if config.train.precision == "bfloat16":
+            train_in_bfloat16(adaptor)
         optimizer = make_optimizer(adaptor, config.optim)  # torch loads its compiler for it, in seconds
     else:  # all are there to calibrate on
         rows = torch.arange(len(pairs.text))

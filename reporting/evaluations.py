@@ -273,7 +273,8 @@ def _clash(one, other):
     if one["seed"] == other["seed"]:
         return "the same seed"
     flat = [config | {f"train.{name}": value for name, value in config["train"].items()} for config in (one, other)]
-    decisive = ("score", "model", "optim", "train.batch_size", "train.epochs")
+    flat = [{"train.precision": "float32"} | config for config in flat]  # of results from before there was a choice
+    decisive = ("score", "model", "optim", "train.batch_size", "train.epochs", "train.precision")
     return next((f"different {name}" for name in decisive if flat[0].get(name) != flat[1].get(name)), None)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import active_learning
+import labeling
 from datasets.embeddings import LAYOUT
 from labeling import strategies
 from labeling.classifier import Classifier, Items, fine_tune
@@ -472,6 +473,10 @@ def test_bald_picks_neighbors_of_targets_on_which_drawn_weights_disagree(caches,
     pool = tuple(np.concatenate(pair)[pool_of(0)[0]] for pair in zip(data("train"), data("shifted-train"), strict=True))
     chosen = pool_of(0)[0][nearest_first(pool, data("shifted-test"), order)]
     assert result("bald")[0]["chosen_id"] == [row if row < 30 else row - 30 for row in chosen]
+
+
+def test_help_says_what_each_strategy_says_of_itself():
+    assert {name: choose.__doc__.splitlines()[0] for name, choose in STRATEGIES.items()} == labeling.STRATEGIES
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
