@@ -686,13 +686,19 @@ def yaml_files(draw, tree):
     return data
 
 
+def say(answers):
+    """Raise UserError with all sentences that were answered."""
+    if sentences := list(filter(None, answers)):
+        raise UserError(" ".join(sentences))
+
+
 def run_configuration(folder):
     """The config.yaml of a run, where it is evaluated and where it is trained on."""
     cached(folder)
     path = folder / "checkpoints/embeddings/given/clip/seed0/config.yaml"
     calls = [evaluation, *RUN, "clip"], [train, *RUN, "clip", "--val-fraction", "0"]
     strategy = yaml_files(yaml.safe_load(path.read_text()))
-    return from_file(path, strategy, lambda: [must_answer(scripts, call) for call in calls])
+    return from_file(path, strategy, lambda: say(must_answer(scripts, call) for call in calls))
 
 
 def configuration_of(kind, name):
@@ -842,6 +848,7 @@ SHOWN = {  # what fuzzing has shown: the kind, the case and what the sentence ho
     "a line break in a column's name": ("hierarcaps", b'id,"a\nb",image_url\n', "it has id, a b, image_url"),
     "5,000 letters in --set": ("set_strings", ["a" * 5000], "aaa ... aaa"),
     "a line break in --set": ("set_strings", ["a\nb"], "--set takes key=value, not 'a b'"),
+    "a run of no score": ("run_configuration", b"score: x", "config.yaml: score must be log_likelihood or similarity"),
     "a time that is none": ("dataset_yaml", b"data: !!timestamp x", "pairs.yaml is not valid YAML"),
 }  # fmt: skip
 

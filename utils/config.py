@@ -152,7 +152,12 @@ class Config:
     @classmethod
     def load(cls, path):
         """Read a configuration that `save` wrote; raises UserError if it is missing or damaged."""
-        return _build(cls, _read(path), str(path))
+        config = _build(cls, _read(path), str(path))
+        try:
+            _check(config)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return config
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # libyaml, where PyYAML has it, is ten times as fast
