@@ -325,7 +325,7 @@ def train(args, config, ranks):
         log, outcome, untrained = [], "nothing to train", False
         if trains(adaptor):
             data = pairs.to(device, adaptor.pooled)
-            with interrupts_wait() as stops:
+            with interrupts_wait(insist=ranks.world == 1) as stops:
                 quiet = args.quiet or not ranks.first
                 log, kept, untrained = fit(adaptor, optimizer, *data, rows, held_out, run, ranks, stops, quiet)
             outcome = f"trained, loss {log[-1]['loss']:.4f}"

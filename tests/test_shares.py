@@ -58,10 +58,10 @@ def shared_steps(cases, count):
         torch.save([steps(case, share, count) for case in cases], f"{processes.rank}.pt")
 
 
-@pytest.mark.parametrize(
-    ("cases", "world", "count"),
-    [pytest.param(QUICK, 2, 9, id="some"), pytest.param(CASES, 3, 50, id="all", marks=pytest.mark.slow)],
-)
+PARTED = [pytest.param(CASES[part::6], 3, 50, id=f"all-{part}", marks=pytest.mark.slow) for part in range(6)]
+
+
+@pytest.mark.parametrize(("cases", "world", "count"), [pytest.param(QUICK, 2, 9, id="some"), *PARTED])
 def test_steps_are_those_of_one_process(tmp_path, monkeypatch, cases, world, count):
     monkeypatch.chdir(tmp_path)
     expected = [steps(case, Share(), count) for case in cases]  # first, as it loads torch's compiler for all
@@ -122,7 +122,8 @@ def at_step(monkeypatch, number, call):
 def test_a_run_of_two_is_that_of_one_and_goes_on_after_sigterm(alone, monkeypatch):
     """Held-out choice, files, one print; SIGTERM to one of the two ends both at one step, where two or one go on."""
     with monkeypatch.context() as patch:
-        at_step(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        # Twice, as by a cluster and by torchrun.
+        at_step(patch, 23, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
         results = shared_run()
     assert [code for code, *_ in results] == [130, 130], results
     errors = "".join(error for *_, error in results)
