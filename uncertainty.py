@@ -94,6 +94,31 @@ def measure(items, adaptor, backbone, method, device):
     ]
 
 
+def open_backbone(config, identity, folder, device):
+    """The frozen model that a run was trained on; raises UserError unless it is at hand, and the same.
+
+    identity: what the run of `folder` was trained on.
+    """
+    encoder = Encoder(**identity["encoder"])
+    if encoder.pretrained == "elsewhere":
+        raise UserError(
+            f"{folder} was trained on embeddings computed elsewhere, so no backbone is at hand to encode prompts or"
+            " images: the uncertainties of cached captions are in the .npz that eval.py writes."
+        )
+    if encoder_fingerprint(encoder) != identity["encoder_fingerprint"]:
+        raise UserError(
+            f"the weights of backbone '{config.backbone}' differ from those that {folder} was trained on: restore"
+            " them, or cache and train again with --overwrite."
+        )
+    backbone = make_backbone(encoder, device)
+    if backbone.dim != identity["dim"]:  # embeddings computed elsewhere, cached under a backbone's name
+        raise UserError(
+            f"{folder} was trained on embeddings of size {identity['dim']}, but backbone '{config.backbone}' gives"
+            f" size {backbone.dim}: cache and train with the backbone that they are from."
+        )
+    return backbone
+
+
 @exits_cleanly()
 def main(argv=None):
     args = parse(argv)
@@ -102,23 +127,7 @@ def main(argv=None):
     device = pick_device(args.device)
     run = Run(run_config(args, args.dataset))
     adaptor, config, identity = run.load(device)
-    encoder = Encoder(**identity["encoder"])
-    if encoder.pretrained == "elsewhere":
-        raise UserError(
-            f"{run.folder} was trained on embeddings computed elsewhere, so no backbone is at hand to encode prompts or"
-            " images: the uncertainties of cached captions are in the .npz that eval.py writes."
-        )
-    if encoder_fingerprint(encoder) != identity["encoder_fingerprint"]:
-        raise UserError(
-            f"the weights of backbone '{config.backbone}' differ from those that {run.folder} was trained on: restore"
-            " them, or cache and train again with --overwrite."
-        )
-    backbone = make_backbone(encoder, device)
-    if backbone.dim != identity["dim"]:  # embeddings computed elsewhere, cached under a backbone's name
-        raise UserError(
-            f"{run.folder} was trained on embeddings of size {identity['dim']}, but backbone '{config.backbone}' gives"
-            f" size {backbone.dim}: cache and train with the backbone that they are from."
-        )
+    backbone = open_backbone(config, identity, run.folder, device)
     if run.untrained:
         print(f"{run.folder} kept its untrained start: these are uncertainties of random weights.", file=sys.stderr)
     for item in args.items:

@@ -89,6 +89,16 @@ class PairedBootstrap:
         by_group = np.bincount(self._group, weights=np.atleast_2d(value).mean(axis=0))
         return self._sum(by_group) / self._queries
 
+    def sums(self, value, query, column, columns):
+        """Sums (1 + B, C) of K values, each of a query and in one of C columns: (K,) each.
+
+        >>> PairedBootstrap(group=[0, 1], draws=1).sums([1.0, 2.0, 4.0], [0, 0, 1], [0, 1, 1], columns=2)[0].tolist()
+        [1.0, 6.0]
+        """
+        place = self._group[query] * columns + column
+        by_group = np.bincount(place, weights=value, minlength=self._groups * columns)
+        return self._sum(by_group.reshape(self._groups, columns))
+
     def calibration_error(self, confidence, hit, bins=15):
         """ECE (1 + B,) in bins of equal width, as `calibration.reliability` has them; confidence, hit: (Q,).
 
@@ -97,9 +107,8 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=[0, 1], draws=1).calibration_error([0.75, 0.75], [1, 1]).tolist()
         [0.25, 0.25]
         """
-        place = self._group * bins + bin_of(confidence, bins)
-        sums = np.bincount(place, weights=np.subtract(hit, confidence), minlength=self._groups * bins)
-        return np.abs(self._sum(sums.reshape(self._groups, bins))).sum(axis=1) / self._queries
+        sums = self.sums(np.subtract(hit, confidence), np.arange(len(self._group)), bin_of(confidence, bins), bins)
+        return np.abs(sums).sum(axis=1) / self._queries
 
     def auroc(self, uncertainty, hit):
         """AUROC (1 + B,) of detecting wrong answers by uncertainty; NaN for a draw that lacks hits or misses.

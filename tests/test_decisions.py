@@ -1,0 +1,413 @@
+"""Decisions: match probabilities, conformal sets and rejection against slow definitions; leakage and bad input."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_once
+from scipy import special, stats
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import cache_embeddings
+import eval as evaluation
+import train
+from metrics import answering, conformal, matching
+from metrics.comparison import PairedBootstrap
+
+CLIP = ["--dataset", "embeddings", "--method", "clip", "--quiet", "--device", "cpu"]
+RESULT = "results/embeddings/given/clip/seed0/embeddings-{}.json"
+
+
+@pytest.fixture
+def problem():
+    """Scores (Q, G) of queries with several answers each, some of them tied; rows of the answers, and groups."""
+    rng = np.random.default_rng(0)
+    scores = np.round(rng.normal(size=(60, 40)), 1)
+    positives = [np.sort(rng.choice(40, size=rng.integers(1, 4), replace=False)) for _ in range(60)]
+    for row, items in enumerate(positives):
+        scores[row, items] += 1
+    return scores, positives, np.arange(60) // 2
+
+
+def pairs_of(positives):
+    return np.repeat(np.arange(len(positives)), [len(items) for items in positives]), np.concatenate(positives)
+
+
+def score_of(scores):
+    tensor = torch.tensor(scores)
+    return lambda rows: tensor[rows]
+
+
+def test_a_small_gallery_is_scored_whole(problem):
+    scores, positives, _ = problem
+    scored, total = matching.scored_pairs(score_of(scores), 40, *pairs_of(positives), scale=2.0)
+    truth = np.zeros(scores.shape)
+    truth[pairs_of(positives)] = 1
+    expected = sorted(
+        (q, round(float(np.float32(s)), 6), m) for q, (row, t) in enumerate(zip(scores, truth)) for s, m in zip(row, t)
+    )
+    assert sorted((q, round(s, 6), m) for s, m, _, q in zip(*scored)) == expected
+    assert (scored.weight == 1).all() and scored.base_rate == pytest.approx(truth.mean())
+    assert total == pytest.approx(special.logsumexp(2 * scores, axis=1), rel=1e-5)
+    posterior = special.softmax(2 * scores, axis=1)
+    odds = matching.log_odds(scored.score, total[scored.query], 2.0)
+    for q in range(3):
+        assert np.sort(odds[scored.query == q]) == pytest.approx(np.sort(special.logit(posterior[q])), abs=1e-3)
+
+
+def test_of_a_large_gallery_the_hardest_are_all_there_and_weights_add_up(problem):
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(30, 900))
+    positives = [rng.choice(900, size=100, replace=False) if q % 2 else np.array([q]) for q in range(30)]
+    scored, _ = matching.scored_pairs(score_of(scores), 900, *pairs_of(positives))
+    for q in range(30):
+        of_query = scored.rows(scored.query == q)
+        wrong = np.sort(np.delete(scores[q], positives[q]))[::-1]
+        kept = np.sort(of_query.score[of_query.match == 0])[::-1]
+        assert kept[:64] == pytest.approx(wrong[:64].astype(np.float32))
+        assert of_query.weight[of_query.match == 0].sum() == pytest.approx(len(wrong))
+        assert of_query.weight[of_query.match == 1].sum() == pytest.approx(len(positives[q]))
+        assert (of_query.match == 1).sum() == min(64, len(positives[q]))
+    # The sample stands for the others: a mean over all pairs is met within its error.
+    assert scored.weight @ scored.score / scored.weight.sum() == pytest.approx(scores.mean(), abs=0.03)
+
+
+def test_fits_are_scikit_learns_at_the_stated_prior(problem):
+    scores, positives, _ = problem
+    scored, _ = matching.scored_pairs(score_of(scores), 40, *pairs_of(positives))
+    for prior in (0.001, 0.3):
+        weight = scored.at(prior)
+        assert weight.sum() == pytest.approx(1) and weight[scored.match == 1].sum() == pytest.approx(prior)
+        grid = np.linspace(-3, 4, 20)
+        wanted = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000)
+        wanted.fit(scored.score[:, None], scored.match, weight / weight.mean())
+        platt = matching.fit_platt(scored, prior)
+        # Two more pairs of n + 2 keep a separable sample finite.
+        assert special.logit(platt(grid)) == pytest.approx(
+            special.logit(wanted.predict_proba(grid[:, None])[:, 1]), abs=0.1
+        )
+        wanted = IsotonicRegression(out_of_bounds="clip").fit(scored.score, scored.match, weight)
+        bounds = prior / (scored.match.sum() + 2), 1 - 1 / (scored.match.sum() + 2)
+        steps = wanted.predict(scored.score).clip(*bounds)
+        assert matching.fit_isotonic(scored, prior)(scored.score) == pytest.approx(steps)
+    # Isotonic odds at two priors differ by the odds of the priors alone.
+    low, high = (matching.fit_isotonic(scored, prior)(np.array([0.5, 1.0])) for prior in (0.05, 0.3))
+    assert matching.shifted(low, 0.05, 0.3) == pytest.approx(high)
+
+
+def test_a_separable_sample_has_a_finite_fit():
+    scored = matching.Scored(np.array([0.0, 0.1, 0.9, 1.0]), np.array([0.0, 0, 1, 1]), np.ones(4), np.arange(4))
+    platt = matching.fit_platt(scored, 0.5)
+    assert 0 < platt(0.0) < 0.3 < 0.7 < platt(1.0) < 1
+
+
+def test_figures_of_matching_by_definition(problem):
+    scores, positives, group = problem
+    scored, _ = matching.scored_pairs(score_of(scores), 40, *pairs_of(positives))
+    prior, probability = 0.2, special.expit(scored.score - 1)
+    weight, drawn = scored.at(prior), PairedBootstrap(group, draws=20)
+    figures = matching.figures(scored, probability, prior, drawn)
+    error = 0
+    for low in np.arange(15) / 15:
+        inside = (probability >= low) & (probability < low + 1 / 15)
+        error += abs((weight * (scored.match - probability))[inside].sum())
+    assert figures["ece"] == pytest.approx(error)
+    log = np.where(scored.match == 1, np.log(probability), np.log1p(-probability))
+    assert figures["nll"] == pytest.approx(-weight @ log)
+    assert figures["brier"] == pytest.approx(weight @ (scored.match - probability) ** 2)
+    assert figures["auroc"] == pytest.approx(roc_auc_score(scored.match, scored.score, sample_weight=weight))
+    assert figures["aupr"] == pytest.approx(average_precision_score(scored.match, scored.score, sample_weight=weight))
+    for name in ("nll", "brier", "auroc", "aupr"):
+        low, high = figures["interval"][name]
+        assert low <= figures[name] <= high
+    share = np.array(figures["reliability"]["count"])
+    gap = np.subtract(figures["reliability"]["accuracy"], figures["reliability"]["confidence"])
+    assert share @ abs(gap) == pytest.approx(error)
+
+
+def test_thresholds_by_trying_every_score(problem):
+    scores, positives, group = problem
+    scored, _ = matching.scored_pairs(score_of(scores), 40, *pairs_of(positives))
+    weight, drawn = scored.at(0.2), PairedBootstrap(group, draws=20)
+    for wanted in (0.5, 0.8, 0.95):
+        reached = []
+        for score in np.unique(scored.score):
+            accepted = scored.score >= score
+            if weight[accepted] @ scored.match[accepted] >= wanted * weight[accepted].sum() - 1e-12:
+                reached.append(score)
+        threshold = matching.threshold_for(scored, weight, wanted)
+        assert threshold == (min(reached) if reached else None)
+        if threshold is None:
+            continue
+        figures, accepted = matching.beyond(scored, 0.2, threshold, drawn), scored.score >= threshold
+        assert figures["precision"] == pytest.approx(weight[accepted] @ scored.match[accepted] / weight[accepted].sum())
+        assert figures["recall"] == pytest.approx(weight[accepted] @ scored.match[accepted] / 0.2)
+        assert figures["answered"] == pytest.approx(len(set(scored.query[accepted])) / 60)
+    assert matching.beyond(scored, 0.2, np.inf, drawn)["precision"] is None
+
+
+def slow_sets(scores, scale, kind, threshold):
+    """The items of each query's set, item by item."""
+    sets = []
+    for row in scores:
+        p = special.softmax(scale * row)
+        chosen = set()
+        for item in range(len(row)):
+            above = [j for j in range(len(row)) if (-row[j], j) < (-row[item], item)]
+            value = {"score": -row[item], "lac": 1 - p[item], "aps": p[above].sum()}
+            value["raps"] = value["aps"] + 0.01 * max(0, len(above) + 1 - 5)
+            if value[kind] <= threshold + 1e-12:
+                chosen.add(item)
+        sets.append(chosen)
+    return sets
+
+
+@pytest.mark.parametrize("kind", conformal.KINDS)
+def test_sets_item_by_item(problem, kind):
+    scores, positives, _ = problem
+    ends = conformal.of_answers(score_of(scores), 40, *pairs_of(positives), scale=2.0)[kind]
+    for threshold in (np.median(ends[:, 0]), np.quantile(ends[:, 1], 0.8)):
+        sets = slow_sets(scores, 2.0, kind, threshold)
+        size = conformal.sizes(score_of(scores), 40, 60, {kind: np.full((60, 1), threshold)}, scale=2.0)[kind][:, 0]
+        assert size.tolist() == [len(chosen) for chosen in sets]
+        assert (ends[:, 0] <= threshold + 1e-12).tolist() == [
+            bool(chosen & set(p)) for chosen, p in zip(sets, positives)
+        ]
+        assert (ends[:, 1] <= threshold + 1e-12).tolist() == [chosen >= set(p) for chosen, p in zip(sets, positives)]
+
+
+def test_a_threshold_by_definition():
+    rng = np.random.default_rng(0)
+    values = rng.permutation(100).astype(float)
+    for alpha in (0.05, 0.1, 0.2, 0.33):
+        rank = math.ceil((1 - alpha) * 101)  # split conformal: each query is a group
+        assert conformal.threshold(values, np.arange(100), alpha) == np.sort(values)[rank - 1]
+        least = conformal.least_groups(alpha)
+        assert math.isfinite(conformal.threshold(values[:least], np.arange(least), alpha))
+        assert conformal.threshold(values[: least - 1], np.arange(least - 1), alpha) == math.inf
+        # Groups of several: the least value at which the mean of the groups' distributions reaches its level.
+        group = rng.integers(30, size=100)
+        groups = np.unique(group)
+        reach = [np.mean([np.mean(values[group == g] <= v) for g in groups]) for v in np.sort(values)]
+        level = (1 - alpha) * (1 + 1 / len(groups))
+        assert conformal.threshold(values, group, alpha) == np.sort(values)[np.argmax(np.array(reach) >= level - 1e-9)]
+
+
+def test_coverage_over_redrawn_groups_of_unequal_size():
+    """A new query of a new group is covered with 1 - alpha, though captions of an image depend on each other."""
+    rng, alpha, covered = np.random.default_rng(0), 0.2, []
+    for _ in range(3000):
+        size = rng.integers(1, 8, size=30)
+        of_group = rng.normal(size=30) + size  # larger groups are harder: pooled queries would miss the level
+        values = np.repeat(of_group, size) + 0.1 * rng.normal(size=size.sum())
+        new = np.repeat(np.arange(30), size) == 29
+        limit = conformal.threshold(values[~new], np.repeat(np.arange(30), size)[~new], alpha)
+        covered.append((values[new] <= limit).mean())
+    assert np.mean(covered) == pytest.approx(1 - alpha, abs=3 * np.std(covered) / 3000**0.5 + 1 / 60)
+    assert np.mean(covered) > 1 - alpha - 3 * np.std(covered) / 3000**0.5
+
+
+def test_expected_coverage_by_simulation():
+    rng = np.random.default_rng(0)
+    rank = math.ceil(0.9 * 51)
+    limits = np.sort(rng.random((4000, 50)), axis=1)[:, rank - 1]
+    covered = rng.binomial(40, limits) / 40
+    low, high = conformal.expected_coverage(50, 40, 0.1)
+    assert (covered < low).mean() <= 0.03 and (covered > high).mean() <= 0.03
+    assert low == pytest.approx(np.quantile(covered, 0.025), abs=0.03) and high <= 1
+
+
+def test_uncertainties_with_and_without_by_definition(problem):
+    scores, positives, _ = problem
+    columns = answering.with_and_without(score_of(scores), 40, *pairs_of(positives), scale=2.0)
+    for q, items in enumerate(positives):
+        for side, row in enumerate((scores[q], np.delete(scores[q], items))):
+            p = special.softmax(2 * row)
+            first, second = -np.sort(-row)[:2]
+            wanted = {"top": -first, "margin": second - first, "energy": -special.logsumexp(2 * row) / 2}
+            wanted |= {"entropy": stats.entropy(p), "probability": -np.log(p.max())}
+            for name, value in wanted.items():
+                assert columns[name][q, side] == pytest.approx(value, abs=1e-5)
+        assert columns["hit"][q] == (scores[q].argmax() in items) or (scores[q] == scores[q].max()).sum() > 1
+        assert columns["left"][q] == 40 - len(items)
+        assert columns["best"][q, 1] not in items
+
+
+def test_no_uncertainty_without_two_items_left():
+    scores = torch.tensor([[0.5, 0.4, 0.3], [0.5, 0.4, 0.3]])
+    columns = answering.with_and_without(lambda rows: scores[rows], 3, [0, 0, 1], [0, 1, 0])
+    assert np.isnan(columns["top"][:, 1]).tolist() == [True, False]
+
+
+@pytest.fixture(scope="session")
+def pairs_once(tmp_path_factory):
+    """300 pairs of random embeddings, of which some captions fit several images, cached and `clip` trained on them."""
+
+    def make():
+        rng = np.random.default_rng(0)
+        image = rng.normal(size=(300, 16)).astype(np.float32)
+        text = np.repeat(image, 2, axis=0) + rng.normal(size=(600, 16), scale=1.5).astype(np.float32)
+        np.savez("pairs.npz", image=image, text=text, image_of_text=np.repeat(np.arange(300), 2))
+        splits = ["train0-150", "rest0-150", "train0", "test0", "all"]
+        cache = ["--dataset", "embeddings", "--root", "pairs.npz", "--quiet", "--splits", *splits]
+        cache_embeddings.main([*cache, "--set", "data.options.logit_scale=5.0"])
+        train.main([*CLIP[:-2], "--val-fraction", "0", "--set", "data.train_split=train0-150"])
+
+    return made_once(tmp_path_factory, "decisions", make)
+
+
+@pytest.fixture
+def pairs(pairs_once, tmp_path, monkeypatch):
+    (tmp_path / "embeddings").symlink_to(pairs_once / "embeddings")
+    shutil.copytree(pairs_once / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def result(task, *flags):
+    evaluation.main([*CLIP, "--task", task, *flags])
+    path = Path(RESULT.format(task))
+    return json.loads(path.read_text()), dict(np.load(path.with_suffix(".npz")))
+
+
+def cosines():
+    from datasets.embeddings import Pairs
+
+    split = Pairs("embeddings", "given", "test0")
+    image, text = (np.array(x, dtype=np.float64) for x in (split.image, split.text))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)]
+    return unit[1] @ unit[0].T, split.image_of_text
+
+
+def test_matching_from_files(pairs):
+    """Thresholds of --val, and what they do, by a loop over all pairs of both splits."""
+    values, arrays = result("matching", "--val", "rest0-150", "--prior", "0.05")
+    side, (scores, owner) = values["text_to_image"], cosines()
+    assert side["prior"] == 0.05 and side["base_rate"] == pytest.approx(1 / 60) and side["labels"] == "own"
+    assert side["taught_by"] == {"images": 60, "galleries": [60]}  # 90 of --val: one gallery as large as the evaluated
+    match = owner[:, None] == np.arange(60)
+    assert (arrays["text_to_image_score_hit"] == (scores.argmax(axis=1) == owner)).mean() > 0.99
+    for row in side["matching"]["score"]["thresholds"]:
+        if row["threshold"] is None:
+            assert row["measured"]["precision"] is None
+            continue
+        accepted = scores >= row["threshold"]
+        assert row["measured"]["recall"] == pytest.approx(accepted[match].mean(), abs=0.01)
+        assert row["measured"]["answered"] == pytest.approx(accepted.any(axis=1).mean(), abs=0.01)
+        passed = 0.05 * accepted[match].mean(), 0.95 * accepted[~match].mean()
+        assert row["measured"]["precision"] == pytest.approx(passed[0] / sum(passed), abs=0.01)
+    slope, intercept = side["matching"]["score"]["fitted"]["platt"]
+    best = special.expit(slope * scores.max(axis=1) + intercept)
+    assert arrays["text_to_image_score_platt_confidence"] == pytest.approx(best, abs=2e-3)
+    with open(Path(RESULT.format("matching")).with_suffix(".csv"), newline="") as lines:
+        table = list(csv.DictReader(lines))
+    assert len(table) == 2 * 2 * 5 and table[0]["basis"] == "score"
+    listed = [float(row["threshold"]) if row["threshold"] else None for row in table[:5]]
+    assert listed == [row["threshold"] for row in side["matching"]["score"]["thresholds"]]
+
+
+def test_conformal_from_files(pairs):
+    """Each half of the images is judged by a threshold of the other; sets item by item."""
+    values, arrays = result("conformal", "--alpha", "0.2", "--uncer_levels", "2")
+    side, (scores, owner) = values["text_to_image"], cosines()
+    assert side["taught_by"] == {"images": 30, "galleries": [60]} and side["levels_by"] is None
+    from metrics.calibration import halves
+
+    first = halves(owner)
+    own = scores[np.arange(len(owner)), owner]
+    for kind in conformal.KINDS:
+        record, covered, size = side["conformal"][kind]["0.2"], [], []
+        for half in (first, ~first):
+            if kind == "score":
+                limit = conformal.threshold(-own[half], owner[half], 0.2)
+                covered.append((-own[~half] <= limit).mean())
+                size += (-scores[~half] <= limit).sum(axis=1).tolist()
+        if kind == "score":
+            assert record["coverage"] == pytest.approx(np.mean(covered), abs=0.01)
+            assert record["mean_size"] == pytest.approx(np.mean(size), rel=0.01)
+        assert record["coverage"] == pytest.approx(arrays[f"text_to_image_{kind}_0.2_covered"].mean())
+        assert record["expected"][0] <= record["coverage"] <= 1
+        assert [level["queries"] for level in record["levels"]] == np.bincount(arrays["text_to_image_level"]).tolist()
+        assert record["quartiles"][0] <= record["median_size"] <= record["quartiles"][1]
+    both = values["image_to_text"]["conformal"]["lac"]["0.2"]
+    assert both["all_answers"]["mean_size"] > both["mean_size"]  # two captions take more than one
+
+
+def test_each_group_of_the_users_has_its_own_threshold(pairs, refusal):
+    from datasets.embeddings import Pairs
+
+    names = Pairs("embeddings", "given", "test0").items["image"]
+    rows = "".join(f"{name},{'ab'[i % 2]}\n" for i, name in enumerate(names))
+    (pairs / "place.csv").write_text(f"image,room\n{rows}")
+    values, _ = result("conformal", "--alpha", "0.3", "--by", "place.csv:room")
+    groups = values["text_to_image"]["conformal"]["lac"]["0.3"]["groups"]
+    assert [group["name"] for group in groups] == ["a", "b"] and sum(group["queries"] for group in groups) == 120
+    run = [*CLIP, "--task", "conformal"]
+    assert "has no column 'floor'" in refusal(evaluation.main, *run, "--by", "place.csv:floor")
+    assert "cannot be read" in refusal(evaluation.main, *run, "--by", "none.csv:room")
+    (pairs / "place.csv").write_text(f"image,room\n{rows.split(chr(10))[0]}\n")
+    assert "has no row for the image" in refusal(evaluation.main, *run, "--by", "place.csv:room")
+
+
+def test_unanswerable_from_files(pairs):
+    values, arrays = result("unanswerable", "--val", "rest0-150")
+    side, (scores, owner) = values["text_to_image"], cosines()
+    assert side["asked"] == 120 and side["fit_all"] == 0 and side["labels"] == "own"
+    without = scores.copy()
+    without[np.arange(len(owner)), owner] = -np.inf
+    tops = np.concatenate([scores.max(axis=1), without.max(axis=1)])
+    has = np.repeat([1, 0], 120)
+    assert side["rejection"]["top"]["auroc"] == pytest.approx(roc_auc_score(has, tops), abs=1e-3)
+    hit = np.concatenate([scores.argmax(axis=1) == owner, np.zeros(120)])
+    order = np.argsort(-tops, kind="stable")
+    risk = np.cumsum(1 - hit[order]) / np.arange(1, 241)
+    assert side["rejection"]["top"]["aurc"] == pytest.approx(risk.mean(), abs=5e-3)
+    assert side["rejection"]["learned"]["auroc"] > 0.5 and arrays["text_to_image_learned_with"].shape == (120,)
+    assert arrays["text_to_image_right_with"].min() >= -1 and arrays["text_to_image_right_with"].max() <= 0
+
+
+def test_nothing_learns_from_what_is_judged(pairs, monkeypatch):
+    """Labels of judged queries change no threshold of theirs; --val, --split and the bank have no image in common."""
+    from tasks import decisions
+
+    seen = []
+    original = decisions.folds
+
+    def spy(parts):
+        folds = original(parts)
+        group = np.concatenate([part.group for part in parts])
+        for fold in folds:
+            seen.append(set(group[fold.taught_by]) & set(group[fold.judged]))
+        judged = np.sum([fold.judged for fold in folds], axis=0)
+        assert (judged[: len(parts[0].group)] == 1).all() and not judged[len(parts[0].group) :].any()
+        return folds
+
+    monkeypatch.setattr(decisions, "folds", spy)
+    for flags in ((), ("--val", "rest0-150")):
+        result("unanswerable", *flags)
+    assert len(seen) == 2 * (2 + 1) and not any(seen)
+
+
+def test_what_cannot_be_decided_is_refused(pairs, refusal):
+    run = [*CLIP, "--task"]
+    for alpha in ("0", "1", "-0.1", "1.5"):
+        assert "--alpha must lie between 0 and 1" in refusal(evaluation.main, *run, "conformal", "--alpha", alpha)
+    message = refusal(evaluation.main, *run, "conformal", "--alpha", "0.01")
+    assert "alpha 0.01 takes at least 99 images that teach, and here are 30" in message
+    for prior in ("0", "1", "2"):
+        assert "--prior must lie between 0 and 1" in refusal(evaluation.main, *run, "matching", "--prior", prior)
+    assert "--alpha is for --task conformal" in refusal(evaluation.main, *run, "matching", "--alpha", "0.1")
+    assert "--prior is for --task matching" in refusal(evaluation.main, *run, "retrieval", "--prior", "0.1")
+    assert "judges one score" in refusal(evaluation.main, *run, "matching", "--score", "both")
+    assert "shares 60 images with" in refusal(evaluation.main, *run, "matching", "--val", "all")
+    hubs = ["--hubs", "nnn", "--val", "train0"]
+    assert "from which --hubs learns: name another --val" in refusal(evaluation.main, *run, "matching", *hubs)
+    assert "cannot be read" in refusal(evaluation.main, *run, "unanswerable", "--absent", "nothing.txt")
+    assert not Path("results").exists()
