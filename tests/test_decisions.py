@@ -321,13 +321,13 @@ def test_conformal_from_files(pairs):
     from metrics.calibration import halves
 
     first = halves(owner)
-    own = scores[np.arange(len(owner)), owner]
+    matched = scores[np.arange(len(owner)), owner]
     for kind in conformal.KINDS:
         record, covered, size = side["conformal"][kind]["0.2"], [], []
         for half in (first, ~first):
             if kind == "score":
-                limit = conformal.threshold(-own[half], owner[half], 0.2)
-                covered.append((-own[~half] <= limit).mean())
+                limit = conformal.threshold(-matched[half], owner[half], 0.2)
+                covered.append((-matched[~half] <= limit).mean())
                 size += (-scores[~half] <= limit).sum(axis=1).tolist()
         if kind == "score":
             assert record["coverage"] == pytest.approx(np.mean(covered), abs=0.01)
