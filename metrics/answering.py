@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 
-from metrics.retrieval import Columns, Positives, tiles
+from metrics.score_tiles import Columns, Positives, tiles
 
 NAMES = ("top", "margin", "energy", "entropy", "probability")
 
@@ -96,6 +95,8 @@ def fit(features, target):
     >>> model(np.array([[3.0]])) > model(np.array([[0.0]]))
     array([ True])
     """
+    from sklearn.linear_model import LogisticRegression  # only here: it takes a second to import
+
     mean, spread = features.mean(axis=0), features.std(axis=0)
     spread = np.where(spread > 0, spread, 1)
     if np.ptp(target) == 0:  # all right, or all wrong: by the rule of succession

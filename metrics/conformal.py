@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 import torch
 
-from metrics.retrieval import Columns, Positives, tiles
+from metrics.score_tiles import Columns, Positives, tiles
 
 KINDS = ("score", "lac", "aps", "raps")
 PENALTY, FREE_RANKS = 0.01, 5  # of raps

@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
 
 from metrics.comparison import interval
-from metrics.retrieval import Positives, tiles
+from metrics.score_tiles import Positives, tiles
 from metrics.uncertainty import bin_of
 
 HARDEST, OTHERS = 64, 64  # wrong items of each query: those that score best, and a sample of all others
@@ -146,6 +144,8 @@ def fit_platt(scored, prior):
     >>> round(float(fit_platt(pairs, prior=0.75)(0.0)), 3)
     0.477
     """
+    from sklearn.linear_model import LogisticRegression  # only here: it takes a second to import
+
     mean, spread = scored.score.mean(), scored.score.std() or 1.0
     # Few matches have little weight, so the usual tolerance would stop before they count. Two more pairs, a match and
     # a wrong one, at the mean score: without them a separable sample has no maximum (Platt's targets do the same).
@@ -165,6 +165,8 @@ def fit_isotonic(scored, prior):
     >>> fit_isotonic(pairs, prior=0.75)(0.0)
     np.float64(0.5)
     """
+    from sklearn.isotonic import IsotonicRegression  # only here: it takes a second to import
+
     model = IsotonicRegression(out_of_bounds="clip").fit(scored.score, scored.match, scored.at(prior))
     matches = scored.match.sum()
     bounds = prior / (matches + 2), 1 - 1 / (matches + 2)

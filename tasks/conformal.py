@@ -49,9 +49,9 @@ def _measure(part):
     if part.true is not None:
         labels["true"] = part.true.nonzero()
     for label, positives in labels.items():
-        for kind, ends in conformal.of_answers(part.side.score, part.side.gallery, *positives, part.scale).items():
+        for kind, ends in conformal.of_answers(part.side.score, part.side.gallery, *positives, part.side.scale).items():
             columns |= {f"{kind}_{label}_any": ends[:, 0], f"{kind}_{label}_all": ends[:, 1]}
-    ranking = retrieval.rank(*part.side, part.scale)
+    ranking = retrieval.rank(*part.own, part.side.scale)
     columns["entropy"] = ranking.entropy
     if part.uncertainty is not None:
         columns["query"] = part.uncertainty
@@ -152,9 +152,10 @@ def _evaluate(measured, columns, divisions, alphas):
         )
         for kind in conformal.KINDS
     }
-    sizes = conformal.sizes(part.side.score, part.side.gallery, queries, limits, part.scale)
+    sizes = conformal.sizes(part.side.score, part.side.gallery, queries, limits, part.side.scale)
     subsets = {division.name: _subsets(measured, division) for division in (whole, *divisions)}
-    figures, arrays = {kind: {} for kind in conformal.KINDS}, {"level": divisions[0].number[:queries]}
+    figures = {kind: {} for kind in conformal.KINDS}
+    arrays = {"level": divisions[0].number[:queries], "group": part.group}
     for kind in conformal.KINDS:
         for number, (alpha, (division, end)) in enumerate(itertools.product(alphas, plans)):
             record = figures[kind].setdefault(f"{alpha:g}", {})
@@ -171,6 +172,7 @@ def _evaluate(measured, columns, divisions, alphas):
                 # One threshold for all promises nothing for a level.
                 record["within"] = [subset.figures(covered, size, alpha) for subset in subsets["levels"]]
                 arrays |= {f"{kind}_{alpha:g}_size": size, f"{kind}_{alpha:g}_covered": covered}
+                arrays[f"{kind}_nonconformity"] = columns[f"{kind}_own_any"][:queries]  # to redraw who teaches
                 if f"{kind}_true_any" in columns:
                     record["true_coverage"] = float((columns[f"{kind}_true_any"][:queries] <= limit).mean())
     return figures, arrays
@@ -187,7 +189,7 @@ def _fitted(measured, columns, division, alphas):
 
     return {
         "edges": list(division.edges),
-        "scale": measured.parts[0].scale,
+        "scale": measured.parts[0].side.scale,
         "thresholds": {
             kind: {
                 f"{alpha:g}": {

@@ -22,13 +22,17 @@ from utils.errors import UserError
 class Part(NamedTuple):
     """Q queries of one direction and their gallery of G items."""
 
-    side: Side  # scores, and which items answer which queries
-    scale: float  # of the posterior over the gallery, the softmax of scale * score
+    side: Side  # scores, the scale of their posterior, and which items answer which queries
     group: np.ndarray  # (Q,) the image of each query, or the scene, by a number that is its own in all parts
     uncertainty: np.ndarray | None  # (Q,) of the method, if it has one for queries
     of_answer: np.ndarray | None  # (G,) of the method, if it has one for answers
     true: sparse.csr_array | None = None  # (Q, G) which items fit a query, if known: its own are among them
     column: np.ndarray | None = None  # (Q,) the group that the user puts each query in
+
+    @property
+    def own(self):
+        """The first arguments of `retrieval.rank`, with each query's own items as answers."""
+        return self.side.score, self.side.gallery, self.side.query, self.side.item
 
     @property
     def matches(self):
@@ -66,25 +70,23 @@ def parts(adaptor, adapted, choices, device, bar, images=None):
     of_image = uncertainty_of(image)
     if pairs.classes is not None:
         rows = np.arange(len(images))
-        side = Side(lambda rows: compute(image.rows(rows), adapted.text), len(pairs.classes), rows, pairs.label[images])
-        part = Part(side, scale, group, of_image, uncertainty_of(adapted.text), column=column)
-        return {"image_to_class": part}
+        side = Side(
+            lambda rows: compute(image.rows(rows), adapted.text), len(pairs.classes), rows, pairs.label[images], scale
+        )
+        return {"image_to_class": Part(side, group, of_image, uncertainty_of(adapted.text), column=column)}
     captions = np.flatnonzero(np.isin(pairs.image_of_text, images))
     text, owner = adapted.text.rows(captions), np.searchsorted(images, pairs.image_of_text[captions])
-    both, scales = sides(compute, image, text, owner), dict.fromkeys(("text_to_image", "image_to_text"), scale)
+    both = sides(compute, image, text, owner, scale)
     if choices.hubs:
-        bank = adapted_bank(adaptor, choices.bank, device)
-        both, scales = corrected(both, plain, image, text, bank, choices.hubs, scale)
+        both = corrected(both, plain, image, text, adapted_bank(adaptor, choices.bank, device), choices.hubs)
     true = None if pairs.matches is None else pairs.matches.tocsr()[images][:, captions]
     of_text = uncertainty_of(text)
-    shares = [None if each is None else each[owner] for each in (group, column)]
+    of_caption = [None if each is None else each[owner] for each in (group, column)]
+    turned = None if true is None else true.T.tocsr()
     return {
-        "text_to_image": Part(
-            both["text_to_image"], scales["text_to_image"], shares[0], of_text, of_image,
-            None if true is None else true.T.tocsr(), shares[1],
-        ),
-        "image_to_text": Part(both["image_to_text"], scales["image_to_text"], group, of_image, of_text, true, column),
-    }  # fmt: skip
+        "text_to_image": Part(both["text_to_image"], of_caption[0], of_text, of_image, turned, of_caption[1]),
+        "image_to_text": Part(both["image_to_text"], group, of_image, of_text, true, column),
+    }
 
 
 def galleries(count, images, seed=0):

@@ -38,7 +38,7 @@ def evaluate(adaptor, pairs, choices, device):
 
 
 def _measure(part):
-    return matching.scored_pairs(part.side.score, part.side.gallery, *part.matches, part.scale)
+    return matching.scored_pairs(part.side.score, part.side.gallery, *part.matches, part.side.scale)
 
 
 def _by_basis(measured):
@@ -48,7 +48,7 @@ def _by_basis(measured):
     pairs = [pairs._replace(query=pairs.query + start) for (pairs, _), start in zip(measured.records, first)]
     scored = matching.Scored(*(np.concatenate(column) for column in zip(*pairs)))
     total = np.concatenate([total for _, total in measured.records])
-    scale = np.repeat([part.scale for part in measured.parts], queries)
+    scale = np.repeat([part.side.scale for part in measured.parts], queries)
     odds = matching.log_odds(scored.score, total[scored.query], scale[scored.query])
     return {"score": scored, "posterior": scored._replace(score=odds)}
 

@@ -38,7 +38,7 @@ def evaluate(adaptor, pairs, choices, device):
 def _measure(part):
     """Uncertainties of each query with its items and without: {name: (Q, 2)}, and what `with_and_without` adds."""
     side = part.side
-    columns = answering.with_and_without(side.score, side.gallery, *part.matches, part.scale)
+    columns = answering.with_and_without(side.score, side.gallery, *part.matches, part.side.scale)
     if part.of_answer is not None:
         columns["retrieved"] = part.of_answer[columns["best"]]
     return columns
@@ -81,7 +81,7 @@ def _evaluate(measured, columns):
     figures["fitted"] = {
         key: {"weight": np.asarray(model.weight).tolist(), "intercept": model.intercept}
         for key, model in models.items()
-    } | {"features": list(answering.NAMES), "prior": PRIOR, "scale": part.scale}
+    } | {"features": list(answering.NAMES), "prior": PRIOR, "scale": part.side.scale}
     arrays = {"hit": hit, "group": part.group[judged]}
     for name, values in uncertainties.items():
         arrays |= {f"{name}_with": values[:, 0], f"{name}_without": values[:, 1]}
