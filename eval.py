@@ -24,6 +24,7 @@ import torch
 from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from metrics import hubs
+from reporting import evaluations
 from reporting.terminal import result_text
 from tasks import (
     FOLLOWED,
@@ -319,8 +320,9 @@ def main(argv=None):
         result_file.write(path, metadata | made | figures, arrays)
         if task == "matching":
             write_text(path.with_suffix(".csv"), matching.thresholds_csv(figures))
-    if not args.quiet and task not in DECISIONS:
-        print(result_text(metadata | figures))
+    if not args.quiet:
+        values = metadata | made | figures
+        print(evaluations.as_text(path, values) if task in DECISIONS else result_text(values))
     print(path)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from reporting import evaluations, page, rendering, studies, traces
 from reporting.figures import style
-from reporting.runs import TASKS
+from reporting.runs import OF_EVAL
 from reporting.tables import formats
 from utils.arguments import make_parser
 from utils.config import known
@@ -94,7 +94,7 @@ def main(argv=None):
     folder = folder_of(args.results, args.dataset)
     kinds = read(folder, args.backbone)
     parts = [part for parts in kinds for part in parts]
-    looks = style.looks([part for part in parts if part.task in TASKS])
+    looks = style.looks([part for part in parts if part.task in OF_EVAL])
     for name in style.names():  # of an earlier report, which may have had other parts
         for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
             old.unlink()

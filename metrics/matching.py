@@ -54,8 +54,8 @@ def scored_pairs(
 
     Returns them, and (Q,) the log of the sum of exp(scale * score) over each query's gallery, see `log_odds`. The
     arguments are those of `retrieval.rank`. Thresholds for a high precision lie where only the hardest wrong items
-    are, so these are complete; the sampled ones, and matches of a query that has more than MATCHES, are weighted by how
-    many they stand for. A gallery of at most hardest + others items is scored whole. Raises FloatingPointError if a
+    are, so these are complete; the sampled ones are weighted by how many they stand for, as are matches of a query that
+    has more than MATCHES. A gallery of at most hardest + others items is scored whole. Raises FloatingPointError if a
     score is not finite.
 
     >>> pairs, _ = scored_pairs(lambda rows: torch.eye(3)[rows], 3, range(3), range(3))
@@ -74,11 +74,9 @@ def scored_pairs(
         wrong = scores.clone()
         wrong[row, column] = -torch.inf
         matches = np.bincount(row, minlength=count)
-        chosen = _some_of_each(row, rng)
-        of_query = row[chosen]
-        stands_for = np.maximum(matches / MATCHES, 1)[of_query]
-        values = scores[of_query, column[chosen]].numpy()
-        parts.append((values, np.ones(len(chosen)), stands_for, of_query + rows.start))
+        values = scores[row, column].numpy()
+        chosen, stands_for = _some_of_each(row, values, rng)
+        parts.append((values[chosen], np.ones(len(chosen)), stands_for, row[chosen] + rows.start))
         value = (wrong if whole else wrong.topk(hardest, dim=1).values).numpy()
         of_query = np.repeat(np.arange(count), value.shape[1]).reshape(value.shape)
         real = np.isfinite(value)
@@ -97,11 +95,21 @@ def scored_pairs(
     return Scored(*(np.concatenate(column).astype(kind) for column, kind in columns)), np.concatenate(totals)
 
 
-def _some_of_each(row, rng):
-    """Positions of at most MATCHES of each value of an ascending array, at random."""
-    order = np.lexsort([rng.random(len(row)), row])
-    place = np.arange(len(row)) - np.searchsorted(row, row)
-    return np.sort(order[place < MATCHES])
+def _some_of_each(row, score, rng):
+    """Positions of at most MATCHES matches of each query, and how many each stands for: the best, and others at random.
+
+    row (P,): ascending rows of the queries.
+    """
+    best = np.lexsort([-score, row])[np.searchsorted(row, np.unique(row))]
+    key = rng.random(len(row))
+    key[best] = -1
+    order, first = np.lexsort([key, row]), np.searchsorted(row, row)
+    place = np.empty(len(row), int)
+    place[order] = np.arange(len(row)) - first[order]
+    matches = np.bincount(row)[row]
+    others = (matches - 1) / np.maximum(np.minimum(matches, MATCHES) - 1, 1)
+    chosen = np.flatnonzero(place < MATCHES)
+    return chosen, np.where(place == 0, 1.0, others)[chosen]
 
 
 def log_odds(score, total, scale):

@@ -4,9 +4,9 @@ from collections import defaultdict
 from functools import cached_property
 
 from reporting.parts import NUMBER, Part, must_hold
-from reporting.runs import TASKS, Block, Result, data_sets, has_uncertainty, level_counts
+from reporting.runs import DECISIONS, OF_EVAL, TASKS, Block, Result, data_sets, has_uncertainty, level_counts
 from reporting.tables import by_task, formats
-from reporting.words import DIRECTIONS, OWN, QUERY, followed
+from reporting.words import DIRECTIONS, OWN, QUERY, followed, plain
 from utils.errors import UserError
 from utils.files import is_name, read_json
 
@@ -40,6 +40,7 @@ SHAPES = {  # what a result of each task must hold
     },
     "classification": {"score": str, "image_to_class": DIRECTION | EXAMPLES},
     "hierarchy": HIERARCHY,
+    **{task: {"score": str} for task in DECISIONS},
 }  # fmt: skip
 
 
@@ -135,7 +136,7 @@ class Comparison(Block, Part):
 
 def paths(folder):
     """The result files of eval.py under the folder of a data set."""
-    return [path for task in TASKS for path in sorted(folder.glob(f"**/*-{task}.json"))]
+    return [path for task in OF_EVAL for path in sorted(folder.glob(f"**/*-{task}.json"))]
 
 
 def read(folder, backbone=None):
@@ -150,7 +151,7 @@ def read(folder, backbone=None):
             key = values["evaluated_on"], values["config"]["backbone"], values["task"]
             groups[key][values["variant"]].append(Result(path.relative_to(folder), values, folder))
     # The data set that was trained on comes first.
-    order = sorted(groups, key=lambda key: (key[0] != folder.name, key[0], key[1], TASKS.index(key[2])))
+    order = sorted(groups, key=lambda key: (key[0] != folder.name, key[0], key[1], OF_EVAL.index(key[2])))
     for key in order:
         _must_fit(folder, groups[key], key[2])
     evaluations = [Evaluation(task, data, name, _in_order(groups[data, name, task])) for data, name, task in order]
@@ -197,7 +198,7 @@ def _read_one(path):
         for direction in DIRECTIONS.keys() & values.keys():
             for record in values[direction]["uncertainty"].values():
                 must_hold(record, {"family": str} | ({} if record.get("constant") else RECORD))
-            for probabilities in values[direction]["calibration"].values():
+            for probabilities in values[direction].get("calibration", {}).values():
                 must_hold(probabilities, CALIBRATION)
         if values.get("untrained"):
             _leave_out_own(values)
@@ -221,11 +222,22 @@ def _must_print(part):
     formats.to_text([part])
 
 
+def as_text(path, values):
+    """The tables of a single result as text for the terminal."""
+    part = Evaluation(
+        values["task"],
+        values["evaluated_on"],
+        values["config"]["backbone"],
+        {values["variant"]: [Result(path, values)]},
+    )
+    return plain(formats.to_text([part]))
+
+
 def _must_fit(folder, variants, task):
     """Raise a UserError naming two files that must not stand in one table, or whose mean would mean nothing."""
     runs = [run for variant in variants.values() for run in variant]
     alike = {"fingerprint": "embeddings"}
-    if task != "hierarchy":
+    if task in TASKS and task != "hierarchy":
         alike |= {"uncer_levels": "numbers of uncertainty levels", "drop_remainder": "choices of --drop-remainder"}
     _must_agree(folder, runs, alike)
     # Without an uncertainty there is nothing to choose.

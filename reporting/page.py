@@ -12,7 +12,7 @@ from reporting import findings, tables
 from reporting.figures import style
 from reporting.pictures import Pictures
 from reporting.rendering import render
-from reporting.runs import TASKS
+from reporting.runs import OF_EVAL
 from reporting.words import ANSWER, DIRECTIONS, MINUS, NONE, QUERY, followed
 
 SHOWN = 5  # of the most and of the least certain queries, per method and direction
@@ -55,7 +55,7 @@ def page(dataset, parts, looks, figures=None):
         dataset=dataset,
         opening=opening,
         sections=sections,
-        adaptors=any(part.task in TASKS for part in parts),
+        adaptors=any(part.task in OF_EVAL for part in parts),
         pictures=pictures,
         script=Markup(script),
         # The one script that the page's policy allows.
@@ -91,7 +91,7 @@ def _section(number, part, figures, pictures, without):
 
 def _figures(number, part, looks, figures):
     """The figures of a Part that have something to draw, as the template shows them."""
-    unified = part.task in TASKS and any(looks[variant].unified for variant in part.results)
+    unified = part.task in OF_EVAL and any(looks[variant].unified for variant in part.results)
     return [
         {
             "name": drawing.name,

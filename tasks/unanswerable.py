@@ -107,7 +107,8 @@ def rejection(answerable, unanswerable, hit, drawn):
     has_answer = np.repeat([1.0, 0.0], [len(answerable), len(unanswerable)])
     right = np.concatenate([hit, np.zeros(len(unanswerable))])
     area = auroc(values, has_answer)
-    figures = {"auroc": area, "interval": interval(drawn.auroc(values, has_answer))}
+    statistic = drawn.auroc(values, has_answer)
+    figures = {"auroc": area, "interval": interval(statistic[np.isfinite(statistic)])}  # a draw may lack either kind
     figures["fpr95"] = false_positive_rates(values, has_answer)[0]
     figures |= {"auroc_right": auroc(values, right), "aurc": selective(values, right).aurc}
     figures["best_aurc"] = float(risk_coverage(-right, right).mean())

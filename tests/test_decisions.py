@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import cache_embeddings
 import eval as evaluation
 import train
+import uncertainty
 from metrics import answering, conformal, matching
 from metrics.comparison import PairedBootstrap
 
@@ -411,3 +412,134 @@ def test_what_cannot_be_decided_is_refused(pairs, refusal):
     assert "from which --hubs learns: name another --val" in refusal(evaluation.main, *run, "matching", *hubs)
     assert "cannot be read" in refusal(evaluation.main, *run, "unanswerable", "--absent", "nothing.txt")
     assert not Path("results").exists()
+
+
+@pytest.fixture(scope="session")
+def searched_once(small_world, tmp_path_factory):
+    """The small `shapes`, with `clip` and what its captions teach about decisions."""
+
+    def make():
+        for name in ("embeddings", "data"):
+            Path(name).symlink_to(small_world / name)
+        train.main(["--dataset", "shapes", "--method", "clip", "--quiet", "--device", "cpu"])
+        run = ["--dataset", "shapes", "--method", "clip", "--quiet", "--device", "cpu", "--score", "log_likelihood"]
+        Path("absent.txt").write_text("a dog on a sofa\n\na city at night\na red hexagon\n")
+        for task in ("matching", "conformal", "unanswerable"):
+            evaluation.main([*run, "--task", task, *(["--absent", "absent.txt"] * (task == "unanswerable"))])
+
+    return made_once(tmp_path_factory, "searched", make)
+
+
+@pytest.fixture
+def searched(searched_once, tmp_path, monkeypatch):
+    for name in ("embeddings", "data"):
+        (tmp_path / name).symlink_to(searched_once / name)
+    for name in ("checkpoints", "results"):
+        shutil.copytree(searched_once / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SEARCH = ["--dataset", "shapes", "--method", "clip", "--device", "cpu", "--gallery", "val"]
+LEARNED = "results/shapes/shapes-tiny/clip/seed0/shapes-{}.json"
+
+
+def test_answers_from_files(searched, capsys):
+    """What a search prints for captions of the gallery itself, by the definitions, on the scores of all pairs."""
+    from datasets.embeddings import Pairs
+
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    texts = [pairs.items["text"][row] for row in (3, 40, 41)]
+    uncertainty.main(
+        [*SEARCH, "--json", "--html", "page.html", "--unanswerable", "0.2", *texts, pairs.items["image"][7]]
+    )
+    rows = json.loads(capsys.readouterr().out)
+    sets, rejection = (json.loads(Path(LEARNED.format(t)).read_text()) for t in ("conformal", "unanswerable"))
+    image, text = (np.array(x, dtype=np.float64) for x in (pairs.image, pairs.text))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)]
+    cosine = unit[1] @ unit[0].T
+    for row, scores in zip(rows, (*cosine[[3, 40, 41]], unit[0][7] @ unit[1].T), strict=True):
+        side = "text_to_image" if row["kind"] == "text" else "image_to_text"
+        names = pairs.items["image" if row["kind"] == "text" else "text"]
+        fitted, models = sets[side]["fitted"], rejection[side]["fitted"]
+        p = special.softmax(fitted["scale"] * scores)
+        assert row["best"][0]["probability"] == pytest.approx(p.max(), rel=0.05)
+        assert scores[names.index(row["best"][0]["answer"])] >= scores.max() - 2e-3
+        level = np.searchsorted(fitted["edges"], stats.entropy(p), side="right")
+        limit = fitted["thresholds"]["lac"]["0.1"]["levels"][level]
+        assert row["set_size"] == pytest.approx((1 - p <= limit).sum(), abs=2)
+        first, second = -np.sort(-scores)[:2]
+        energy = -special.logsumexp(fitted["scale"] * scores) / fitted["scale"]
+        features = np.array([-first, second - first, energy, stats.entropy(p), -np.log(p.max())])
+        answer, right = (
+            special.expit(features @ models[k]["weight"] + models[k]["intercept"]) for k in ("answer", "right")
+        )
+        answer = 0.8 * answer / (0.8 * answer + 0.2 * (1 - answer))  # from one without an answer in two to one in five
+        assert row["nothing_fits"] == pytest.approx(1 - answer, abs=0.03)
+        assert row["right"] == pytest.approx(answer * right, abs=0.03)
+    page = Path("page.html").read_text()
+    assert page.count("<section>") == 4 and "data:image/" in page and "http" not in page.replace("http-equiv", "")
+    uncertainty.main([*SEARCH, texts[0]])
+    printed = capsys.readouterr().out
+    assert "the first answer is right: 0." in printed and "nothing fits: 0." in printed
+
+
+def test_captions_of_what_no_image_shows(searched):
+    side = json.loads(Path(LEARNED.format("unanswerable")).read_text())["text_to_image"]
+    arrays = np.load(Path(LEARNED.format("unanswerable")).with_suffix(".npz"))
+    assert side["absent"]["queries"] == 3 and side["absent"]["text"][1] == "a city at night"
+    for name, record in side["absent"]["rejection"].items():
+        present, absent = (arrays[f"text_to_image_{name}_{which}"] for which in ("present", "absent"))
+        wanted = roc_auc_score(np.repeat([1, 0], [len(present), 3]), -np.concatenate([present, absent]))
+        assert record["auroc"] == pytest.approx(wanted, abs=1e-6)
+    assert side["labels"] == "true" and side["asked"] + side["fit_all"] == 500
+
+
+def test_what_cannot_be_searched_is_refused(searched, refusal):
+    assert "--html shows the answers of a --gallery" in refusal(
+        uncertainty.main, *SEARCH[:-2], "--html", "a", "a photo"
+    )
+    assert "--alpha 0.3 is none of 0.05, 0.1, 0.2" in refusal(uncertainty.main, *SEARCH, "--alpha", "0.3", "a photo")
+    assert "--unanswerable must lie" in refusal(uncertainty.main, *SEARCH, "--unanswerable", "1", "a photo")
+    assert "is missing: run" in refusal(uncertainty.main, *SEARCH[:-1], "test", "a photo")
+    message = refusal(uncertainty.main, *SEARCH, "--learned-on", "test", "a photo")
+    assert (
+        "shapes+test-conformal.json is missing, from which to answer: run `python eval.py --dataset shapes" in message
+    )
+    path = Path(LEARNED.format("conformal"))
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"checkpoint": "0"}))
+    assert "is of other weights than" in refusal(uncertainty.main, *SEARCH, "a photo")
+    path.write_text(json.dumps(values)[:-9])
+    assert "is damaged: delete it and run" in refusal(uncertainty.main, *SEARCH, "a photo")
+
+
+def test_decisions_have_parts_in_the_report(searched):
+    """Each cell of the tables as it stands in the results; each figure has something to draw."""
+    import report
+    from reporting.figures import style
+
+    values = {
+        task: json.loads(Path(LEARNED.format(task)).read_text()) for task in ("matching", "conformal", "unanswerable")
+    }
+    parts = report.evaluations.read(Path("results/shapes"))
+    assert [part.task for part in parts] == list(values)
+    tables = {table.name: table for part in parts for table in part.tables}
+    assert tables.keys() == {"matching", "thresholds", "conformal", "unanswerable"}
+    cells = {row.name: row.cells for name in tables for _, rows in tables[name].groups for row in rows}
+    side = {task: result["text_to_image"] for task, result in values.items()}
+    posterior = side["matching"]["matching"]["posterior"]
+    assert cells["clip, posterior by isotonic"]["text_to_image_ece"].mean == posterior["isotonic"]["ece"]
+    row = posterior["thresholds"][2]["measured"]
+    assert cells["clip, posterior, 90 %"]["text_to_image_recall"].mean == pytest.approx(100 * row["recall"])
+    record = side["conformal"]["conformal"]["aps"]["0.1"]
+    assert cells["clip, APS"]["text_to_image_0.1_coverage"].mean == pytest.approx(100 * record["coverage"])
+    worst = min(level["coverage"] for level in record["levels"])
+    assert cells["clip, APS"]["text_to_image_0.1_levels"].mean == pytest.approx(100 * worst)
+    record = side["unanswerable"]["rejection"]["energy"]
+    assert cells["clip, energy"]["text_to_image_auroc"].mean == record["auroc"]
+    looks = style.looks(parts)
+    for part in parts:
+        for drawing in style.drawings(part):
+            for width in (style.WIDE, 3.6):
+                assert len(drawing.draw(part, looks, width).findobj()) > 50

@@ -3,6 +3,7 @@
 from functools import partial
 
 from reporting.tables.classification import ACROSS, across, classification, differences
+from reporting.tables.decisions import conformal, matching, thresholds, unanswerable
 from reporting.tables.gains import gains
 from reporting.tables.hierarchy import hierarchy
 from reporting.tables.hubs import hubs
@@ -13,6 +14,9 @@ TABLES = {
     "retrieval": (gains, recall, uncertainty, levels, selective, hubs, truth, eccv, calibration, hierarchy),
     "classification": (classification, selective),
     "hierarchy": (hierarchy,),
+    "matching": (matching, thresholds),
+    "conformal": (conformal,),
+    "unanswerable": (unanswerable,),
     "comparison": (
         *(partial(across, figure) for figure in ACROSS),
         *(partial(differences, figure) for figure in ("nll", "ece")),
