@@ -6,7 +6,8 @@
     python eval.py --dataset hierarcaps --train-dataset coco --method asymvlm-psd --seed 0 --task hierarchy
 
 Pairs are retrieved in both directions; images with classes are classified zero-shot by prompts; chains of prompts show
-whether uncertainty falls from general to specific. --val adds a temperature fitted on another split's labels. Writes
+whether uncertainty falls from general to specific; the tasks of docs/decisions.md say which pairs match, which answers
+to show, and whether there is one. --val adds a temperature fitted on another split's labels. Writes
 results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated on>-<task>.json, and beside it an .npz of the figures per
 query.
 """

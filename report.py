@@ -2,10 +2,9 @@
 
     python report.py --dataset shapes
 
-reads results/<trained on>/**/*-retrieval.json, *-classification.json and *-hierarchy.json of eval.py, active/** of
-active_learning.py and factor-trace.json of benchmarks/factor_trace.py, whichever there are, and writes into
-results/<trained on>: report.html (one self-contained page), table.md, table.tex, table.csv (in long form: a line per
-figure), and every figure as .png and .pdf.
+reads results/<trained on>/**/*-<task>.json of eval.py, active/** of active_learning.py and factor-trace.json of
+benchmarks/factor_trace.py, whichever there are, and writes into results/<trained on>: report.html (one self-contained
+page), table.md, table.tex, table.csv (in long form: a line per figure), and every figure as .png and .pdf.
 """
 
 import utils.interrupt  # noqa: F401

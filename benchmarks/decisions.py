@@ -23,7 +23,7 @@ import cache_embeddings
 import eval as evaluation
 import train
 from benchmarks.few_pairs import run
-from metrics.calibration import halves
+from metrics.calibration import calibration_error, expected_error, halves, reliability
 from metrics.conformal import KINDS, expected_coverage, threshold
 from reporting.words import NONE, RETRIEVAL
 from tasks import answers
@@ -77,12 +77,16 @@ def mean(values, digits=3):
 
 
 def matching_table(results, direction):
-    lines = ["| by | ECE, all pairs | ECE, best answers | AUROC | AUPR |", "|:--|--:|--:|--:|--:|"]
+    lines = ["| by | ECE, all pairs | ECE, best answers (by chance) | AUROC | AUPR |", "|:--|--:|--:|--:|--:|"]
     sides = [result["matching"][0][direction]["matching"] for result in results]
     for basis in ("score", "posterior"):
         for kind in ("platt", "isotonic"):
             records = [side[basis][kind] for side in sides]
-            cells = [mean([r["ece"] for r in records], 5), mean([r["best_answer"]["ece"] for r in records])]
+            columns = [f"{direction}_{basis}_{kind}_confidence", f"{direction}_{basis}_hit"]
+            # Of all parts together: 100 queries have an ECE of .1 by chance.
+            confidence, hit = (np.concatenate([r["matching"][1][column] for r in results]) for column in columns)
+            best = calibration_error(reliability(confidence, hit))
+            cells = [mean([r["ece"] for r in records], 5), f"{best:.3f} ({expected_error(confidence)[0]:.3f})"]
             cells += [mean([r[key] for r in records]) for key in ("auroc", "aupr")]
             lines.append(f"| {basis}, {kind} | {' | '.join(cells)} |")
     lines += ["", "| precision asked for | basis | precision | recall | queries answered |", "|--:|:--|--:|--:|--:|"]
