@@ -34,6 +34,7 @@ from tasks import (
     Choices,
     classification,
     conformal,
+    correctness,
     hierarchy,
     matching,
     retrieval,
@@ -49,7 +50,7 @@ from utils.errors import UserError, exits_cleanly
 from utils.files import locked, must_write, write_text
 
 FEW_LEVELS, ALPHAS = 5, (0.05, 0.1, 0.2)  # of decisions
-DECISIONS = {"matching": matching, "conformal": conformal, "unanswerable": unanswerable}
+DECISIONS = {"matching": matching, "conformal": conformal, "unanswerable": unanswerable, "correctness": correctness}
 TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": hierarchy} | DECISIONS
 FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",)}
 

@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 OWN_ARRAYS = ("text_uncertainty", "image_uncertainty", "chain_uncertainty")  # a method's own uncertainties
 TASKS = ("retrieval", "classification", "hierarchy")
-DECISIONS = ("matching", "conformal", "unanswerable")  # tasks that judge what uncertainties are for
+DECISIONS = ("matching", "conformal", "unanswerable", "correctness")  # tasks that judge what uncertainties are for
 OF_EVAL = (*TASKS, *DECISIONS)
 
 

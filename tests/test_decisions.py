@@ -19,8 +19,9 @@ import cache_embeddings
 import eval as evaluation
 import train
 import uncertainty
-from metrics import answering, conformal, matching
+from metrics import answering, conformal, correctness, matching
 from metrics.comparison import PairedBootstrap
+from models import vilu
 
 CLIP = ["--dataset", "embeddings", "--method", "clip", "--quiet", "--device", "cpu"]
 RESULT = "results/embeddings/given/clip/seed0/embeddings-{}.json"
@@ -543,3 +544,149 @@ def test_decisions_have_parts_in_the_report(searched):
         for drawing in style.drawings(part):
             for width in (style.WIDE, 3.6):
                 assert len(drawing.draw(part, looks, width).findobj()) > 50
+
+
+@pytest.fixture
+def classes(tmp_path, monkeypatch):
+    """300 embeddings of images in six classes, and `clip`."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    center, label = rng.normal(size=(6, 16)), np.arange(300) % 6
+    image = center[label] + rng.normal(size=(300, 16), scale=1.5)
+    names = {"label": label, "class_of_text": np.arange(6), "class_name": np.array(list("abcdef"))}
+    np.savez("classes.npz", image=image.astype(np.float32), text=center.astype(np.float32), **names)
+    cache = ["--dataset", "embeddings", "--root", "classes.npz", "--quiet", "--splits", "test0", "train0", "train0-90"]
+    cache_embeddings.main([*cache, "rest0-90", "--set", "data.options.logit_scale=8.0"])
+    train.main([*CLIP[:-2], "--set", "data.train_split=train0-90"])
+
+
+def test_classes_have_sets_and_rejection_too(classes, refusal):
+    """The same tasks on images with classes, whose gallery is the classes; sets by the definition."""
+    from datasets.embeddings import Pairs
+    from metrics.calibration import halves
+
+    values, arrays = result("conformal", "--alpha", "0.1")
+    record = values["image_to_class"]["conformal"]["lac"]["0.1"]
+    split = Pairs("embeddings", "given", "test0")
+    unit = [
+        np.array(x, float) / np.linalg.norm(np.array(x, float), axis=1, keepdims=True)
+        for x in (split.image, split.text)
+    ]
+    p = special.softmax(values["image_to_class"]["fitted"]["scale"] * unit[0] @ unit[1].T, axis=1)
+    first, right = halves(np.arange(60)), 1 - p[np.arange(60), split.label]
+    limit = np.where(first, np.sort(right[~first])[27], np.sort(right[first])[27])  # of 30: the 28th, ceil(0.9 * 31)
+    assert record["coverage"] == pytest.approx((right <= limit).mean(), abs=0.02)
+    assert record["mean_size"] == pytest.approx((1 - p <= limit[:, None]).sum(axis=1).mean(), abs=0.1)
+    assert len(arrays["image_to_class_lac_0.1_size"]) == 60
+    values, _ = result("unanswerable", "--val", "rest0-90")
+    without = np.where(np.arange(6) == split.label[:, None], -1, unit[0] @ unit[1].T).max(axis=1)
+    tops = np.concatenate([(unit[0] @ unit[1].T).max(axis=1), without])
+    wanted = roc_auc_score(np.repeat([1, 0], 60), tops)
+    assert values["image_to_class"]["rejection"]["top"]["auroc"] == pytest.approx(wanted, abs=2e-3)
+    values, _ = result("matching")
+    assert values["image_to_class"]["base_rate"] == pytest.approx(1 / 6)
+    message = refusal(evaluation.main, *CLIP, "--task", "matching", "--hubs", "nnn")
+    assert "--hubs corrects no classes for --task matching" in message
+
+
+def test_a_method_with_a_match_probability_stands_beside(pairs):
+    run = ["--dataset", "embeddings", "--method", "pcmepp", "--quiet", "--device", "cpu"]
+    small = ["train.epochs=1", "data.train_split=train0-150", "model.width=16", "train.batch_size=64"]
+    train.main([*run, "--set", *small])
+    for task in ("matching", "conformal", "unanswerable"):
+        evaluation.main([*run, "--task", task, "--score", "log_likelihood"])
+    values = {
+        task: json.loads(path.read_text()) for path in Path("results").rglob("*.json") for task in [path.stem[11:]]
+    }
+    side = values["matching"]["text_to_image"]["matching"]["score"]
+    assert side["model"]["auroc"] == side["isotonic"]["auroc"] and side["model"]["ece"] != side["isotonic"]["ece"]
+    assert values["conformal"]["text_to_image"]["levels_by"] == "query"
+    assert "retrieved" in values["unanswerable"]["text_to_image"]["rejection"]
+
+
+def test_hub_correction_is_of_another_bank(pairs):
+    """Scores less a constant for each item, which changes what is decided."""
+    plain, _ = result("unanswerable", "--val", "rest0-150")
+    corrected, _ = result("unanswerable", "--val", "rest0-150", "--hubs", "nnn")
+    assert corrected["config"]["hubs"] == "nnn"
+    tops = [values["text_to_image"]["rejection"]["top"]["auroc"] for values in (plain, corrected)]
+    assert tops[0] != tops[1]
+
+
+def test_doctor_and_relative_uncertainty_by_loops():
+    rng = np.random.default_rng(0)
+    probability, hit = rng.dirichlet(np.ones(5), size=40), rng.integers(2, size=40)
+    wanted = np.zeros((5, 5))
+    for i in range(5):
+        for j in range(5):
+            shares = [np.mean([p[i] * p[j] for p, h in zip(probability, hit) if h == right]) for right in (0, 1)]
+            wanted[i, j] = max(0, 0.5 * shares[0] - 0.5 * shares[1]) if i != j else 0
+    wanted /= np.sqrt((wanted**2).sum())
+    matrix = correctness.relative_matrix(probability, hit)
+    assert matrix == pytest.approx(wanted)
+    value = [sum(p[i] * wanted[i, j] * p[j] for i in range(5) for j in range(5)) for p in probability]
+    assert correctness.relative(probability, matrix) == pytest.approx(value)
+    assert correctness.doctor(probability) == pytest.approx([(1 - (p**2).sum()) / (p**2).sum() for p in probability])
+    # Where nothing tells wrong answers from right ones, it is Gini's coefficient, up to a factor.
+    gini = correctness.relative(probability, correctness.relative_matrix(probability, np.ones(40)))
+    assert gini / gini[0] == pytest.approx((1 - (probability**2).sum(axis=1)) / (1 - (probability[0] ** 2).sum()))
+
+
+def test_vilu_reads_what_the_paper_says():
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(n, 6, dtype=torch.float64), dim=1) for n in (9, 4))
+    logit = 10 * image @ text.T
+    rows = vilu.inputs(image, text, logit, scores=True)
+    for row, v, scores in zip(rows, image, logit):
+        p = torch.exp(scores - scores.max()) / torch.exp(scores - scores.max()).sum()
+        expected = sum(share * t for share, t in zip(p, text))
+        first, second = sorted(p.log().tolist())[::-1][:2]
+        wanted = [*v.tolist(), *expected.tolist(), *text[int(scores.argmax())].tolist(), first, first - second]
+        assert row.tolist() == pytest.approx(wanted)
+    official = vilu.ViLU(512, vilu.PRESETS["official"]["widths"], scores=False)
+    assert sum(p.numel() for p in official.parameters()) == 951_297  # of the paper's code at D = 512, without its maps
+    hit = torch.tensor([1.0, 1, 1, 0])
+    assert vilu.wrong_weight(hit) == pytest.approx(math.log(1 + 0.75 / 0.25))  # as published
+    assert vilu.wrong_weight(torch.ones(4)) == 1.0
+
+
+def test_vilu_learns_what_probability_does_not_know():
+    """Two classes look alike to the text; which images are mistaken shows in the image alone."""
+    rng = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.normalize(torch.randn(600, 8, generator=rng), dim=1)
+    text = torch.eye(8)[:3]
+    logit, hit = torch.zeros(600, 3) + 0.01 * image @ text.T, (image[:, 5] > 0).float()
+    model = vilu.fit(image[:400], text, logit[:400], hit[:400])
+    with torch.inference_mode():
+        output = model(image[400:], text, logit[400:])
+    assert roc_auc_score(hit[400:], output) > 0.9
+    again = vilu.fit(image[:400], text, logit[:400], hit[:400])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_correctness_from_files(classes, refusal):
+    from datasets.embeddings import Pairs
+
+    values, arrays = result("correctness", "--val", "rest0-90")
+    side, split = values["image_to_class"], Pairs("embeddings", "given", "test0")
+    parts = (np.array(x, float) for x in (split.image, split.text))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in parts]
+    cosine = unit[0] @ unit[1].T
+    assert side["accuracy"] == pytest.approx((cosine.argmax(axis=1) == split.label).mean(), abs=0.02)
+    assert list(side["correctness"]) == [
+        "probability",
+        "doctor",
+        "temperature",
+        "rel-u",
+        "vilu",
+        "vilu, official",
+        "probe",
+    ]
+    hit = arrays["image_to_class_hit"]
+    for name, record in side["correctness"].items():
+        predicted = arrays[f"image_to_class_{name}"]
+        assert record["auroc"] == pytest.approx(roc_auc_score(hit, predicted)) and np.isfinite(predicted).all()
+        assert record["interval"][0] <= record["auroc"] <= record["interval"][1]
+    assert side["correctness"]["doctor"]["labels"] == "none" and "ece" not in side["correctness"]["doctor"]
+    assert side["taught_by"]["images"] == 150
+    assert not side["correctness"]["probe"]["auroc"] < 0.5

@@ -3,7 +3,7 @@
 from functools import partial
 
 from reporting.tables.classification import ACROSS, across, classification, differences
-from reporting.tables.decisions import conformal, matching, thresholds, unanswerable
+from reporting.tables.decisions import conformal, correctness, matching, thresholds, unanswerable
 from reporting.tables.gains import gains
 from reporting.tables.hierarchy import hierarchy
 from reporting.tables.hubs import hubs
@@ -17,6 +17,7 @@ TABLES = {
     "matching": (matching, thresholds),
     "conformal": (conformal,),
     "unanswerable": (unanswerable,),
+    "correctness": (correctness,),
     "comparison": (
         *(partial(across, figure) for figure in ACROSS),
         *(partial(differences, figure) for figure in ("nll", "ece")),

@@ -188,6 +188,38 @@ def unanswerable(block):
     return make("unanswerable", "Is there an answer?", columns, rows_of(block, columns, rows), note)
 
 
+def correctness(block):
+    """How well predictors of a right answer do, by the labels that they have seen."""
+    columns, group = [], DIRECTIONS["image_to_class"]
+
+    def read(values, selector, key):
+        value = find(values, "image_to_class", "correctness", selector.probabilities, key)
+        return tuple(value) if isinstance(value, list) else value
+
+    figures = (
+        ("labels", "labels", 0, None, "what it has seen of the images that teach"),
+        ("auroc", "AUROC", 3, max, "that a right answer is more surely right than a wrong one"),
+        ("interval", "interval", 3, None, "95 % of the bootstrap over images"),
+        ("fpr95", "FPR95", 3, min, "wrong answers that pass where 95 % of the right ones do"),
+        ("aurc", "AURC", 3, min, "area under risk and coverage"),
+        ("nll", "log score", 3, min, "of the stated probability that the answer is right"),
+        ("ece", "ECE", 3, min, "of the same"),
+    )
+    for key, title, digits, best, note in figures:
+        columns.append(Column(f"image_to_class_{key}", group, title, digits, partial(read, key=key), best, note=note))
+
+    def rows(runs):
+        names = runs[0].values["image_to_class"]["correctness"]
+        return [(f", {name}", Selector(probabilities=name)) for name in names]
+
+    side = block.first["image_to_class"]
+    note = (
+        f"{side['taught_by']['images']:,} labeled images teach. CLIP answers {100 * side['accuracy']:.1f} % right, the"
+        f" linear probe of the same labels {100 * side['probe_accuracy']:.1f} %: where it is far above, answer with it."
+    )
+    return make("correctness", "Is the answer right?", columns, rows_of(block, columns, rows), note)
+
+
 def _rejection(direction, path, key, values, selector):
     value = find(values, direction, *path, selector.probabilities, key)
     return tuple(value) if isinstance(value, list) else value
