@@ -70,8 +70,10 @@ def auroc_of_draws(uncertainty, hit, times, group=None):
         drawn = times[rows].astype(np.float64)
         right = np.zeros((len(drawn), len(hits) + 1))
         np.cumsum(np.take(drawn, columns[hits], axis=1) * hit[hits], axis=1, out=right[:, 1:])
-        wrong = np.take(drawn, columns[misses], axis=1) * (1 - hit[misses])
-        outranked = np.take(right, lower, axis=1) + np.take(right, upper, axis=1)  # twice: ties count half
+        wrong = np.take(drawn, columns[misses], axis=1)
+        wrong *= 1 - hit[misses]
+        outranked = np.take(right, lower, axis=1)
+        outranked += np.take(right, upper, axis=1)  # twice: ties count half
         pairs = right[:, -1] * wrong.sum(axis=1)
         np.divide(np.einsum("ij,ij->i", wrong, outranked) / 2, pairs, where=pairs > 0, out=aurocs[rows])
     return aurocs

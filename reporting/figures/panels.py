@@ -53,7 +53,7 @@ def reliability(block, looks, width=style.WIDE):
         for (part, legend), (direction, panels) in zip(parts, grids.items()):
             part.suptitle(DIRECTIONS[direction], fontsize=9)
             rows = math.ceil(len(panels) / columns)
-            grid = part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+            grid = part.subplots(rows, columns, squeeze=False).ravel()
             for axes, (variant, calibration) in zip(grid, panels.items()):
                 handles = _reliability_panel(axes, variant, calibration, looks[variant])
             style.finish_grid(grid, len(panels), columns)
@@ -109,7 +109,7 @@ def uncertainty_against_ambiguity(block, looks, width=style.WIDE):
     human = block.task == "classification"
     columns = min(3, len(samples)) if width >= style.WIDE else min(2, len(samples))
     rows = math.ceil(len(samples) / columns)
-    with matplotlib.rc_context(style.rc()):
+    with matplotlib.rc_context(style.rc() | {"axes.titley": None}):  # above the axis at the top
         figure = Figure(figsize=(width, 0.9 + 1.75 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for i, (variant, (ambiguity, uncertainty, spearman)) in enumerate(samples.items()):
@@ -125,6 +125,7 @@ def uncertainty_against_ambiguity(block, looks, width=style.WIDE):
                 top.set_xlabel("Matching images", fontsize=8)
         for axes in panels[len(samples) :]:
             axes.remove()
+        style.unlabelled(*panels[: len(samples)])
         figure.supxlabel("Entropy of human labels (nats)" if human else "True ambiguity (nats)", fontsize=9)
         figure.supylabel("Uncertainty (own scale)", fontsize=9)
     return figure
@@ -205,6 +206,7 @@ def uncertainty_distributions(block, looks, width=style.WIDE):
             axes.set_title(variant, fontsize=8)
         for axes in panels[len(samples) :]:
             axes.remove()
+        style.unlabelled(*panels[: len(samples)])
         figure.supxlabel("Uncertainty (own scale)", fontsize=9)
         figure.supylabel("Share per bin (%)", fontsize=9)
         handles = {
