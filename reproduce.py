@@ -3,6 +3,7 @@
     python reproduce.py --datasets coco flickr30k --methods all --seeds 0 1 2 3 4
     python reproduce.py --datasets coco --evaluate-on coco flickr30k --methods all --devices cuda:0 cuda:1
     python reproduce.py --datasets coco --methods all --presets default reference --dry-run
+    python reproduce.py --datasets pairs --methods clip linear --folds 5
 
 A grid cell is one run plus its evaluations. It is skipped if a complete result with the same configuration, weights and
 embeddings exists, so a killed command goes on where it stopped. Missing caches are made where the data are at hand. A
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.embeddings import META, Pairs, cache_folder
+from datasets.embeddings import META, Pairs, cache_folder, cached_as
+from datasets.folds import WHOLE, named
 from utils import result_file
 from utils.arguments import PRESET, make_parser
 from utils.checkpoint import Run
@@ -35,6 +37,8 @@ def parse(argv):
     add("--datasets", **names, required=True, help=f"trained on; any of {', '.join(known('datasets'))}")
     add("--evaluate-on", **names, help="data sets to evaluate every run on; by default the one it is trained on")
     add("--split", metavar="NAME", help="split to evaluate on; by default that of each data set's YAML")
+    folds = "K-fold cross-validation of the split `all`, or of --split: each cell once for each of K parts, disjoint by"
+    add("--folds", type=int, metavar="K", help=f"{folds} image, that it is tested on; the report shows means over them")
     add("--backbones", **names, default=[None], help="by default that of the data set trained on")
     add("--methods", **names, default=["all"], help=f"all that the data allow, or any of {', '.join(known('methods'))}")
     add("--presets", **names, default=["default"], help=f"{PRESET}; a method without a preset is left out there")
@@ -123,7 +127,7 @@ class Cell:
 
     def _uncached(self, dataset):
         needed = (self.config.dataset, self.config.data.train_split), (dataset, self.splits[dataset])
-        caches = [(name, self.config.backbone, split) for name, split in needed]
+        caches = [(name, self.config.backbone, cached_as(split)) for name, split in needed]
         return [cache for cache in caches if not (cache_folder(*cache) / META).is_file()]
 
     def steps(self, overwrite=False):
@@ -162,15 +166,21 @@ def grid(args):
         if not any(preset in of_method for of_method in presets.values()):
             raise UserError(f"there is no preset '{preset}' of {', '.join(methods)}.")
     # Seeds change slowest: the table of one seed is complete as early as can be.
-    axes = (args.seeds, args.datasets, args.backbones, methods, args.presets, args.objectives)
+    folds = range(1, args.folds + 1) if args.folds else [None]
+    axes = (args.seeds, folds, args.datasets, args.backbones, methods, args.presets, args.objectives)
     cells = {}
-    for seed, dataset, backbone, method, preset, objective in itertools.product(*map(dict.fromkeys, axes)):
+    for seed, fold, dataset, backbone, method, preset, objective in itertools.product(*map(dict.fromkeys, axes)):
         if preset in presets[method]:
-            flags = preset, objective, args.mean, args.tag, seed, args.set
+            tag, split, settings = args.tag, args.split, args.set
+            if fold:
+                train, split = (named(args.split or WHOLE, kind, fold, args.folds) for kind in ("train", "test"))
+                tag = "-".join(filter(None, [tag, f"fold{fold}of{args.folds}"]))
+                settings = [*settings, f"data.train_split={train}"]
+            flags = preset, objective, args.mean, tag, seed, settings
             config = load_config(dataset, method, backbone, *flags)
             if every and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
                 continue  # embeddings computed elsewhere have no pooled features
-            options = args.set, args.score, args.uncer_levels, args.split, args.hubs
+            options = settings, args.score, args.uncer_levels, split, args.hubs
             cell = Cell(config, args.evaluate_on or [dataset], *options)
             cells[cell.name] = cell
     return cells
@@ -229,6 +239,8 @@ def main(argv=None):
         pick_device(device)
     if args.uncer_levels is not None and args.uncer_levels < 2:
         raise UserError(f"--uncer_levels must be at least 2, not {args.uncer_levels}.")
+    if args.folds is not None and (args.folds < 2 or args.evaluate_on):
+        raise UserError("--folds takes 2 or more, and evaluates on the data set trained on: leave out --evaluate-on.")
     cells = grid(args)
     left = {name: cell for name, cell in cells.items() if cell.left}
     caches, done = caching(left.values(), args.set), len(cells) - len(left)

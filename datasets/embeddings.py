@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from datasets.folds import fold_of, mask
 from models.backbones.last_map import Joined
 from utils.config import HOME, load_backbone
 from utils.errors import UserError
@@ -57,8 +58,15 @@ def read_meta(folder):
     raise UserError(f"{folder / META} is damaged: delete {folder} and cache the split again.")
 
 
+def cached_as(split):
+    """The split in whose cache a split lies: itself, or the one that it is a fold of."""
+    fold = fold_of(split)
+    return fold.whole if fold else split
+
+
 def cache_folder(dataset, backbone, split):
-    """Folder of the cache of a split; raises UserError for a split that is a path."""
+    """Folder of the cache of a split, for a fold that of the whole; raises UserError for a split that is a path."""
+    split = cached_as(split)
     if not is_name(split):
         raise UserError(f"a split names a folder: it cannot be {split!r}, with a separator or beginning with a dot.")
     return Path("embeddings", dataset, backbone, split)
@@ -90,12 +98,14 @@ def encoder_fingerprint(encoder):
 class Pairs:
     """An opened cache: memory-mapped embeddings of N images and M captions, with their annotations.
 
-    pooled: require the pooled features, the inputs of the towers' last maps. Raises UserError if the cache is missing,
-    unfinished or damaged, or lacks them.
+    split: of the cache, or a fold of it, see datasets/folds.py. pooled: require the pooled features, the inputs of the
+    towers' last maps. Raises UserError if the cache is missing, unfinished or damaged, or lacks them.
     """
 
     def __init__(self, dataset, backbone, split, pooled=False):
-        self.folder = cache_folder(dataset, backbone, split)
+        self.split, self.folder = split, cache_folder(dataset, backbone, split)
+        self._rows = {}  # of a fold: those of each kind that it has
+        split = cached_as(split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
         elsewhere = f"{self.folder} is for embeddings computed elsewhere, without the inputs of the model's last"
         elsewhere += " projections, which this needs: choose another method."
@@ -137,6 +147,26 @@ class Pairs:
                 " if the data are not where their YAML says."
             )
 
+        if fold_of(self.split):
+            self._choose(fold_of(self.split))
+
+    def _choose(self, fold):
+        """Keep the images of a fold, and their captions; raises UserError where there is no such fold."""
+        try:
+            images = mask(fold, len(self.image), self.image_of_text, self.matches)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error}: ask for others.") from None
+        texts = np.full(len(self.text), True) if self.image_of_text is None else images[self.image_of_text]
+        self._rows = {"image": np.flatnonzero(images), "text": np.flatnonzero(texts)}
+        del self.matches  # read again, of these rows
+        self.image, self.text = self._array("image"), self._array("text")
+        self.image_id, self.text_id = self._array("image_id"), self._array("text_id")
+        if self.image_of_text is not None:
+            self.image_of_text = (np.cumsum(images) - 1)[self.image_of_text[texts]]
+        digest = hashlib.sha256(f"{self.meta['fingerprint']} {self.split}".encode()).hexdigest()[:16]
+        sizes = {"images": len(self.image), "captions": len(self.text)}
+        self.meta = self.meta | sizes | {"split": self.split, "fingerprint": digest}
+
     def _read(self, name, read):
         """Read a file of the cache, or return None if meta.json does not list it."""
         if name not in self.meta["files"]:
@@ -149,7 +179,9 @@ class Pairs:
             ) from None
 
     def _array(self, name):
-        return self._read(f"{name}.npy", lambda path: np.load(path, mmap_mode="r"))
+        array = self._read(f"{name}.npy", lambda path: np.load(path, mmap_mode="r"))
+        rows = self._rows.get("image" if name in ("label", "human") else name.partition("_")[0])
+        return array if rows is None or array is None else array[rows]
 
     @property
     def dim(self):
@@ -204,7 +236,8 @@ class Pairs:
     @cached_property
     def matches(self):
         """Which images each caption is true of, sparse (N, M), or None if unknown."""
-        return self._read("matches.npz", lambda path: sparse.load_npz(path).tocsc())
+        matches = self._read("matches.npz", lambda path: sparse.load_npz(path).tocsc())
+        return matches if matches is None or not self._rows else matches[self._rows["image"]][:, self._rows["text"]]
 
     @cached_property
     def chains(self):
@@ -222,7 +255,8 @@ class Pairs:
                 items[item["kind"]].append(item["value"])
             return items
 
-        return self._read("items.jsonl", read)
+        items = self._read("items.jsonl", read)
+        return items | {kind: [items[kind][row] for row in rows] for kind, rows in self._rows.items()}
 
     @cached_property
     def projection(self):
