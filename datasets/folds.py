@@ -46,8 +46,8 @@ def mask(fold, images, image_of_text=None, matches=None):
     group = np.arange(images)
     if matches is not None:
         texts = matches.shape[1]
-        own = sparse.coo_array((np.ones(texts), (image_of_text, np.arange(texts))), shape=matches.shape)
-        true = own + matches.astype(bool)
+        pairs = sparse.coo_array((np.ones(texts), (image_of_text, np.arange(texts))), shape=matches.shape)
+        true = pairs + matches.astype(bool)
         joined = connected_components(sparse.block_array([[None, true], [true.T, None]]), directed=False)[1]
         group = np.unique(joined[:images], return_inverse=True)[1]
     size = np.bincount(group)
