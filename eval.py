@@ -15,47 +15,21 @@ query.
 import utils.interrupt  # noqa: F401
 
 # isort: split
-import csv
-import dataclasses
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from datasets.bank import Bank
-from datasets.embeddings import Pairs
-from metrics import hubs
-from reporting import evaluations
-from reporting.terminal import result_text
-from tasks import (
-    FOLLOWED,
-    SCORES,
-    Absent,
-    Choices,
-    classification,
-    conformal,
-    correctness,
-    hierarchy,
-    matching,
-    retrieval,
-    unanswerable,
-)
-from tasks.made_with import made_with
-from utils import result_file
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
-from utils.checkpoint import Run
-from utils.config import HUBS, LEVELS, evaluated_as, load_config, make_adaptor, needs_pooled
-from utils.device import pick_device
+from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.errors import UserError, exits_cleanly
-from utils.files import locked, must_write, write_text
 
+DECISIONS = ("matching", "conformal", "unanswerable", "correctness")
+TASKS = ("retrieval", "classification", "hierarchy", *DECISIONS)  # modules of tasks/
 FEW_LEVELS, ALPHAS = 5, (0.05, 0.1, 0.2)  # of decisions
-DECISIONS = {"matching": matching, "conformal": conformal, "unanswerable": unanswerable, "correctness": correctness}
-TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": hierarchy} | DECISIONS
 FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",)}
 
 
-def parse(argv):
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, the Config of the run that they name, and the Data that it is evaluated on."""
     parser = make_parser(__doc__)
     add_data_flags(parser, "evaluated on")
     add_run_flags(parser)
@@ -91,7 +65,34 @@ def parse(argv):
     absent = "unanswerable: a file of captions, a line each, of what no image shows; the backbone encodes them"
     parser.add_argument("--absent", metavar="FILE", type=Path, help=absent)
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    config = run_config(args, args.train_dataset or args.dataset)
+    return args, config, load_config(args.dataset, backbone=config.backbone).data
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
+import csv
+import dataclasses
+import importlib
+
+import numpy as np
+import torch
+
+from datasets.bank import Bank
+from datasets.embeddings import Pairs
+from datasets.folds import fold_of
+from metrics import hubs
+from models.precision import set_precision
+from reporting import evaluations
+from reporting.terminal import result_text
+from tasks import Absent, Choices
+from tasks.made_with import made_with
+from utils import result_file
+from utils.checkpoint import Run
+from utils.device import pick_device
+from utils.files import locked, must_write, write_text
 
 
 def open_val(args, pairs, run, task, identity):
@@ -198,13 +199,15 @@ def check(args, run, pairs, task, count):
     if seen and not args.allow_leakage:
         raise UserError(
             f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of {args.dataset}"
-            f" '{pairs.folder.name}': name another --split or --train-dataset, or evaluate on them with"
+            f" '{pairs.split}': name another --split or --train-dataset, or evaluate on them with"
             " --allow-leakage, which the result records."
         )
     if has_classes and len(pairs.classes) < 2:
         raise UserError(f"{pairs.folder} has only one class, '{pairs.classes[0]}': classification needs at least two.")
     if pairs.queries < 2:
         raise UserError(f"{pairs.folder} has a single query, and an evaluation needs two: cache a larger split.")
+    if task == "retrieval" and not np.bincount(pairs.image_of_text, minlength=len(pairs.image)).all():
+        raise UserError(f"{pairs.folder} is damaged, as it has images without a caption: delete it and cache it again.")
     if not 2 <= count <= pairs.queries:
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
 
@@ -266,10 +269,10 @@ def repeated(pairs):
 
 @exits_cleanly()
 def main(argv=None):
-    args = parse(argv)
-    run = Run(run_config(args, args.train_dataset or args.dataset))
-    data = load_config(args.dataset, backbone=run.config.backbone).data
+    args, config, data = parse(argv)
+    run = Run(config)
     device = pick_device(args.device)
+    set_precision(device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
     untrained = pairs.classes is not None and not run.done and args.train_dataset is None
@@ -299,14 +302,17 @@ def main(argv=None):
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank,
                       args.prior, tuple(args.alpha or ALPHAS), by, absent)  # fmt: skip
     try:
-        figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
+        chosen_task = importlib.import_module(f"tasks.{task}")
+        figures, arrays = chosen_task.evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
+        pairs.must_be_finite(adaptor.pooled)
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
+    fold = fold_of(split)
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
         "levels_by": args.levels_by, "drop_remainder": args.drop_remainder,
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
-        "skipped": pairs.meta["skipped"],
+        "skipped": pairs.meta["skipped"], "fold": fold and [fold.number, fold.folds],
         "seen_in_training": pairs.shared_with(run.seen), "untrained": run.untrained,
         "start_kept": run.start_kept,
         "repeated_captions": repeated(pairs),
@@ -321,7 +327,7 @@ def main(argv=None):
     with locked(path.parent):
         result_file.write(path, metadata | made | figures, arrays)
         if task == "matching":
-            write_text(path.with_suffix(".csv"), matching.thresholds_csv(figures))
+            write_text(path.with_suffix(".csv"), chosen_task.thresholds_csv(figures))
     if not args.quiet:
         values = metadata | made | figures
         print(evaluations.as_text(path, values) if task in DECISIONS else result_text(values))

@@ -15,11 +15,46 @@ a right one; eval.py --task conformal and --task unanswerable have to have learn
 import utils.interrupt  # noqa: F401
 
 # isort: split
+from pathlib import Path
+
+from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.config import Encoder, evaluated_as, load_config, needs_pooled
+from utils.errors import UserError, exits_cleanly
+
+
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config of the run that they name."""
+    parser = make_parser(__doc__)
+    parser.add_argument("items", nargs="+", metavar="PROMPT_OR_IMAGE", help="prompts, or paths of image files")
+    add_data_flags(parser, "trained on")
+    add_run_flags(parser)
+    parser.add_argument("--sort", action="store_true", help="least certain first")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of items, their kind and what is known")
+    parser.add_argument("--gallery", metavar="SPLIT", help="a cached split of the data set to search")
+    learned = "the split whose labels have taught eval.py; by default the gallery's"
+    parser.add_argument("--learned-on", metavar="SPLIT", help=learned)
+    parser.add_argument("--alpha", type=float, default=0.1, help="share of queries whose set may lack the right answer")
+    share = "share of queries to which nothing in the gallery is an answer; by default 0.1"
+    parser.add_argument("--unanswerable", type=float, default=0.1, metavar="SHARE", help=share)
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write the answers as a page with their pictures")
+    args = parser.parse_args(argv)
+    if args.html and not args.gallery:
+        raise UserError("--html shows the answers of a --gallery: name one, or leave it out.")
+    if not 0 < args.unanswerable < 1:
+        raise UserError(f"--unanswerable must lie between 0 and 1, not {args.unanswerable:g}.")
+    if any(not item.strip() for item in args.items):
+        raise UserError("a prompt is empty: give at least one word.")
+    return args, run_config(args, args.dataset)
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
 import json
 import mimetypes
 import os
 import sys
-from pathlib import Path
 
 import PIL.Image
 import torch
@@ -28,34 +63,13 @@ from datasets.embeddings import Pairs, encoder_fingerprint
 from models.backbones import make_backbone
 from models.backbones.last_map import join
 from models.backbones.pixels import lenient
+from models.precision import set_precision
 from reporting.words import DIRECTIONS
-from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.checkpoint import Run
-from utils.config import Encoder, evaluated_as, load_config, needs_pooled
 from utils.device import pick_device
-from utils.errors import UserError, exits_cleanly
 from utils.files import read_json, write_text
 
 LISTED = 100  # most answers of a set that are listed
-
-
-def parse(argv):
-    parser = make_parser(__doc__)
-    parser.add_argument("items", nargs="+", metavar="PROMPT_OR_IMAGE", help="prompts, or paths of image files")
-    add_data_flags(parser, "trained on")
-    add_run_flags(parser)
-    parser.add_argument("--sort", action="store_true", help="least certain first")
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON list of item, kind and uncertainty, or answers"
-    )
-    parser.add_argument("--gallery", metavar="SPLIT", help="a cached split of the data set to search")
-    learned = "the split whose labels have taught eval.py; by default the gallery's"
-    parser.add_argument("--learned-on", metavar="SPLIT", help=learned)
-    parser.add_argument("--alpha", type=float, default=0.1, help="share of queries whose set may lack the right answer")
-    share = "share of queries to which nothing in the gallery is an answer; by default 0.1"
-    parser.add_argument("--unanswerable", type=float, default=0.1, metavar="SHARE", help=share)
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write the answers as a page with their pictures")
-    return parser.parse_args(argv)
 
 
 def is_image(item):
@@ -165,8 +179,6 @@ def search(args, run, config, identity, embeddings, adaptor, device):
         raise UserError(
             f"--alpha {args.alpha:g} is none of {', '.join(known)}, for which eval.py --task conformal learned."
         )
-    if not 0 < args.unanswerable < 1:
-        raise UserError(f"--unanswerable must lie between 0 and 1, not {args.unanswerable:g}.")
     rows = [None] * len(args.items)
     for kind, (places, embedding) in embeddings.items():
         direction, other = ("text_to_image", "image") if kind == "text" else ("image_to_text", "text")
@@ -223,13 +235,10 @@ def open_backbone(config, identity, folder, device):
 
 @exits_cleanly()
 def main(argv=None):
-    args = parse(argv)
-    if any(not item.strip() for item in args.items):
-        raise UserError("a prompt is empty: give at least one word.")
-    if args.html and not args.gallery:
-        raise UserError("--html shows the answers of a --gallery: name one, or leave it out.")
+    args, config = parse(argv)
     device = pick_device(args.device)
-    run = Run(run_config(args, args.dataset))
+    set_precision(device)
+    run = Run(config)
     adaptor, config, identity = run.load(device)
     backbone = open_backbone(config, identity, run.folder, device)
     if run.untrained:

@@ -25,8 +25,7 @@ and --features pooled adds
 
 import hashlib
 import json
-import zipfile
-import zlib
+import math
 from functools import cached_property
 from pathlib import Path
 
@@ -34,31 +33,54 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from datasets.folds import fold_of, mask
 from models.backbones.last_map import Joined
-from utils.config import HOME, load_backbone
+from utils.config import HOME, Encoder, load_backbone
 from utils.errors import UserError
-from utils.files import is_name, read_json
+from utils.files import UNREADABLE, is_name, read_json
 
 WORKING = "unfinished"  # folder inside the split's folder for the blocks of an unfinished run
 META = "meta.json"
 BLOCKS = 5  # of pairs at most calibrate, or pick the epoch
+STRINGS = "id_space", "features", "precision", "encoder_fingerprint", "fingerprint"  # in meta.json
+COUNTS = "dim", "images", "captions", "skipped", "captions_cut", "unreadable"  # likewise
 LAYOUT = 2  # of the files above; increase it when they, or how an image is encoded, change
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_meta(folder):
-    """Read the metadata of a cache; raises UserError if meta.json is damaged."""
+    """Read the metadata of a cache, which may be of another layout; raises UserError if meta.json is damaged."""
     try:
         meta = read_json(folder / META)
-        if meta["complete"] is True:
+        if meta["complete"] is True and (meta["layout"] != LAYOUT or _is_whole(meta)):
             return meta
     except UNREADABLE:
         pass
     raise UserError(f"{folder / META} is damaged: delete {folder} and cache the split again.")
 
 
+def _is_whole(meta):
+    """Whether metadata of this layout hold all entries, each of its type and in its range."""
+    Encoder(**meta["encoder"])
+    lists = [meta["files"], *(meta[name] for name in ("classes", "classes_without_images") if name in meta)]
+    return (
+        all(isinstance(meta[name], str) for name in STRINGS)
+        and all(type(meta[name]) is int and meta[name] >= 0 for name in COUNTS)
+        and all(isinstance(values, list) and all(isinstance(value, str) for value in values) for values in lists)
+        and {"image.npy", "text.npy", "image_id.npy", "text_id.npy", "items.jsonl"} <= set(meta["files"])
+        and type(meta["logit_scale"]) in (int, float) and 0 < meta["logit_scale"] < math.inf
+        and isinstance(meta["logit_bias"], int | float | None)
+    )  # fmt: skip
+
+
+def cached_as(split):
+    """The split in whose cache a split lies: itself, or the one that it is a fold of."""
+    fold = fold_of(split)
+    return fold.whole if fold else split
+
+
 def cache_folder(dataset, backbone, split):
-    """Folder of the cache of a split; raises UserError for a split that is a path."""
+    """Folder of the cache of a split, for a fold that of the whole; raises UserError for a split that is a path."""
+    split = cached_as(split)
     if not is_name(split):
         raise UserError(f"a split names a folder: it cannot be {split!r}, with a separator or beginning with a dot.")
     return Path("embeddings", dataset, backbone, split)
@@ -90,12 +112,14 @@ def encoder_fingerprint(encoder):
 class Pairs:
     """An opened cache: memory-mapped embeddings of N images and M captions, with their annotations.
 
-    pooled: require the pooled features, the inputs of the towers' last maps. Raises UserError if the cache is missing,
-    unfinished or damaged, or lacks them.
+    split: of the cache, or a fold of it, see datasets/folds.py. pooled: require the pooled features, the inputs of the
+    towers' last maps. Raises UserError if the cache is missing, unfinished or damaged, or lacks them.
     """
 
     def __init__(self, dataset, backbone, split, pooled=False):
-        self.folder = cache_folder(dataset, backbone, split)
+        self.split, self.folder = split, cache_folder(dataset, backbone, split)
+        self._rows = {}  # of a fold: those of each kind that it has
+        split = cached_as(split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
         elsewhere = f"{self.folder} is for embeddings computed elsewhere, without the inputs of the model's last"
         elsewhere += " projections, which this needs: choose another method."
@@ -117,18 +141,16 @@ class Pairs:
         if self.meta.get("layout") != LAYOUT:
             again = f"run `{self.command} --overwrite`"
             raise UserError(f"{self.folder} was made by another version of this suite: {again}.")
-        self.image, self.text = self._array("image"), self._array("text")
-        self.image_id, self.text_id = (np.asarray(self._array(name)) for name in ("image_id", "text_id"))
-        self.image_of_text = self.class_of_text = None
+        images, captions, dim = (self.meta[name] for name in ("images", "captions", "dim"))
+        self._sizes = images, captions  # of the files
+        self.image, self.text = self._array("image", (images, dim)), self._array("text", (captions, dim))
+        self.image_id, self.text_id = self._numbers("image_id", images), self._numbers("text_id", captions)
+        self.image_of_text = self.class_of_text = self.label = None  # label: class numbers of the images (N,)
         if self.classes is None:
-            target = self.image_of_text = np.asarray(self._array("image_of_text"))
+            self.image_of_text = self._numbers("image_of_text", captions, images)
         else:
-            target = self.class_of_text = np.asarray(self._array("class_of_text"))
-        shapes = (self.meta["images"], self.meta["dim"]), (self.meta["captions"], self.meta["dim"])
-        if (self.image.shape, self.text.shape) != shapes or len(target) != len(self.text):
-            raise UserError(
-                f"the cache {self.folder} has other sizes than its {META} says: delete it and run `{self.command}`."
-            )
+            self.class_of_text = self._numbers("class_of_text", captions, len(self.classes))
+            self.label = self._numbers("label", images, len(self.classes))
         if pooled and self.meta["features"] != "pooled":
             if self.meta.get("precision") == "given":  # under the name of a backbone
                 raise UserError(elsewhere)
@@ -136,6 +158,28 @@ class Pairs:
                 f"{self.folder} has no pooled features, which this needs: run `{self.command} --overwrite`, with --root"
                 " if the data are not where their YAML says."
             )
+
+        if fold_of(self.split):
+            self._choose(fold_of(self.split))
+
+    def _choose(self, fold):
+        """Keep the images of a fold, and their captions; raises UserError where there is no such fold."""
+        try:
+            images = mask(fold, len(self.image), self.image_of_text, self.matches)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error}: ask for others.") from None
+        texts = np.full(len(self.text), True) if self.image_of_text is None else images[self.image_of_text]
+        self._rows = {"image": np.flatnonzero(images), "text": np.flatnonzero(texts)}
+        del self.matches  # read again, of these rows
+        self.image, self.image_id = self.image[images], self.image_id[images]
+        self.text, self.text_id = self.text[texts], self.text_id[texts]
+        if self.image_of_text is None:
+            self.label = self.label[images]
+        else:
+            self.image_of_text = (np.cumsum(images) - 1)[self.image_of_text[texts]]
+        digest = hashlib.sha256(f"{self.meta['fingerprint']} {self.split}".encode()).hexdigest()[:16]
+        sizes = {"images": len(self.image), "captions": len(self.text)}
+        self.meta = self.meta | sizes | {"split": self.split, "fingerprint": digest}
 
     def _read(self, name, read):
         """Read a file of the cache, or return None if meta.json does not list it."""
@@ -148,8 +192,26 @@ class Pairs:
                 f"{self.folder / name} cannot be read ({error}): delete {self.folder} and run `{self.command}`."
             ) from None
 
-    def _array(self, name):
-        return self._read(f"{name}.npy", lambda path: np.load(path, mmap_mode="r"))
+    def _array(self, name, shape=None, dtype="f2"):
+        """Open an array; raises UserError unless it has this shape and type, where one is named."""
+
+        def read(path):
+            array = np.load(path, mmap_mode="r")
+            if (dtype and array.dtype != dtype) or shape not in (None, array.shape):
+                raise ValueError(f"it holds {array.dtype} of shape {array.shape}")
+            return array
+
+        return self._read(f"{name}.npy", read)
+
+    def _numbers(self, name, count, below=None):
+        """Read ids, or numbers from 0 to `below`; raises UserError for others."""
+        numbers = np.asarray(self._array(name, (count,), "i8"))
+        if below is not None and count and not 0 <= numbers.min() <= numbers.max() < below:
+            raise UserError(
+                f"{self.folder / name}.npy holds numbers outside of 0 to {below - 1}: delete {self.folder} and run"
+                f" `{self.command}`."
+            )
+        return numbers
 
     @property
     def dim(self):
@@ -166,14 +228,10 @@ class Pairs:
         return self.meta.get("classes")
 
     @cached_property
-    def label(self):
-        """Class numbers of the images (N,)."""
-        return np.asarray(self._array("label"))
-
-    @cached_property
     def human(self):
         """Shares of human answers (N, C), or None if unknown."""
-        return self._array("human")
+        human = self._array("human", (self._sizes[0], len(self.classes)), None)
+        return human if human is None or not self._rows else human[self._rows["image"]]
 
     def seen(self, rows):
         """Return the ids of the images of `rows`, which a run stores to recognize its training images."""
@@ -204,7 +262,14 @@ class Pairs:
     @cached_property
     def matches(self):
         """Which images each caption is true of, sparse (N, M), or None if unknown."""
-        return self._read("matches.npz", lambda path: sparse.load_npz(path).tocsc())
+
+        def read(path):
+            matches = sparse.load_npz(path).tocsc()
+            if matches.shape != self._sizes:
+                raise ValueError(f"it is of shape {matches.shape}")
+            return matches[self._rows["image"]][:, self._rows["text"]] if self._rows else matches
+
+        return self._read("matches.npz", read)
 
     @cached_property
     def chains(self):
@@ -220,9 +285,14 @@ class Pairs:
             for line in path.read_text(encoding="utf-8").strip("\n").split("\n"):  # captions may hold other line ends
                 item = json.loads(line)
                 items[item["kind"]].append(item["value"])
+            counts = *self._sizes, len(self.chains["text"]) if self.chains else 0
+            values = [value for of_kind in items.values() for value in of_kind]
+            if tuple(map(len, items.values())) != counts or not all(isinstance(value, str) for value in values):
+                raise ValueError("it does not name each row of the arrays")
             return items
 
-        return self._read("items.jsonl", read)
+        items = self._read("items.jsonl", read)
+        return items | {kind: [items[kind][row] for row in rows] for kind, rows in self._rows.items()}
 
     @cached_property
     def projection(self):
@@ -239,13 +309,39 @@ class Pairs:
         if not pooled:
             return embedding
         phi = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
+        if side in self._rows:
+            phi = phi[self._rows[side]]
         tower = "image" if side == "image" else "text"
         return Joined(embedding, phi, f"{tower}_bias" in self.projection)
+
+    def must_be_finite(self, pooled=False):
+        """Raise UserError, which names the rows, if the embeddings, or the pooled features, hold NaN or infinity."""
+        for name in ("image", "text", *(("image_pooled", "text_pooled") if pooled else ())):
+            array = self._array(name)
+            wrong = np.flatnonzero(~finite_rows(array))
+            if len(wrong):
+                raise UserError(
+                    f"{self.folder / name}.npy holds NaN or infinity in {name_rows(wrong)} of {len(array):,}: delete"
+                    f" {self.folder} and run `{self.command}`."
+                )
 
     def to(self, device, pooled=False):
         """Copy to `device`: inputs of images and of captions (see `fed`), float16, and image_of_text (M,), int64."""
         arrays = (self.fed("image", pooled)[:], self.fed("text", pooled)[:], self.image_of_text)
         return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
+
+
+def finite_rows(array, block=2**16):
+    """Which rows (N,) of an array (N, D) of float16 are finite, read block by block."""
+    parts = (np.asarray(array[start : start + block]).view(np.int16) for start in range(0, len(array), block))
+    # Without the sign, the bits of NaN and infinity are above all others: seven times as fast as isfinite.
+    return np.concatenate([(part & 0x7FFF).max(axis=1) < 0x7C00 for part in parts])
+
+
+def name_rows(rows, most=3):
+    """Name rows by number: "row 7", "rows 3 and 7", "rows 3, 7, 12 and 5 more"."""
+    names = [f"{row:,}" for row in rows[:most]] + [f"{len(rows) - most:,} more"] * (len(rows) > most)
+    return f"row {names[0]}" if len(names) == 1 else f"rows {', '.join(names[:-1])} and {names[-1]}"
 
 
 def all_seen(*parts):

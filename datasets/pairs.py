@@ -27,6 +27,7 @@ import PIL.Image
 from datasets import Caption, Described, Image, check_folds, fold_splits, name_id
 from datasets.captions import captions_in, folded
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 # Default names of the columns.
 COLUMNS = {
@@ -105,7 +106,10 @@ class PairsFile(Described):
             raise self._error("it holds no pairs: write a row per caption.")
         splits = {split: list(pairs.values()) for split, pairs in described.items()}
         if split_column:
-            return splits
+            every = {}
+            for id, (image, captions) in (item for pairs in described.values() for item in pairs.items()):
+                every.setdefault(id, (image, []))[1].extend(captions)
+            return splits | {"all": splits.get("all", list(every.values()))}
         pairs = splits[""]
         masks = fold_splits(len(pairs), self.folds, self.seed, self.file)
         return {split: list(itertools.compress(pairs, mask)) for split, mask in masks.items()}
@@ -269,7 +273,7 @@ class PairsFile(Described):
                     for values in zip(*(_values(batch.column(name)) for name in read)):
                         number = next(numbers)
                         yield f"row {number}", dict(zip(read, values)) | ({image: _Inside(number)} if inside else {})
-            except (pyarrow.ArrowException, OSError, ValueError) as error:
+            except (pyarrow.ArrowException, *UNREADABLE) as error:
                 raise self._unreadable(error) from None
 
         return names, records()
@@ -283,7 +287,7 @@ class PairsFile(Described):
             raise self._error(f"Parquet files are read with pyarrow, which is not installed: {hint}.") from None
         try:
             return pyarrow.parquet.ParquetFile(self.file)
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except (pyarrow.ArrowException, *UNREADABLE) as error:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error):

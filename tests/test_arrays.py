@@ -38,7 +38,7 @@ def arrays(**changes):
 
 
 def spoiled(key, row, value):
-    """The array `key` with one row changed."""
+    """The array `key` with some rows changed."""
     array = arrays()[key]
     array[row] = value
     return {key: array}
@@ -181,12 +181,17 @@ def test_a_backbone_of_another_size_is_refused(here, refusal):
             dict(text=np.ones((M, D + 1))),
             "'image' has rows of size 16, but 'text' of size 17: give embeddings of one model",
         ),
-        (spoiled("image", 7, np.nan), "row 7 of 'image' is not finite"),
-        (spoiled("text", 99, (0,) * (D - 1) + (np.inf,)), "row 99 of 'text' is not finite"),
-        (spoiled("text", 4, 0), "row 4 of 'text' is all zeros"),
-        (spoiled("text", 5, 7e4), "row 5 of 'text' is too large for float16.* multiply all rows by one number"),
-        (spoiled("image", 6, 1e-6), "row 6 of 'image' is too small for float16.* multiply all rows by one number"),
-        (spoiled("image", 6, 1e-12), "row 6 of 'image' is too small for float16"),
+        (spoiled("image", 7, np.nan), "'image' holds NaN in row 7 of 40: encode these items again, or leave them out"),
+        (spoiled("text", 99, (0,) * (D - 1) + (np.inf,)), "'text' holds infinity in row 99 of 100"),
+        (spoiled("image", [30, 3, 7, 20, 8], -np.inf), "'image' holds infinity in rows 3, 7, 8 and 2 more of 40"),
+        (spoiled("text", [4, 2], 0), "'text' holds nothing but zeros in rows 2 and 4 of 100"),
+        (
+            spoiled("text", 5, 7e4),
+            "'text' holds numbers too large for float16.* in row 5 of.* multiply all rows by",
+        ),
+        (spoiled("image", 6, 1e-6), "'image' holds numbers too small for float16.* in row 6 of.* multiply all rows by"),
+        (spoiled("image", 6, 1e-12), "'image' holds numbers too small for float16"),
+        (spoiled("image", slice(0, 3), 1e30), "'image' holds numbers too large .* in rows 0, 1 and 2 of 40"),
         (dict(image_of_text=None), "'image' has 40 rows and 'text' 100: add 'image_of_text'"),
         (dict(image_of_text=np.zeros(M)), "'image_of_text' must hold integers .* not float64"),
         (dict(image_of_text=np.zeros(M - 1, dtype=int)), r"of shape \(100,\), not int64 of shape \(99,\)"),
@@ -206,6 +211,25 @@ def test_a_backbone_of_another_size_is_refused(here, refusal):
 def test_arrays_that_cannot_be_cached_are_named(here, refusal, changes, sentence):
     np.savez("pairs.npz", **arrays(**changes))
     assert re.search(sentence, refusal(cache_embeddings.main, *CACHE, "--splits", "all"))
+    assert not (here / "embeddings").exists()
+
+
+def test_an_overflow_of_the_encoder_is_named(here, refusal):
+    """Embeddings that overflowed in float16 are infinite in the file; bfloat16 holds what float16 cannot."""
+    import safetensors.torch
+
+    both = {side: torch.ones(N, D, dtype=torch.float32) for side in ("image", "text")}
+    both["text"][[2, 5]] = 1e5
+    for dtype, sentence in (
+        (
+            torch.float16,
+            "'text' holds infinity in rows 2 and 5 of 40: .*; float16 ends at 65,504",
+        ),
+        (torch.bfloat16, "'text' holds numbers too large for float16, .* in rows 2 and 5 of 40: multiply all rows by"),
+    ):
+        safetensors.torch.save_file({side: x.to(dtype) for side, x in both.items()}, "pairs.safetensors")
+        error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "pairs.safetensors")
+        assert re.search(sentence, error)
     assert not (here / "embeddings").exists()
 
 
@@ -355,6 +379,59 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
 def test_invalid_classes_are_named(here, refusal, changes, sentence):
     np.savez("labeled.npz", **labeled(**changes))
     assert re.search(sentence, refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "labeled.npz"))
+
+
+def test_a_split_of_ones_own_and_several_right_answers(here):
+    """mAP@R and R-precision by loops over the captions of a split that is named, with pairs that are true besides."""
+    rng = np.random.default_rng(1)
+    names = np.array(["train", "test"])[(np.arange(N) % 4 == 0).astype(int)]
+    match = np.stack([rng.integers(N, size=150), rng.integers(M, size=150)], axis=1)
+    values = arrays(split=names, match=match)
+    np.savez("pairs.npz", **values)
+    cache_embeddings.main([*CACHE, "--splits", "train", "test", "all"])
+    train.main([*RUN, "clip", "--quiet", "--set", "data.train_split=train"])
+    evaluation.main([*RUN, "clip", "--quiet", "--split", "test", "--score", "similarity"])
+    test, whole = Pairs("embeddings", "given", "test"), Pairs("embeddings", "given", "all")
+    assert sorted(test.image_id) == sorted(values["image_id"][names == "test"]) and len(whole.text) == M
+    [path] = (here / "results").glob("**/*.json")
+    side = json.loads(path.read_text())["text_to_image"]
+    image, text = (values[key] / np.linalg.norm(values[key], axis=1, keepdims=True) for key in ("image", "text"))
+    gallery, precisions, averages = np.flatnonzero(names == "test"), [], []
+    for row in np.flatnonzero(names[values["image_of_text"]] == "test"):
+        true = {values["image_of_text"][row], *(one for one, other in match if other == row and names[one] == "test")}
+        best = gallery[np.argsort(-image[gallery] @ text[row])][: len(true)]
+        hits = np.array([one in true for one in best])
+        precisions.append(hits.mean())
+        averages.append(np.mean(hits * np.cumsum(hits) / np.arange(1, len(hits) + 1)))
+    assert max(len(set(match[match[:, 1] == row, 0])) for row in range(M)) > 2
+    assert side["r_precision"] == pytest.approx(np.mean(precisions), abs=1e-3)
+    assert side["map_at_r"] == pytest.approx(np.mean(averages), abs=1e-3)
+
+
+def test_human_answers_are_kept_as_shares(here):
+    counts = np.random.default_rng(0).integers(1, 9, size=(60, 6))
+    np.savez("labeled.npz", **labeled(human=counts))
+    cache_embeddings.main(["--dataset", "embeddings", "--root", "labeled.npz", "--splits", "all", "--quiet"])
+    human = Pairs("embeddings", "given", "all").human
+    assert human == pytest.approx(counts / counts.sum(axis=1, keepdims=True)) and human.shape == (60, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"split": np.array(["a/b"] * N)}, "row 0 of 'split' is 'a/b', but a split names a folder"),
+        ({"split": np.array(["a"] * (N - 1))}, rf"'split' must hold strings of shape \({N},\)"),
+        ({"match": np.array([[0, 1, 2]])}, r"'match' must hold rows .* of shape \(P, 2\), not int64 of shape \(1, 3\)"),
+        ({"match": np.array([[0, 1], [N, 2]])}, rf"row 1 of 'match' is \[{N}, 2\], but 'image' has {N} rows"),
+        (labeled(match=np.array([[0, 1]])), "'match' is of captions, but 'label' says"),
+        (labeled(human=np.ones((60, 5))), r"'human' must hold numbers of shape \(60, 6\), not float64"),
+        (labeled(human=np.zeros((60, 6))), "row 0 of 'human' is negative, not finite or all zeros"),
+    ],
+)
+def test_wrong_splits_matches_and_answers_are_named(here, refusal, changes, sentence):
+    values = changes if "label" in changes else arrays(**changes)
+    np.savez("pairs.npz", **values)
+    assert re.search(sentence, refusal(cache_embeddings.main, *CACHE, "--splits", "all"))
 
 
 def test_zero_shot_with_published_class_embeddings(shared, tmp_path, monkeypatch, capsys):
