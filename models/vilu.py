@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 PRESETS = {
     # The paper's code for small data sets: no validation, the last epoch, wrong answers weighted by -ln(error rate).
@@ -48,14 +49,15 @@ def inputs(image: Tensor, text: Tensor, logit: Tensor, scores: bool) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def fit(image: Tensor, text: Tensor, logit: Tensor, hit: Tensor, preset: str = "default", seed: int = 0) -> ViLU:
+def fit(image: Tensor, text: Tensor, logit: Tensor, hit: Tensor, preset: str = "default", quiet=True) -> ViLU:
     """Fit a ViLU to images (N, D) with known right answers, hit (N,): stochastic gradient descent, batches of 128.
 
-    Momentum 0.9, weight decay 5e-4, a rate of 0.01 that falls as a cosine after five epochs of warm-up.
+    Momentum 0.9, weight decay 5e-4, a rate of 0.01 that falls as a cosine after five epochs of warm-up. quiet: show no
+    progress.
     """
     options = PRESETS[preset]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = ViLU(image.shape[1], options["widths"], options["scores"])
         order = torch.randperm(len(image))
         count = round(options["held_out"] * len(image))
@@ -65,7 +67,7 @@ def fit(image: Tensor, text: Tensor, logit: Tensor, hit: Tensor, preset: str = "
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options["epochs"] - 5)
         schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[5])
         best, least = None, float("inf")
-        for _ in range(options["epochs"]):
+        for _ in tqdm(range(options["epochs"]), desc=f"ViLU, {preset}", unit="epoch", disable=quiet or None):
             for batch in rows[torch.randperm(len(rows))].split(128):
                 target = hit[batch]
                 weight = torch.where(target > 0, 1.0, wrong_weight(target)) if options["weighted"] else None

@@ -43,7 +43,7 @@ def evaluate(adaptor, pairs, choices, device):
         if taught.min() == taught.max():
             raise UserError("all answers that teach are right, or all are wrong: name another --val split.")
         rows = torch.from_numpy(fold.judged)
-        values, right = _predict(image, text, logit, label, hit, torch.from_numpy(fold.taught_by), rows)
+        values, right = _predict(image, text, logit, label, hit, torch.from_numpy(fold.taught_by), rows, choices.quiet)
         for name, each in values.items():
             predicted[name][fold.judged] = each
         accuracy[fold.judged] = right
@@ -63,7 +63,7 @@ def _measure(part):
     return part.side.scale * all_scores(part.side.score, len(part.group), part.side.gallery).cpu()
 
 
-def _predict(image, text, logit, label, hit, taught_by, rows):
+def _predict(image, text, logit, label, hit, taught_by, rows, quiet):
     """What every predictor says of the images `rows`, larger = more surely right, and whether the probe is right."""
     from sklearn.linear_model import LogisticRegression  # only here: they take a second to import
     from sklearn.model_selection import GridSearchCV
@@ -78,7 +78,7 @@ def _predict(image, text, logit, label, hit, taught_by, rows):
     values["temperature"] = ((scale or 1.0) * logit[rows].double()).softmax(dim=1).numpy().max(axis=1)
     values["rel-u"] = -correctness.relative(asked, correctness.relative_matrix(taught, hit[taught_by].numpy()))
     for name, preset in (("vilu", "default"), ("vilu, official", "official")):
-        model = vilu.fit(image[taught_by], text, logit[taught_by], hit[taught_by], preset)
+        model = vilu.fit(image[taught_by], text, logit[taught_by], hit[taught_by], preset, quiet)
         with torch.inference_mode():
             values[name] = model(image[rows], text, logit[rows]).sigmoid().double().numpy()
     penalties = {"C": np.logspace(-2, 4, 7)}

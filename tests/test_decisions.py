@@ -664,9 +664,10 @@ def test_vilu_learns_what_probability_does_not_know():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
-def test_correctness_from_files(classes, refusal):
+def test_correctness_from_files(classes, monkeypatch):
     from datasets.embeddings import Pairs
 
+    monkeypatch.setitem(vilu.PRESETS["official"], "epochs", 10)
     values, arrays = result("correctness", "--val", "rest0-90")
     side, split = values["image_to_class"], Pairs("embeddings", "given", "test0")
     parts = (np.array(x, float) for x in (split.image, split.text))
