@@ -3,6 +3,7 @@
 # make test            lint and every test
 # make test-published  every figure of configs/methods/README.md against the script that measures it
 # make test-faults     kills at random moments in every script
+# make soak            an hour of the same work in one process: does anything grow?
 # make bench           speed and memory, each beside a textbook baseline
 # make docs            docs/map.md anew
 # Each sets up .venv first.
@@ -13,7 +14,7 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test test-published test-faults lint bench docs
+.PHONY: demo bayesvlm test test-published test-faults soak lint bench docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
 # slowest but for a short one, both end at about the same time. Without an ablation and the parts of density.
@@ -48,6 +49,9 @@ test-published: .venv/dev
 
 test-faults: .venv/dev
 	$(PY) -m pytest -m slow -s tests/test_faults.py
+
+soak: .venv/dev
+	$(PY) -m benchmarks.soak
 
 lint: .venv/dev
 	.venv/bin/ruff check .
