@@ -1,9 +1,9 @@
 """Soak: does anything grow where one process does the same work for an hour? `python -m benchmarks.soak [--minutes N]`.
 
-A round caches a small `shapes`, trains and evaluates methods and draws the report, all in this process, and then trains
-and evaluates one of them by the scripts. After each round it counts what a leak would add to. The first tenth of the
-rounds is a warm-up; exit code 1 if memory then grows by more than 2 %, or anything else at all. RESULTS.md records
-results.
+A round caches a small `shapes` and trains and evaluates methods, all in this process; every fifth also draws the report
+here and trains and evaluates one method by the scripts. After each round it counts what a leak would add to. The first
+tenth of the rounds is a warm-up; exit code 1 if memory then grows by more than 2 %, or anything else at all. RESULTS.md
+records results.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from utils.config import HOME
 from utils.device import pick_device
 
 METHODS = ["clip", "asymvlm-psd", "probvlm", "pfe", "linear", "density", "bayesvlm"]
-LEAST = 4  # rounds
+LEAST, FULL = 4, 5  # rounds at least, and from one with report and scripts to the next
 ALLOWED = 0.02  # growth of memory
 SMALL = ["data.options.train_images=300", "data.options.val_images=100", "encoder.batch_size=64"]
 SHORT = ["train.epochs=5"]
@@ -47,8 +47,10 @@ def work(methods, turn):
         run = [*data, "--device", "cpu", "--method", method]
         train.main([*run, "--set", *SHORT])
         evaluation.main([*run, "--score", "both"])
+    if turn % FULL:
+        return
     report.main(data)
-    run = [*data, "--device", "cpu", "--method", methods[turn % len(methods)], "--tag", "script"]
+    run = [*data, "--device", "cpu", "--method", methods[turn // FULL % len(methods)], "--tag", "script"]
     for script, more in (("train.py", ["--set", *SHORT]), ("eval.py", [])):
         subprocess.run([sys.executable, HOME / script, *run, *more], check=True, stdout=subprocess.DEVNULL)
 
@@ -64,7 +66,7 @@ def counts(temporary):
         "processes": len(process.children(recursive=True)),
         "temporary files": sum(1 for _ in temporary.rglob("*")),
         "in /dev/shm": len(list(segments.iterdir())) if segments.is_dir() else 0,
-        "files": sum(1 for _ in Path.cwd().rglob("*")),
+        "unfinished files": sum(1 for _ in Path.cwd().rglob("*.part")),
     }
 
 
