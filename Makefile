@@ -3,6 +3,7 @@
 # make test            lint and every test
 # make test-published  every figure of configs/methods/README.md against the script that measures it
 # make test-faults     kills at random moments in every script
+# make test-oldest     every test with the oldest allowed version of every requirement, in .venv-oldest
 # make soak            an hour of the same work in one process: does anything grow?
 # make bench           speed and memory, each beside a textbook baseline
 # make docs            docs/map.md anew
@@ -14,7 +15,7 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test test-published test-faults soak lint bench docs
+.PHONY: demo bayesvlm test test-published test-faults test-oldest soak lint bench docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
 # slowest but for a short one, both end at about the same time. Without an ablation and the parts of density.
@@ -49,6 +50,13 @@ test-published: .venv/dev
 
 test-faults: .venv/dev
 	$(PY) -m pytest -m slow -s tests/test_faults.py
+
+# With the oldest Python, too, where there is one: make PYTHON=python3.10 test-oldest
+test-oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --resolution lowest-direct --python .venv-oldest/bin/python -r requirements-dev.txt
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider
 
 soak: .venv/dev
 	$(PY) -m benchmarks.soak

@@ -20,7 +20,7 @@ import sys
 from datasets.caching import identity, mismatch, write_cache, write_given
 from datasets.embeddings import META, WORKING, cache_folder, read_meta
 from datasets.listing import list_split
-from datasets.ranks import Ranks
+from datasets.ranks import Ranks, reported
 from models.backbones import make_backbone
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
@@ -81,6 +81,7 @@ def finished(folder, wanted, args):
 
 
 @exits_cleanly(interrupted=GOES_ON)
+@reported
 def main(argv=None):
     args = parse(argv)
     config = load_config(args.dataset, backbone=args.backbone, settings=args.set)

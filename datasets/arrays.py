@@ -199,7 +199,7 @@ def _read_npz(file):
                 if key in npz:
                     arrays[key] = npz[key]
             return arrays
-    except (*UNREADABLE, AttributeError, NotImplementedError) as error:  # an .npy by the name of .npz opens as an array
+    except (*UNREADABLE, NotImplementedError) as error:
         message = " ".join(str(error).split())
         if "Object arrays" in message:
             hint = "store plain values, strings with numpy.array(..., dtype=str)"

@@ -43,7 +43,10 @@ WORKING = "unfinished"  # folder inside the split's folder for the blocks of an 
 META = "meta.json"
 BLOCKS = 5  # of pairs at most calibrate, or pick the epoch
 LAYOUT = 2  # of the files above; increase it when they, or how an image is encoded, change
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
+    *(TypeError, AttributeError),  # an .npy by the name of .npz in `with`, from Python 3.11 on and before
+)
 
 
 def read_meta(folder):

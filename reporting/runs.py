@@ -42,7 +42,7 @@ class Result:
         try:
             with np.load(beside) as file:
                 arrays = dict(file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        except (*(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error), TypeError, AttributeError):
             raise UserError(f"{beside} is missing or damaged: delete {path} and evaluate again.") from None
         if self.values.get("untrained"):  # what follows the method's own uncertainty, of random weights, is left out
             arrays = {name: values for name, values in arrays.items() if name not in OWN_ARRAYS}

@@ -13,7 +13,8 @@ from utils.config import Config, difference, make_adaptor
 from utils.errors import UserError
 from utils.files import write_bytes
 
-BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, TypeError)
+BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError)
+BROKEN += (TypeError, AttributeError)  # an .npy by the name of .npz in `with`, from Python 3.11 on and before
 
 
 class Run:
