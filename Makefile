@@ -2,7 +2,9 @@
 # make bayesvlm        BayesVLM on the built-in data: classes on familiar and new backgrounds, active learning
 # make test            lint and every test
 # make test-published  every figure of configs/methods/README.md against the script that measures it
+# make test-compile    the loss of every method and preset through torch.compile
 # make test-faults     kills at random moments in every script
+# make test-fuzz       10,000 hostile files, flags and prompts
 # make test-oldest     every test with the oldest allowed version of every requirement, in .venv-oldest
 # make soak            an hour of the same work in one process: does anything grow?
 # make bench           speed and memory, each beside a textbook baseline
@@ -15,7 +17,7 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test test-published test-faults test-oldest soak lint bench docs
+.PHONY: demo bayesvlm test test-published test-compile test-faults test-fuzz test-oldest soak lint bench docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
 # slowest but for a short one, both end at about the same time. Without an ablation and the parts of density.
@@ -48,8 +50,14 @@ test: lint
 test-published: .venv/dev
 	$(PY) -m pytest -m slow tests/test_published.py
 
+test-compile: .venv/dev
+	$(PY) -m pytest -m slow tests/test_compile.py
+
 test-faults: .venv/dev
 	$(PY) -m pytest -m slow -s tests/test_faults.py
+
+test-fuzz: .venv/dev
+	$(PY) -m pytest -m slow -s tests/test_fuzz.py
 
 # With the oldest Python, too, where there is one: make PYTHON=python3.10 test-oldest
 test-oldest:

@@ -30,6 +30,7 @@ import PIL.Image
 from datasets import Caption, Described, Image, check_folds, fold_splits, name_id, visible
 from datasets.captions import captions_in, folded
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 # Default names of the columns.
 COLUMNS = {
@@ -306,7 +307,7 @@ class PairsFile(Described):
                         number = next(numbers)
                         picture = {image: _Inside(path, number)} if inside else {}
                         yield f"row {number}{among}", dict(zip(read, values)) | picture | more
-            except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+            except (pyarrow.ArrowException, *UNREADABLE) as error:
                 raise self._unreadable(error, path) from None
 
         return [*names, *(["split"] if named else [])], itertools.chain.from_iterable(map(records, parts))
@@ -320,7 +321,7 @@ class PairsFile(Described):
             raise self._error(f"Parquet files are read with pyarrow, which is not installed: {hint}.") from None
         try:
             return pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except (pyarrow.ArrowException, *UNREADABLE) as error:
             raise self._unreadable(error, path) from None
 
     def _unreadable(self, error, path):

@@ -9,12 +9,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
+import scipy
 import torch
 import torch.nn.functional as F
 
 from metrics.calibration import nll_of
-from metrics.retrieval import tiles
+from metrics.score_tiles import tiles
 
 KINDS = ("nnn", "inverted-softmax")
 DIRECTIONS = ("text_to_image", "image_to_text")
