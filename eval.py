@@ -65,6 +65,7 @@ import numpy as np
 
 from datasets.bank import Bank
 from datasets.embeddings import Pairs
+from datasets.folds import fold_of
 from metrics import hubs
 from models.precision import set_precision
 from reporting.terminal import result_text
@@ -165,7 +166,7 @@ def check(args, run, pairs, task, count):
     if seen and not args.allow_leakage:
         raise UserError(
             f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of {args.dataset}"
-            f" '{pairs.folder.name}': name another --split or --train-dataset, or evaluate on them with"
+            f" '{pairs.split}': name another --split or --train-dataset, or evaluate on them with"
             " --allow-leakage, which the result records."
         )
     if has_classes and len(pairs.classes) < 2:
@@ -220,11 +221,12 @@ def main(argv=None):
     except FloatingPointError as error:
         pairs.must_be_finite(adaptor.pooled)
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
+    fold = fold_of(split)
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
         "levels_by": args.levels_by, "drop_remainder": args.drop_remainder,
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
-        "skipped": pairs.meta["skipped"],
+        "skipped": pairs.meta["skipped"], "fold": fold and [fold.number, fold.folds],
         "seen_in_training": pairs.shared_with(run.seen), "untrained": run.untrained,
         "start_kept": run.start_kept,
         "repeated_captions": repeated(pairs),

@@ -116,7 +116,10 @@ class PairsFile(Described):
             raise self._error("it holds no pairs: write a row per caption.")
         splits = {split: list(pairs.values()) for split, pairs in described.items()}
         if split_column:
-            return splits
+            every = {}
+            for id, (image, captions) in (item for pairs in described.values() for item in pairs.items()):
+                every.setdefault(id, (image, []))[1].extend(captions)
+            return splits | {"all": splits.get("all", list(every.values()))}
         pairs = splits[""]
         masks = fold_splits(len(pairs), self.folds, self.seed, self.file)
         return {split: list(itertools.compress(pairs, mask)) for split, mask in masks.items()}

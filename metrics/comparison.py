@@ -3,6 +3,7 @@
 Q queries, R forecasts of each, B bootstrap draws, S seeds.
 """
 
+import hashlib
 import itertools
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ class PairedBootstrap:
         # A byte each: no group of hundreds of thousands is drawn 256 times.
         self._times = np.concatenate([np.ones((1, self._groups), np.uint8), *(part.astype(np.uint8) for part in parts)])
         self._queries = self._sum(np.bincount(self._group))
+        self._aurocs = {}  # of seeds seen: methods that change no answer, and seeds of untrained ones, repeat them
 
     def _sum(self, by_group):
         """Sums (1 + B, ...) over the draws of values by group (G, ...), some rows at a time."""
@@ -109,8 +111,13 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=np.arange(4), draws=1).auroc([0.1, 0.2, 0.3, 0.4], [1, 1, 0, 0]).tolist()
         [1.0, 1.0]
         """
-        seeds = zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True)
-        return np.mean([auroc_of_draws(*seed, self._times, self._group) for seed in seeds], axis=0)
+        aurocs = []
+        for seed in zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True):
+            key = tuple(hashlib.sha256(np.ascontiguousarray(values)).digest() for values in seed)
+            if key not in self._aurocs:
+                self._aurocs[key] = auroc_of_draws(*seed, self._times, self._group)
+            aurocs.append(self._aurocs[key])
+        return np.mean(aurocs, axis=0)
 
 
 def interval(statistic, confidence=0.95, basic=False):

@@ -99,8 +99,8 @@ def is_unified(runs):
 
 
 def seeds_of(runs):
-    """How many seeds a variant's Results are of, on however many data sets."""
-    return len({run.values["config"]["seed"] for run in runs})
+    """How many seeds, of how many folds each, a variant's Results are of, on however many data sets."""
+    return len({(run.values["config"]["seed"], *(run.values.get("fold") or ())) for run in runs})
 
 
 def data_sets(block):

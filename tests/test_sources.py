@@ -314,6 +314,7 @@ def test_a_table_is_read_alike_in_every_format(tmp_path, suffix):
     assert ids(source.images("test")) == [path_id(tmp_path, "a.jpg"), b.id] and ids(source.captions("test")) == [1, 4]
     (d,) = source.images("val")
     assert d.path.as_posix() == "/elsewhere/d.jpg" and len(source.captions("val")[0].text.split()) == 10_001
+    assert len(source.images("all")) == 4 and sorted(ids(source.captions("all"))) == [*range(6)]  # an image once
     with pytest.raises(UserError, match="it has no split 'dev'; it has train, test, val"):
         source.images("dev")
 

@@ -20,6 +20,10 @@ TABLES = {
 }
 
 
-def every(block):
-    """All tables that a block has figures for."""
-    return [table for table in (make(block) for make in TABLES[block.task]) if table]
+# Of folds: without differences between methods on the same images, as each fold has its own.
+TABLES |= {f"{task} folds": [make for make in tables if make is not gains] for task, tables in TABLES.items()}
+
+
+def every(block, kind=None):
+    """All tables that a block has figures for; kind: of TABLES, by default the block's task."""
+    return [table for table in (make(block) for make in TABLES[kind or block.task]) if table]
