@@ -51,7 +51,7 @@ import sys
 from datasets.caching import identity, mismatch, write_cache, write_given
 from datasets.embeddings import META, WORKING, cache_folder, cached_as, read_meta
 from datasets.listing import list_split
-from datasets.ranks import Ranks
+from datasets.ranks import Ranks, reported
 from models.backbones import make_backbone
 from models.precision import set_precision
 from utils.device import pick_device, usable_cores
@@ -94,6 +94,7 @@ def finished(folder, wanted, args):
 
 
 @exits_cleanly(interrupted=GOES_ON)
+@reported
 def main(argv=None):
     args, config = parse(argv)
     ranks = Ranks()
