@@ -1,17 +1,18 @@
 """Calibration of probabilities: calibration errors, proper scores and temperature scaling.
 
 Q queries, G classes or gallery items, P positives: pairs of a query and an item that answers it. Probabilities are the
-softmax over the G items of scale * score. `score` is a function from slices of queries, as in `metrics/retrieval.py`.
+softmax over the G items of scale * score. `score` is a function from slices of queries, as in `metrics/score_tiles.py`.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import scipy
 import torch
 
-from metrics.retrieval import LEAST, Columns, Positives, tiles
+from metrics.score_tiles import LEAST, Positives, read, tiles
 from metrics.uncertainty import bin_of, tie_means
 
 
@@ -25,9 +26,34 @@ class Forecast(NamedTuple):
     entropy: np.ndarray  # of the probabilities, in nats
 
 
-@torch.inference_mode()
+def probabilities(tile, scale, members=None):
+    """Read the fields of a Forecast off a Tile; members: `members_of` items that answer the same queries.
+
+    Raises FloatingPointError if a score is not finite.
+
+    >>> Forecast(*read(torch.eye(2).__getitem__, 2, [0, 1], [0, 0], partial(probabilities, scale=1.0))[0]).hit.tolist()
+    [1.0, 0.0]
+    """
+    (row, column), posterior = tile.targets, tile.posterior(scale)
+    below, likelihood, highest, total, entropy = posterior
+    factor = scale[tile.rows][row].to(highest) if torch.is_tensor(scale) else scale
+    positive = factor * tile.scores[row, column] - highest[row]
+    is_first = (positive == 0).to(total.dtype)
+    hit = torch.zeros_like(total).scatter_add(0, row, is_first) / tile.count(torch.eq, below, torch.zeros_like(total))
+    positive = positive - total.log()[row]  # log probability
+    confidence = (1 if members is None else _group_sum(likelihood, members, below.argmax(dim=1))) / total
+    nll = _nll(positive, row, len(total))
+    squares = tile.sum_of_products(likelihood, likelihood) / total.square()
+    of_positives = torch.zeros_like(total).scatter_add(0, row, positive.exp())
+    positive_squares = torch.zeros_like(total).scatter_add(0, row, positive.exp().square())
+    brier = (1 - of_positives).square() + (squares - positive_squares).clamp_min(0)
+    if not torch.isfinite(nll + brier).all():
+        raise FloatingPointError("a score is not finite")
+    return (field.cpu().double() for field in (confidence, hit, nll, brier, entropy.clamp_min(0)))
+
+
 def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, group_of_item=None):
-    """Compute confidence, hit, NLL, Brier score and entropy of each query, in tiles.
+    """Compute confidence, hit, NLL, Brier score and entropy of each query.
 
     score: function from a slice of queries to their scores (q, G): logits up to `scale`, or log probabilities.
     query_of_positive, item_of_positive: (P,) rows, with every query 0 .. Q-1 present; for classification, the row
@@ -39,31 +65,8 @@ def forecast(score, gallery, query_of_positive, item_of_positive, scale=1.0, gro
     >>> forecast(lambda rows: logits[rows], 2, [0, 1], [0, 1]).confidence.round(3).tolist()
     [0.9, 0.8]
     """
-    members = None if group_of_item is None else _members(group_of_item)
-    positives = Positives(query_of_positive, item_of_positive)
-    columns = Columns(positives.queries)
-    for rows, scores in tiles(score, positives.queries, gallery, share=2):
-        logit = scale * scores
-        row, column = positives.among(rows, scores.device)
-        positive = logit[row, column]
-        best, top = logit.max(dim=1)
-        is_first = (positive == best[row]).to(best.dtype)
-        hit = torch.zeros_like(best).scatter_add(0, row, is_first) / (logit == best[:, None]).sum(dim=1)
-        logit = logit.sub_(best[:, None]).clamp_min_(LEAST)
-        likelihood = logit.exp()
-        total = likelihood.sum(dim=1)
-        positive = positive - best[row] - total.log()[row]  # log probability
-        confidence = (1 if members is None else _group_sum(likelihood, members, top)) / total
-        nll = _nll(positive, row, len(best))
-        squares = likelihood.square().sum(dim=1) / total.square()
-        of_positives = torch.zeros_like(best).scatter_add(0, row, positive.exp())
-        positive_squares = torch.zeros_like(best).scatter_add(0, row, positive.exp().square())
-        brier = (1 - of_positives).square() + (squares - positive_squares).clamp_min(0)
-        entropy = total.log() - likelihood.mul_(logit).sum(dim=1) / total
-        if not torch.isfinite(nll + brier).all():
-            raise FloatingPointError("a score is not finite")
-        fields = confidence, hit, nll, brier, entropy.clamp_min(0)
-        columns.put(rows, *(field.cpu().double() for field in fields))
+    reader = partial(probabilities, scale=scale, members=members_of(group_of_item))
+    (columns,) = read(score, gallery, query_of_positive, item_of_positive, reader)
     return Forecast(*columns)
 
 
@@ -76,16 +79,16 @@ def _nll(positive, row, queries):
 
 
 def nll_of(logit, row, column):
-    """Negative log (q,) of the total probability of each query's positives, from logits (q, G).
+    """Negative log (q,) of the total probability of each query's positives, from logits (q, G), which are overwritten.
 
     row, column: (P,) of the positives.
 
     >>> nll_of(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2])).exp()
     tensor([4.])
     """
-    top = logit.amax(dim=1)
-    total = (logit - top[:, None]).clamp_min_(LEAST).exp_().sum(dim=1)
-    return _nll(logit[row, column] - top[row] - total.log()[row], row, len(logit))
+    top, positive = logit.amax(dim=1), logit[row, column]
+    total = logit.sub_(top[:, None]).clamp_min_(LEAST).exp_().sum(dim=1)
+    return _nll(positive - top[row] - total.log()[row], row, len(logit))
 
 
 @torch.inference_mode()
@@ -100,8 +103,16 @@ def _mean_nll(score, gallery, positives, scale):
     return nll.mean()
 
 
-def _members(group):
-    """Items (G, S) of each item's group of at most S, padded with G."""
+def members_of(group):
+    """Items (G, S) of each item's group (G,) of at most S, padded with G; None if each is a group of its own.
+
+    >>> members_of([0, 0, 1])
+    tensor([[0, 1],
+            [0, 1],
+            [2, 3]])
+    """
+    if group is None:
+        return None
     _, of_group, size = np.unique(group, return_inverse=True, return_counts=True)
     order, starts = np.argsort(of_group, kind="stable"), np.cumsum(size) - size
     place = np.arange(size.max())

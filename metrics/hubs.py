@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from metrics.calibration import nll_of
-from metrics.retrieval import tiles
+from metrics.score_tiles import tiles
 
 KINDS = ("nnn", "inverted-softmax")
 DIRECTIONS = ("text_to_image", "image_to_text")

@@ -1,89 +1,17 @@
 """Cross-modal retrieval: ranks, recall@k, top-k lists, mAP@R, and the Bayes-optimal recall under known ambiguity.
 
 Q queries, G gallery items, P positives: pairs of a query and an item that answers it. `score` is a function from a
-slice of queries to their scores (q, G), so that only tiles of the score matrix are in memory.
+slice of queries to their scores (q, G), as in `metrics/score_tiles.py`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-TILE = 2**22  # scores in memory at once: 16 MB in float32, part of which stays in the processor's cache
-# Least logit below the top: e^-80 adds nothing to a sum, and float32 exp is a hundred times slower where it underflows.
-LEAST = -80.0
-
-
-class Positives:
-    """P positives, (P,) rows of queries and of items, sorted by query.
-
-    >>> Positives([1, 0, 1], [4, 5, 6]).among(slice(1, 2), "cpu")
-    (tensor([0, 0]), tensor([4, 6]))
-    """
-
-    def __init__(self, query, item):
-        query, item = torch.as_tensor(np.array(query)), torch.as_tensor(np.array(item))
-        order = query.argsort(stable=True)
-        self.query, self.item = query[order], item[order]
-        self.queries = int(self.query[-1]) + 1
-
-    def among(self, rows, device):
-        """Select the positives of the queries in the slice `rows`: their rows within the slice (p,) and items (p,)."""
-        first, last = torch.searchsorted(self.query, torch.tensor([rows.start, rows.stop])).tolist()
-        return (self.query[first:last] - rows.start).to(device), self.item[first:last].to(device)
-
-
-def tiles(score, queries, gallery, share=1):
-    """Yield slices of the Q queries with their scores (q, G), at most TILE / share scores each.
-
-    Scores are computed TILE at a time whatever the share, because matrix products of fewer rows are slower.
-
-    >>> [(rows, len(scores)) for rows, scores in tiles(lambda rows: torch.zeros(3, 2)[rows], 3, 2)]
-    [(slice(0, 3, None), 3)]
-    """
-    step = max(1, TILE // gallery)
-    part = max(1, step // share)
-    for start in range(0, queries, step):
-        stop = min(start + step, queries)
-        scores = score(slice(start, stop))
-        for first in range(start, stop, part):
-            last = min(first + part, stop)
-            yield slice(first, last), scores[first - start : last - start]
-
-
-@torch.inference_mode()
-def all_scores(score, queries, gallery):
-    """Compute the whole score matrix (Q, G) in tiles, which bounds the memory that `score` itself needs.
-
-    >>> all_scores(lambda rows: torch.eye(2)[rows], 2, 2).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
-    """
-    return torch.cat([scores for _, scores in tiles(score, queries, gallery)])
-
-
-class Columns(list):
-    """Arrays (Q, ...) that are filled slice by slice of the queries.
-
-    They are allocated at full size at the first slice: small arrays that are allocated between tiles and kept would
-    fragment the memory, which then grows to many times its content.
-
-    >>> columns = Columns(2)
-    >>> for row in (0, 1):
-    ...     columns.put(slice(row, row + 1), torch.tensor([row + 3.0]))
-    >>> columns[0].tolist()
-    [3.0, 4.0]
-    """
-
-    def __init__(self, queries):
-        self.queries = queries
-
-    def put(self, rows, *values):
-        """Fill in tensors (q, ...) for the queries in the slice `rows`."""
-        if not self:
-            self.extend(np.empty((self.queries, *x.shape[1:]), x.cpu().numpy().dtype) for x in values)
-        for column, value in zip(self, values, strict=True):
-            column[rows] = value.cpu().numpy()
+from metrics.score_tiles import Columns, read, tiles
 
 
 class Ranking(NamedTuple):
@@ -99,14 +27,35 @@ class Ranking(NamedTuple):
     probability: np.ndarray  # of the best-scored item under this posterior
 
 
-@torch.inference_mode()
+def ranks(tile, scale):
+    """Read the fields of a Ranking off a Tile; the posterior is the softmax of scale * score.
+
+    Ranks are counted, which needs no sorting and serves every recall@k. Raises FloatingPointError if a score is not
+    finite.
+
+    >>> Ranking(*read(torch.eye(2).__getitem__, 2, [0, 1], [0, 0], partial(ranks, scale=1.0))[0]).better.tolist()
+    [0, 1]
+    """
+    scores, (row, column) = tile.scores, tile.targets
+    (top_score, second), top = (x.T for x in scores.topk(2, dim=1))
+    # Scores of positives are read off the tile: computed again, they could differ by a rounding error.
+    positive = scores[row, column]
+    best = torch.full_like(top_score, -torch.inf).scatter_reduce(0, row, positive, "amax")
+    tied_positives = torch.zeros_like(best).scatter_add(0, row, (positive == best[row]).to(best.dtype)).long()
+    better, tied = tile.count(torch.gt, scores, best), tile.count(torch.eq, scores, best) - tied_positives
+    posterior = tile.posterior(scale)
+    if not torch.isfinite(top_score + posterior.entropy).all():
+        raise FloatingPointError("a score is not finite")
+    margin, probability = top_score - second, 1 / posterior.total
+    return better, tied, tied_positives, top[0], top_score, margin, posterior.entropy, probability
+
+
 def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
-    """Rank each query's positives in a gallery of G items, in tiles of at most TILE scores.
+    """Rank each query's positives in a gallery of G items.
 
     score: function from a slice of queries to their scores (q, G). query_of_positive, item_of_positive: (P,) rows,
-    with every query 0 .. Q-1 present. scale: the posterior over the gallery is the softmax of scale * score. Ranks are
-    counted, which needs no sorting and serves every recall@k. Raises FloatingPointError if a score is not finite, and
-    ValueError for a gallery of fewer than two items.
+    with every query 0 .. Q-1 present. scale: the posterior over the gallery is the softmax of scale * score. Raises
+    FloatingPointError if a score is not finite, and ValueError for a gallery of fewer than two items.
 
     >>> scores = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.3, 0.5]])
     >>> rank(lambda rows: scores[rows], 3, query_of_positive=[0, 1], item_of_positive=[0, 1]).better.tolist()
@@ -114,30 +63,7 @@ def rank(score, gallery, query_of_positive, item_of_positive, scale=1.0):
     """
     if gallery < 2:
         raise ValueError(f"a gallery of {gallery} cannot be ranked")
-    positives = Positives(query_of_positive, item_of_positive)
-    columns, work = Columns(positives.queries), None
-    for rows, scores in tiles(score, positives.queries, gallery):
-        if work is None or work.shape != scores.shape:  # allocating per tile would cost more than counting
-            # Sums of ones are exact in float32 up to 2^24, and much faster than sums of Booleans.
-            exact = torch.promote_types(scores.dtype, torch.float32 if gallery <= 2**24 else torch.float64)
-            work, weight = torch.empty_like(scores, dtype=exact), torch.empty_like(scores)
-        (top_score, second), top = (x.T for x in scores.topk(2, dim=1))
-        row, column = positives.among(rows, scores.device)
-        # Scores of positives are read off the tile: computed again, they could differ by a rounding error.
-        positive = scores[row, column]
-        best = torch.full_like(top_score, -torch.inf).scatter_reduce(0, row, positive, "amax")
-        tied_positives = torch.zeros_like(best).scatter_add(0, row, (positive == best[row]).to(best.dtype)).long()
-        better = torch.gt(scores, best[:, None], out=work).sum(dim=1).long()
-        tied = torch.eq(scores, best[:, None], out=work).sum(dim=1).long() - tied_positives
-        logit = torch.mul(scores, scale, out=weight)
-        logit.sub_(logit.amax(dim=1)[:, None]).clamp_min_(LEAST)
-        likelihood = torch.exp(logit, out=work)
-        total = likelihood.sum(dim=1)
-        entropy = total.log() - likelihood.mul_(logit).sum(dim=1) / total
-        if not torch.isfinite(top_score + entropy).all():
-            raise FloatingPointError("a score is not finite")
-        margin = top_score - second
-        columns.put(rows, better, tied, tied_positives, top[0], top_score, margin, entropy, 1 / total)
+    (columns,) = read(score, gallery, query_of_positive, item_of_positive, partial(ranks, scale=scale))
     return Ranking(*columns)
 
 

@@ -3,10 +3,13 @@
 Q queries, G gallery items, P positives: pairs of a query and an item that answers it.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
-from metrics import calibration, retrieval
+from metrics import calibration, retrieval, score_tiles
 from metrics.comparison import interval
 from metrics.uncertainty import (
     aupr,
@@ -100,52 +103,62 @@ def gallery_aware(ranking):
     }
 
 
-def of_probabilities(*args, drawn=None, **options):
-    """Calibration of the posterior over the gallery: `of_forecast` of everything that `forecasts` returns.
+class Judged(NamedTuple):
+    """What one pass over the scores says of a ranking and of its posterior."""
 
-    drawn: as in `of_forecast`.
-
-    >>> scores = torch.eye(2)
-    >>> list(of_probabilities(lambda rows: scores[rows], 2, [0, 1], [0, 1], scale=1.0, group=[0, 1]))
-    ['model']
-    """
-    parts = forecasts(*args, **options)
-    return {name: of_forecast(forecast, scales, drawn) for name, (forecast, scales) in parts.items()}
+    ranking: retrieval.Ranking
+    forecasts: dict  # {name: (Forecast, scales)}: `model`, and `temperature` after temperature scaling
+    uncorrected: tuple[retrieval.Ranking, calibration.Forecast]  # of the scores before correction
 
 
 @torch.inference_mode()
-def forecasts(score, gallery, query_of_positive, item_of_positive, scale, group, group_of_item=None, seed=0):
-    """Forecasts of the posterior over the gallery, unscaled and after temperature scaling: {name: (Forecast, scales)}.
+def judge(score, gallery, query_of_positive, item_of_positive, scale, group, members=None, correction=None, seed=0):
+    """Rank Q queries and forecast with their posterior, unscaled and after temperature scaling, in one pass.
 
     score: function from rows of queries to their scores (q, G). group: (Q,); the queries are split into two halves of
     whole groups, and each half is evaluated with the temperature fitted on the other, on at most FIT_SCORES scores.
-    group_of_item: as in `calibration.forecast`. `temperature` is missing if there are not two groups, or if a half has
-    too few mistakes to bound a temperature.
+    members: of the groups of items, see `calibration.members_of`. correction: constants (G,) that are subtracted from
+    the scores, and the scale of the posterior without them. `temperature` is missing if there are not two groups, or
+    if a half has too few mistakes to bound a temperature.
 
     >>> scores = torch.eye(2)[[0, 0, 1, 1] * 4]
-    >>> list(forecasts(lambda rows: scores[rows], 2, range(16), [0, 1, 1, 1] * 4, scale=1.0, group=range(16)))
+    >>> list(judge(lambda rows: scores[rows], 2, range(16), [0, 1, 1, 1] * 4, 1.0, group=range(16)).forecasts)
     ['model', 'temperature']
     """
     query, item = np.asarray(query_of_positive), np.asarray(item_of_positive)
-    result = {"model": (calibration.forecast(score, gallery, query, item, scale, group_of_item), [scale])}
+    scales, (subtracted, plain_scale) = {"model": [scale]}, correction or (None, None)
+    readers = [partial(retrieval.ranks, scale=scale), partial(calibration.probabilities, scale=scale, members=members)]
+    first, fitted = _fit_halves(score, gallery, query, item, group, subtracted, seed)
+    if fitted:
+        scales["temperature"] = fitted
+        scale_of_query = torch.from_numpy(np.where(first, fitted[1], fitted[0]))  # that of the other half
+        readers.append(partial(calibration.probabilities, scale=scale_of_query, members=members))
+    if subtracted is not None:
+        readers = [lambda tile, read=reader: read(tile.less(subtracted)) for reader in readers]
+        readers.append(partial(retrieval.ranks, scale=plain_scale))
+        readers.append(partial(calibration.probabilities, scale=plain_scale, members=members))
+    ranking, *columns = score_tiles.read(score, gallery, query, item, *readers)
+    ranking, uncorrected = retrieval.Ranking(*ranking), None
+    if subtracted is not None:
+        *columns, plain_ranking, plain = columns
+        uncorrected = retrieval.Ranking(*plain_ranking), calibration.Forecast(*plain)
+    columns = [calibration.Forecast(*column) for column in columns]
+    forecasts = {name: (column, part) for (name, part), column in zip(scales.items(), columns, strict=True)}
+    return Judged(ranking, forecasts, uncorrected or (ranking, columns[0]))
+
+
+def _fit_halves(score, gallery, query, item, group, subtracted, seed):
+    """Two halves of the queries, (Q,), True in the first, and the scales fitted on each; None where there are none."""
     if np.ptp(group) == 0:
-        return result
-    rng, first, scales = np.random.default_rng(seed), calibration.halves(group, seed), []
+        return None, None
+    rng, first, fitted = np.random.default_rng(seed), calibration.halves(group, seed), []
     for half in (first, ~first):
         rows = np.sort(rng.permutation(np.flatnonzero(half))[: max(2, FIT_SCORES // gallery)])
-        scores = retrieval.all_scores(lambda part, r=rows: score(r[part]), len(rows), gallery)
-        scales.append(calibration.fit_scale(lambda part, s=scores: s[part], gallery, *_among(rows, query, item)))
-    if None in scales:
-        return result
-    scaled = calibration.Forecast(*(np.empty_like(column) for column in result["model"][0]))
-    for half, fitted in ((~first, scales[0]), (first, scales[1])):
-        rows = np.flatnonzero(half)
-        forecast = calibration.forecast(
-            lambda part, r=rows: score(r[part]), gallery, *_among(rows, query, item), fitted, group_of_item
-        )
-        for column, values in zip(scaled, forecast, strict=True):
-            column[rows] = values
-    return result | {"temperature": (scaled, scales)}
+        scores = score_tiles.all_scores(lambda part, r=rows: score(r[part]), len(rows), gallery)
+        if subtracted is not None:
+            scores = scores - subtracted
+        fitted.append(calibration.fit_scale(lambda part, s=scores: s[part], gallery, *_among(rows, query, item)))
+    return first, None if None in fitted else fitted
 
 
 def _among(rows, query, item):

@@ -12,13 +12,13 @@ from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from metrics import calibration, summary
 from metrics.comparison import interval
-from metrics.retrieval import rank, recall_at
+from metrics.retrieval import recall_at
 from metrics.uncertainty import auroc, selective
 from utils.errors import UserError
 
 SCORES = ("log_likelihood", "similarity")
 FOLLOWED = ("query", "retrieved", "sum")  # what levels follow: the query's uncertainty, its answer's, or their sum
-STORED_SCORES = 2**25  # scores, 128 MB, that are computed once and stored; more are computed anew for every metric
+STORED_SCORES = 2**25  # scores, 128 MB, that are computed once and stored; more are computed anew for every pass
 EXAMPLES, BEST_ANSWERS = 10, 5  # most and least certain queries in the report, and best answers to each
 
 
@@ -131,16 +131,13 @@ def evaluate_side(ranking, query, answer, choices, levels_by, drawn, free=None, 
     return figures, uncertainties[levels_by or "entropy"]
 
 
-def without_correction(side, scale, drawn, hit, group_of_item=None):
+def without_correction(ranking, forecast, drawn, hit):
     """Figures of one direction before hub correction, and what it gains in R@1, with its interval over images.
 
-    side: the first arguments of `rank`. drawn: a PairedBootstrap of the queries. hit: (Q,) of the corrected scores.
-    group_of_item: as in `calibration.forecast`.
+    ranking, forecast: of the uncorrected scores. drawn: a PairedBootstrap of the queries. hit: (Q,) of the corrected.
     """
-    ranking = rank(*side, scale)
     plain = recall_at(ranking, 1)
     gain = drawn.mean(hit - plain)
-    forecast = calibration.forecast(*side, scale, group_of_item)
     bins = calibration.reliability(forecast.confidence, forecast.hit)
     return summary.of_ranking(ranking, drawn=drawn) | {
         "gain": {"recall": {"1": float(gain[0])}, "interval": {"recall": {"1": interval(gain)}}},

@@ -6,6 +6,7 @@ import torch
 from metrics import calibration, retrieval, summary
 from metrics.comparison import PairedBootstrap
 from metrics.hubs import constants
+from metrics.score_tiles import all_scores
 from metrics.uncertainty import label_entropy
 from models.backbones.last_map import cut
 from models.base import adapt_all, cosine
@@ -64,7 +65,7 @@ def evaluate(adaptor, pairs, choices, device):
 
         if len(image.mean) * classes > STORED_SCORES:
             return score
-        scores = retrieval.all_scores(score, len(image.mean), classes)
+        scores = all_scores(score, len(image.mean), classes)
         return lambda rows: scores[rows]
 
     def forecast_with(scale, score):
@@ -92,10 +93,10 @@ def evaluate(adaptor, pairs, choices, device):
     drawn, free = PairedBootstrap(row), {"length": lengths(pairs.image)}
     for name in choices.scores:
         plain = score_of(with_progress(computes[name], bar))
-        score = less(plain, name)
-        ranking = retrieval.rank(score, classes, row, label, scales[name])
+        score, correction = less(plain, name), (subtracted[name], scales[name]) if subtracted else None
+        judged = summary.judge(plain, classes, row, label, scales[name], row, correction=correction)
+        ranking, forecasts = judged.ranking, judged.forecasts
         side, uncertainty = evaluate_side(ranking, *uncertainties, choices, levels_by, drawn, free, truth=human_entropy)
-        forecasts = summary.forecasts(score, classes, row, label, scales[name], row)
         if val is not None:
             fitted = calibration.fit_scale(less(score_of(computes[name], val_image), name), *val_targets)
             if fitted is not None:
@@ -113,9 +114,7 @@ def evaluate(adaptor, pairs, choices, device):
             side["calibration"]["validation"]["split"] = val.folder.name
         figures = {"score": name, "posterior_scale": scales[name], "image_to_class": side}
         if subtracted:
-            part = without_correction(
-                (plain, classes, row, label), scales[name], drawn, retrieval.recall_at(ranking, 1)
-            )
+            part = without_correction(*judged.uncorrected, drawn, retrieval.recall_at(ranking, 1))
             figures["uncorrected"] = {"image_to_class": part}
         if result:
             result["other_score"] = figures

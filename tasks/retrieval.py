@@ -9,8 +9,10 @@ import numpy as np
 from scipy import sparse
 
 from metrics import eccv, retrieval, summary
+from metrics.calibration import members_of
 from metrics.comparison import PairedBootstrap, interval
-from metrics.hubs import DIRECTIONS, constants
+from metrics.hubs import constants
+from metrics.score_tiles import all_scores
 from metrics.uncertainty import levels, trend
 from models.base import adapt_all
 from tasks import (
@@ -36,14 +38,16 @@ COCO_5K = 5000  # images of the test split, whose fifths are COCO 1K
 class Side(NamedTuple):
     """Retrieval in one direction: Q queries, a gallery of G items, P positives."""
 
-    score: Callable  # from rows of queries to their scores (q, G)
+    plain_score: Callable  # from rows of queries to their scores (q, G), before hub correction
     gallery: int
     query: np.ndarray  # (P,) rows of the positives' queries
     item: np.ndarray  # (P,) rows of the positives' items
+    scale: float  # of the posterior
+    correction: tuple | None = None  # constants (G,), and the scale of the posterior without them
 
-    def less(self, constants):
-        """The same direction with constants (G,) subtracted from the scores of its items."""
-        return self._replace(score=lambda rows: self.score(rows) - constants)
+    def score(self, rows):
+        """Scores (q, G) of rows of queries, corrected."""
+        return self.plain_score(rows) - self.correction[0] if self.correction else self.plain_score(rows)
 
 
 class Truth(NamedTuple):
@@ -54,8 +58,11 @@ class Truth(NamedTuple):
     ambiguity: np.ndarray | None = None  # (Q,) of captions
 
 
-def sides(compute, image, text, image_of_text):
-    """Both directions between N adapted images and M captions, {name: Side}; few scores (N, M) are computed once."""
+def sides(compute, image, text, image_of_text, scale):
+    """Both directions between N adapted images and M captions, {name: Side}; few scores (N, M) are computed once.
+
+    scale: of the posterior.
+    """
     images, texts = len(image.mean), len(text.mean)
     caption = np.arange(texts)
 
@@ -65,13 +72,11 @@ def sides(compute, image, text, image_of_text):
     def to_image(rows):
         return compute(image, text.rows(rows)).T
 
-    text_side = Side(to_image, images, caption, image_of_text)
-    image_side = Side(to_text, texts, image_of_text, caption)
     if images * texts <= STORED_SCORES:
-        scores = retrieval.all_scores(to_text, images, texts)
-        transposed = scores.T.contiguous()
-        text_side = text_side._replace(score=lambda rows: transposed[rows])
-        image_side = image_side._replace(score=lambda rows: scores[rows])
+        scores = all_scores(to_text, images, texts)
+        to_text, to_image = scores.__getitem__, scores.T.contiguous().__getitem__
+    text_side = Side(to_image, images, caption, image_of_text, scale)
+    image_side = Side(to_text, texts, image_of_text, caption, scale)
     return {"text_to_image": text_side, "image_to_text": image_side}
 
 
@@ -122,34 +127,19 @@ def evaluate(adaptor, pairs, choices, device):
     groups = {"text": scene[pairs.image_of_text], "image": scene}
     drawn = {side: PairedBootstrap(group) for side, group in groups.items()}
     arrays["group_of_image"] = scene
-    ambiguity, group_of_text = truth["text_to_image"].ambiguity, pairs.image_of_text
+    ambiguity = truth["text_to_image"].ambiguity
     bank = choices.hubs and adapted_bank(adaptor, choices.bank, device)
     count = len(pairs.image) * len(pairs.text)
-    # Per direction: ranks, probabilities unscaled and scaled, and mAP@R if the true matches are known.
-    passes = 2 * (3 if ambiguity is None else 4)
+    passes = 2 if ambiguity is None else 4  # of each direction one, and one for mAP@R if the true matches are known
     bar = progress_bar(count, 1 if count <= STORED_SCORES else passes, choices)
     computes = {"log_likelihood": adaptor.log_likelihood, "similarity": adaptor.similarity}
     for name in choices.scores:
         compute = with_progress(computes[name], bar)
-        both, scale = sides(compute, image, text, pairs.image_of_text), dict.fromkeys(DIRECTIONS, scales[name])
-        plain = both
+        both = sides(compute, image, text, pairs.image_of_text, scales[name])
         if choices.hubs:
-            both, scale = corrected(both, computes[name], image, text, bank, choices.hubs, scales[name])
-        figures, side_arrays = evaluate_sides(both, scale, uncertainties, truth, choices, groups, drawn, free)
+            both = corrected(both, computes[name], image, text, bank, choices.hubs)
+        figures, side_arrays = evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free)
         figures = {"score": name, "posterior_scale": scales[name]} | figures
-        if choices.hubs:
-            figures["uncorrected"] = {
-                "text_to_image": without_correction(
-                    plain["text_to_image"], scales[name], drawn["text"], side_arrays["text_to_image_hit"]
-                ),
-                "image_to_text": without_correction(
-                    plain["image_to_text"],
-                    scales[name],
-                    drawn["image"],
-                    side_arrays["image_to_text_hit"],
-                    group_of_text,
-                ),
-            }
         if result:
             result["other_score"] = figures
             continue
@@ -172,33 +162,37 @@ def evaluate(adaptor, pairs, choices, device):
     return result, arrays
 
 
-def evaluate_sides(both, scale, uncertainties, truth, choices, groups, drawn, free):
+def evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free):
     """Figures of both directions, {name: Side}, under one kind of score, and per-query arrays.
 
-    scale: of the posterior, {name: factor}. uncertainties, groups, drawn, free: of images and of captions, see
-    `evaluate_side`.
+    uncertainties, groups, drawn, free: of images and of captions, see `evaluate_side`.
     """
-    figures, arrays, rankings = {}, {}, []
+    figures, arrays, rankings, before = {}, {}, [], {}
     for (name, side), query, answer in zip(both.items(), ("text", "image"), ("image", "text"), strict=True):
         of_query, of_answer = uncertainties[query], uncertainties[answer]
-        ranking = retrieval.rank(*side, scale[name])
         levels_by = choose_levels_by(choices.levels_by if query == "image" else None, of_query, of_answer)
-        group = groups[query]
-        limit, ambiguity = truth[name].limit, truth[name].ambiguity
+        group, limit, ambiguity = groups[query], truth[name].limit, truth[name].ambiguity
+        # The captions of one image answer the same query.
+        members = members_of(side.query) if query == "image" else None
+        score, *targets, scale, correction = side
+        judged = summary.judge(score, *targets, scale, group, members, correction)
         part, uncertainty = evaluate_side(
-            ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group
+            judged.ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group
         )
         if truth[name].matches is not None:
             precision = retrieval.at_r(side.score, truth[name].matches)
             for key, values in (("map_at_r", precision.mean_average_precision), ("r_precision", precision.r_precision)):
                 part[key] = float(values.mean())
                 part["interval"][key] = interval(drawn[query].mean(values))
-        image_of_item = side.query if query == "image" else None  # the captions of one image answer the same query
-        part["calibration"] = summary.of_probabilities(*side, scale[name], group, image_of_item, drawn=drawn[query])
-        figures[name] = part
-        arrays |= arrays_of(name, ranking, uncertainty)
-        rankings.append(ranking)
-    return figures | {"rsum": retrieval.rsum(*rankings, ks=summary.KS)}, arrays
+        part["calibration"] = {
+            entry: summary.of_forecast(*forecast, drawn[query]) for entry, forecast in judged.forecasts.items()
+        }
+        figures[name], rankings = part, [*rankings, judged.ranking]
+        arrays |= arrays_of(name, judged.ranking, uncertainty)
+        if choices.hubs:
+            before[name] = without_correction(*judged.uncorrected, drawn[query], arrays[f"{name}_hit"])
+    figures["rsum"] = retrieval.rsum(*rankings, ks=summary.KS)
+    return figures | ({"uncorrected": before} if before else {}), arrays
 
 
 def adapted_bank(adaptor, bank, device):
@@ -207,23 +201,23 @@ def adapted_bank(adaptor, bank, device):
     return {"text_to_image": adapt_all(adaptor.adapt_text, bank.text.numpy(), device), "image_to_text": image}
 
 
-def corrected(both, compute, image, text, bank, hubs, scale):
-    """Both directions less the constants of hub correction, {name: Side}, and the scales of their posteriors.
+def corrected(both, compute, image, text, bank, hubs):
+    """Both directions with their hub correction, {name: Side}.
 
-    bank: the adapted queries of each direction. hubs: the Correction of each. scale: of the uncorrected posterior.
+    bank: the adapted queries of each direction. hubs: the Correction of each.
     """
     scores = {
         "text_to_image": lambda rows: compute(image.rows(rows), bank["text_to_image"]),
         "image_to_text": lambda rows: compute(bank["image_to_text"], text.rows(rows)).T,
     }
-    result, scales = {}, {}
+    result = {}
     for name, side in both.items():
-        correction, queries = hubs[name], len(bank[name].mean)
-        scales[name] = scale * correction.ratio
+        chosen, queries = hubs[name], len(bank[name].mean)
         result[name] = side
-        if correction.kind != "none":
-            result[name] = side.less(constants(scores[name], side.gallery, queries, correction, scale))
-    return result, scales
+        if chosen.kind != "none":
+            subtracted = constants(scores[name], side.gallery, queries, chosen, side.scale)
+            result[name] = side._replace(scale=side.scale * chosen.ratio, correction=(subtracted, side.scale))
+    return result
 
 
 def example_names(side, truth, pairs):

@@ -477,7 +477,7 @@ def test_classes_beyond_memory_are_scored_by_blocks(place, monkeypatch, kind):
     [path] = place.glob("results/**/*.json")
     whole, arrays = json.loads(path.read_text()), dict(np.load(path.with_suffix(".npz")))
     monkeypatch.setattr("tasks.classification.STORED_SCORES", 0)
-    monkeypatch.setattr("metrics.retrieval.TILE", 100)
+    monkeypatch.setattr("metrics.score_tiles.TILE", 100)
     evaluation.main(evaluate)
     by_blocks, parts = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
     for name, values in arrays.items():

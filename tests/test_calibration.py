@@ -6,7 +6,7 @@ import torch
 from scipy import optimize, special
 from torchmetrics.functional import classification
 
-from metrics import calibration, comparison, retrieval, summary
+from metrics import calibration, comparison, retrieval, score_tiles, summary
 
 LOGIT = np.random.default_rng(0).standard_normal((200, 7)) * 2
 LABEL = np.where(np.random.default_rng(1).random(200) < 0.6, LOGIT.argmax(axis=1), 3)
@@ -22,7 +22,7 @@ def single(label):
 
 @pytest.mark.parametrize("tile", [2**24, 30])
 def test_scores_of_several_positives_by_loop(monkeypatch, tile):
-    monkeypatch.setattr(retrieval, "TILE", tile)
+    monkeypatch.setattr(score_tiles, "TILE", tile)
     rng = np.random.default_rng(2)
     logit, true = rng.integers(-2, 3, (40, 6)).astype(float), rng.random((40, 6)) < 0.3
     true[np.arange(40), rng.integers(0, 6, 40)] = True
@@ -160,8 +160,8 @@ def test_no_scale_is_fitted_where_every_answer_is_right():
     # If all answers are wrong, the lowest confidence is best.
     assert fit(LOGIT, LOGIT.argmin(axis=1)) < 1e-3
     group = np.arange(200)
-    figures = summary.of_probabilities(lambda rows: torch.tensor(LOGIT[rows]), 7, *single(right), 1.0, group)
-    assert list(figures) == ["model"]
+    judged = summary.judge(lambda rows: torch.tensor(LOGIT[rows]), 7, *single(right), 1.0, group)
+    assert list(judged.forecasts) == ["model"]
 
 
 def test_answers_of_one_group_share_a_confidence():
@@ -197,18 +197,52 @@ def test_a_half_is_judged_by_the_temperature_of_the_other(monkeypatch):
         asked.append(rows)
         return scores[rows]
 
-    pairs = np.arange(600), owner
-    every = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
+    def figures(group=owner):
+        forecasts = summary.judge(score, 200, np.arange(600), owner, 1.0, group).forecasts
+        return {name: summary.of_forecast(*forecast) for name, forecast in forecasts.items()}
+
+    every = figures()
     monkeypatch.setattr(summary, "FIT_SCORES", 200 * 150)
     asked.clear()
-    few = summary.of_probabilities(score, 200, *pairs, 1.0, owner)
+    few = figures()
     fitted = [rows for rows in asked if len(np.arange(600)[rows]) == 150]
     assert len(fitted) == 2 and not set(owner[fitted[0]]) & set(owner[fitted[1]])
     assert few["temperature"]["scales"] == pytest.approx(every["temperature"]["scales"], rel=0.15)
     assert few["temperature"]["scales"] != every["temperature"]["scales"]
     assert few["temperature"]["nll"] < few["model"]["nll"] and few["model"] == every["model"]
     assert few["temperature"]["ece_15"] < 0.6 * few["model"]["ece_15"]
-    assert list(summary.of_probabilities(score, 200, *pairs, 1.0, np.zeros(600))) == ["model"]
+    assert list(figures(np.zeros(600))) == ["model"]
+
+
+@pytest.mark.parametrize("tile", [2**22, 100])
+def test_one_pass_gives_what_ranking_and_forecasting_give_apart(monkeypatch, tile):
+    """Of corrected scores and of those before the correction, with a temperature for each half of the queries."""
+    monkeypatch.setattr(score_tiles, "TILE", tile)
+    rng = np.random.default_rng(32)
+    owner, group_of_item = np.arange(90) // 3, np.arange(30) // 2
+    scores, constants = torch.tensor(rng.standard_normal((90, 30))), torch.tensor(rng.standard_normal(30))
+    members, targets = calibration.members_of(group_of_item), (30, np.arange(90), owner)
+    scores[np.arange(90), owner] += 1.5
+    judged = summary.judge(scores.__getitem__, *targets, 2.0, owner, members, (constants, 3.0))
+    corrected = scores - constants
+    fitted, first = judged.forecasts["temperature"][1], calibration.halves(owner)
+    scaled = corrected * torch.tensor(np.where(first, fitted[1], fitted[0]))[:, None]
+
+    def same(one, other):
+        assert all((a == b).all() for a, b in zip(one, other, strict=True))
+
+    same(judged.ranking, retrieval.rank(corrected.__getitem__, *targets, 2.0))
+    same(judged.uncorrected[0], retrieval.rank(scores.__getitem__, *targets, 3.0))
+    for forecast, (matrix, scale) in (
+        (judged.forecasts["model"][0], (corrected, 2.0)),
+        (judged.forecasts["temperature"][0], (scaled, 1.0)),
+        (judged.uncorrected[1], (scores, 3.0)),
+    ):
+        same(forecast, calibration.forecast(matrix.__getitem__, *targets, scale, group_of_item))
+    assert fitted[0] != fitted[1]
+    plain = summary.judge(scores.__getitem__, *targets, 3.0, owner, members)
+    same(plain.ranking, judged.uncorrected[0])
+    same(plain.uncorrected[1], judged.uncorrected[1])
 
 
 def falling(values, counts):

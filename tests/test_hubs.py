@@ -14,7 +14,7 @@ import report
 import train
 from datasets.bank import draw
 from datasets.embeddings import Pairs, hold_out
-from metrics import hubs, retrieval
+from metrics import hubs, score_tiles
 from metrics.hubs import Correction
 
 RUN = ["--dataset", "embeddings", "--quiet", "--method"]
@@ -72,7 +72,7 @@ def slow_constants(of_bank, correction, scale):
     "correction", [Correction("nnn", 0.5, 16), Correction("nnn", 0.25, 99), Correction("inverted-softmax", 0.75)]
 )
 def test_constants_are_those_of_loops(correction, dim, tile, monkeypatch):
-    monkeypatch.setattr(retrieval, "TILE", tile)
+    monkeypatch.setattr(score_tiles, "TILE", tile)
     generator = torch.Generator().manual_seed(0)
     item, query = (
         torch.nn.functional.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1)

@@ -11,7 +11,7 @@ from scipy import sparse, stats
 from torchmetrics.functional import classification
 from torchmetrics.functional.retrieval import retrieval_r_precision
 
-from metrics import retrieval
+from metrics import retrieval, score_tiles
 from metrics.uncertainty import (
     aupr,
     auroc,
@@ -46,7 +46,7 @@ def ranked(scores, positives, k):
 
 @pytest.mark.parametrize("tile", [2**24, 7])
 def test_recall_is_that_of_random_order_among_ties(monkeypatch, tile):
-    monkeypatch.setattr(retrieval, "TILE", tile)  # blocks of one query and of all
+    monkeypatch.setattr(score_tiles, "TILE", tile)  # blocks of one query and of all
     rng = np.random.default_rng(1)
     scores = rng.integers(0, 4, (6, 9)).astype(float)
     positives = [[0], [1, 2], [3, 4, 5], [8], [0, 8], [7]]
@@ -72,7 +72,7 @@ def test_recall_without_ties_is_exact():
 
 @pytest.mark.parametrize("tile", [2**24, 7])
 def test_first_rank_is_the_mean_over_random_orders_of_ties(monkeypatch, tile):
-    monkeypatch.setattr(retrieval, "TILE", tile)
+    monkeypatch.setattr(score_tiles, "TILE", tile)
     rng = np.random.default_rng(11)
     scores = rng.integers(0, 3, (8, 9)).astype(float)
     true = rng.random((8, 9)) < 0.3
@@ -96,7 +96,7 @@ def test_first_rank_is_the_mean_over_random_orders_of_ties(monkeypatch, tile):
 @pytest.mark.parametrize("tile", [2**24, 30])
 @pytest.mark.parametrize("values", [2, 5, 10**6])
 def test_lists_of_the_best_are_those_of_a_stable_sort(monkeypatch, tile, values):
-    monkeypatch.setattr(retrieval, "TILE", tile)
+    monkeypatch.setattr(score_tiles, "TILE", tile)
     scores = np.random.default_rng(12).integers(0, values, (20, 17)).astype(np.float64)
     for k in (1, 4, 17):
         listed = retrieval.top(lambda rows: torch.tensor(scores[rows]), 20, 17, k)
@@ -136,7 +136,7 @@ def test_quality_of_the_r_best_by_loop_and_torchmetrics():
 @pytest.mark.parametrize("tile", [2**24, 30])
 def test_quality_of_the_r_best_is_that_of_random_order_among_ties(monkeypatch, tile):
     """Every order of the few tied items is tried."""
-    monkeypatch.setattr(retrieval, "TILE", tile)
+    monkeypatch.setattr(score_tiles, "TILE", tile)
     rng = np.random.default_rng(14)
     scores = rng.integers(0, 3, (12, 6)).astype(float)
     scores[0] = 0

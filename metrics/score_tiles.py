@@ -1,0 +1,178 @@
+"""Tiles of a score matrix: each is computed once, and every figure reads it.
+
+Q queries, G gallery items, P positives: pairs of a query and an item that answers it. `score` is a function from a
+slice of queries to their scores (q, G), so that only tiles of the score matrix are in memory.
+"""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+TILE = 2**22  # scores that are read at once: 16 MB in float32, part of which stays in the processor's cache
+ROWS = 128  # queries whose scores are computed at once at least: a matrix product of fewer rows is slower
+# Least logit below the top: e^-80 adds nothing to a sum, and float32 exp is a hundred times slower where it underflows.
+LEAST = -80.0
+
+
+class Positives:
+    """P positives, (P,) rows of queries and of items, sorted by query.
+
+    >>> Positives([1, 0, 1], [4, 5, 6]).among(slice(1, 2), "cpu")
+    (tensor([0, 0]), tensor([4, 6]))
+    """
+
+    def __init__(self, query, item):
+        query, item = torch.as_tensor(np.array(query)), torch.as_tensor(np.array(item))
+        order = query.argsort(stable=True)
+        self.query, self.item = query[order], item[order]
+        self.queries = int(self.query[-1]) + 1
+
+    def among(self, rows, device):
+        """Select the positives of the queries in the slice `rows`: their rows within the slice (p,) and items (p,)."""
+        first, last = torch.searchsorted(self.query, torch.tensor([rows.start, rows.stop])).tolist()
+        return (self.query[first:last] - rows.start).to(device), self.item[first:last].to(device)
+
+
+def tiles(score, queries, gallery, share=1):
+    """Yield slices of the Q queries with their scores (q, G), at most TILE / share scores each, but one query at least.
+
+    >>> [(rows, len(scores)) for rows, scores in tiles(lambda rows: torch.zeros(3, 2)[rows], 3, 2)]
+    [(slice(0, 3, None), 3)]
+    """
+    part = max(1, TILE // gallery // share)
+    step = max(TILE // gallery, min(ROWS, queries))
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
+        scores = score(slice(start, stop))
+        for first in range(start, stop, part):
+            last = min(first + part, stop)
+            yield slice(first, last), scores[first - start : last - start]
+
+
+@torch.inference_mode()
+def all_scores(score, queries, gallery):
+    """Compute the whole score matrix (Q, G) in tiles, which bounds the memory that `score` itself needs.
+
+    >>> all_scores(lambda rows: torch.eye(2)[rows], 2, 2).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return torch.cat([scores for _, scores in tiles(score, queries, gallery)])
+
+
+class Columns(list):
+    """Arrays (Q, ...) that are filled slice by slice of the queries.
+
+    They are allocated at full size at the first slice: small arrays that are allocated between tiles and kept would
+    fragment the memory, which then grows to many times its content.
+
+    >>> columns = Columns(2)
+    >>> for row in (0, 1):
+    ...     columns.put(slice(row, row + 1), torch.tensor([row + 3.0]))
+    >>> columns[0].tolist()
+    [3.0, 4.0]
+    """
+
+    def __init__(self, queries):
+        self.queries = queries
+
+    def put(self, rows, *values):
+        """Fill in tensors (q, ...) for the queries in the slice `rows`."""
+        if not self:
+            self.extend(np.empty((self.queries, *x.shape[1:]), x.cpu().numpy().dtype) for x in values)
+        for column, value in zip(self, values, strict=True):
+            column[rows] = value.cpu().numpy()
+
+
+class Posterior(NamedTuple):
+    """Softmax of logits over the gallery."""
+
+    below: torch.Tensor  # (q, G) logits less the highest of their query, LEAST at least
+    likelihood: torch.Tensor  # (q, G) their exponentials
+    highest: torch.Tensor  # (q,) highest logit
+    total: torch.Tensor  # (q,) sum of the likelihoods
+    entropy: torch.Tensor  # (q,) in nats
+
+
+class Tile:
+    """Scores (q, G) of the queries in the slice `rows`, and what several readers need of them, computed once.
+
+    buffers: memory that tiles reuse, since to allocate it for each would cost more than to count in it.
+    """
+
+    def __init__(self, rows, scores, positives, buffers):
+        self.rows, self.scores, self.positives, self.buffers = rows, scores, positives, buffers
+
+    @cached_property
+    def targets(self):
+        """Positives of these queries: their rows within the slice (p,) and items (p,)."""
+        return self.positives.among(self.rows, self.scores.device)
+
+    def buffer(self, name, dtype=None):
+        """Memory (q, G) under a name."""
+        kept, dtype = self.buffers.get(name), dtype or self.scores.dtype
+        if kept is None or kept.shape != self.scores.shape or kept.dtype != dtype:
+            self.buffers[name] = kept = torch.empty_like(self.scores, dtype=dtype)
+        return kept
+
+    def latest(self, name, key, compute):
+        """What `compute` returned under this name for this tile and key, if that was the last call; else call it."""
+        kept = self.buffers.get(name)
+        if kept is None or kept[0] is not self or kept[1] is not key:
+            self.buffers[name] = kept = self, key, compute()
+        return kept[2]
+
+    def less(self, constants):
+        """The tile of these scores less constants (G,)."""
+
+        def subtract():
+            scores = torch.sub(self.scores, constants, out=self.buffer("scores less"))
+            return Tile(self.rows, scores, self.positives, self.buffers)
+
+        return self.latest("less", constants, subtract)
+
+    def posterior(self, scale):
+        """The Posterior of the logits scale * score. scale: a number, or one for each of all queries, (Q,)."""
+
+        def softmax():
+            factor = scale[self.rows, None].to(self.scores) if torch.is_tensor(scale) else scale
+            below = torch.mul(self.scores, factor, out=self.buffer("below"))
+            highest = below.amax(dim=1)
+            below.sub_(highest[:, None]).clamp_min_(LEAST)
+            likelihood = torch.exp(below, out=self.buffer("likelihood"))
+            total = likelihood.sum(dim=1)
+            entropy = total.log() - self.sum_of_products(likelihood, below) / total
+            return Posterior(below, likelihood, highest, total, entropy)
+
+        return self.latest("posterior", scale, softmax)
+
+    def count(self, compare, matrix, values):
+        """Number (q,) of entries of a matrix (q, G) for which `compare`, such as torch.gt, holds with values (q,)."""
+        # Sums of ones are exact in float32 up to 2^24, and much faster than sums of Booleans.
+        exact = torch.promote_types(matrix.dtype, torch.float32 if matrix.shape[1] <= 2**24 else torch.float64)
+        return compare(matrix, values[:, None], out=self.buffer("work", exact)).sum(dim=1).long()
+
+    def sum_of_products(self, left, right):
+        """Sums (q,) of the products of two matrices (q, G)."""
+        return torch.mul(left, right, out=self.buffer("work")).sum(dim=1)
+
+
+@torch.inference_mode()
+def read(score, gallery, query_of_positive, item_of_positive, *readers):
+    """Give every Tile to every reader: a list of the arrays (Q, ...) of each.
+
+    query_of_positive, item_of_positive: (P,) rows, with every query 0 .. Q-1 present. reader: a function from a Tile to
+    tensors (q, ...).
+
+    >>> score, top = torch.eye(2).__getitem__, lambda tile: [tile.scores.amax(dim=1)]
+    >>> read(score, 2, [0, 1], [0, 1], top)[0][0].tolist()
+    [1.0, 1.0]
+    """
+    positives, buffers = Positives(query_of_positive, item_of_positive), {}
+    columns = [Columns(positives.queries) for _ in readers]
+    for rows, scores in tiles(score, positives.queries, gallery):
+        tile = Tile(rows, scores, positives, buffers)
+        for reader, column in zip(readers, columns, strict=True):
+            column.put(rows, *reader(tile))
+    return columns
