@@ -2,7 +2,9 @@
 # make bayesvlm        BayesVLM on the built-in data: classes on familiar and new backgrounds, active learning
 # make test            lint and every test
 # make test-published  every figure of configs/methods/README.md against the script that measures it
+# make test-compile    the loss of every method and preset through torch.compile
 # make test-faults     kills at random moments in every script
+# make test-fuzz       10,000 hostile files, flags and prompts
 # make bench           speed and memory, each beside a textbook baseline
 # make docs            docs/map.md anew
 # Each sets up .venv first.
@@ -13,7 +15,7 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test test-published test-faults lint bench docs
+.PHONY: demo bayesvlm test test-published test-compile test-faults test-fuzz lint bench docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
 # slowest but for a short one, both end at about the same time. Without an ablation and other densities than density.
@@ -46,8 +48,14 @@ test: lint
 test-published: .venv/dev
 	$(PY) -m pytest -m slow tests/test_published.py
 
+test-compile: .venv/dev
+	$(PY) -m pytest -m slow tests/test_compile.py
+
 test-faults: .venv/dev
 	$(PY) -m pytest -m slow -s tests/test_faults.py
+
+test-fuzz: .venv/dev
+	$(PY) -m pytest -m slow -s tests/test_fuzz.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .

@@ -13,32 +13,12 @@ results/<dataset>/<backbone>/active/<target>/; existing results are not made aga
 import utils.interrupt  # noqa: F401
 
 # isort: split
-import itertools
 import math
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from labeling.classifier import Classifier, fine_tune, judged
-from labeling.posterior import make_posterior
-from labeling.splits import Splits, image_map
-from labeling.strategies import STRATEGIES, Choice
-from metrics import summary
-from models.laplace import loss_of
-from reporting.curves import curves_text
-from reporting.runs import Result
-from tasks.classification import class_embeddings
-from tasks.made_with import made_with
-from utils import result_file
+from labeling import STRATEGIES
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config
-from utils.device import pick_device
 from utils.errors import GOES_ON, UserError, exits_cleanly, one_of
-from utils.files import locked, must_write, read_json
 
 # Flags that are not settings of a result, or stand elsewhere in it.
 NO_SETTINGS = ("dataset", "backbone", "device", "seeds", "strategies", "tag", "overwrite", "quiet")
@@ -49,8 +29,10 @@ FACTORS = (
 )
 
 
-def parse(argv):
-    strategies = (f"  {name:18}{strategy.__doc__.splitlines()[0]}" for name, strategy in STRATEGIES.items())
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config of the data set that they name."""
+    strategies = (f"  {name:18}{sentence}" for name, sentence in STRATEGIES.items())
     parser = make_parser("\n".join([__doc__, "strategies (what each chooses from the pool):", *strategies]))
     add_data_flags(parser, "a set of images with classes")
     add = parser.add_argument
@@ -93,15 +75,16 @@ def parse(argv):
     add("--tag", default="", help="a name that keeps these results apart from others on the same target")
     add("--overwrite", action="store_true", help="replace results made with other flags")
     add("--quiet", action="store_true", help="print nothing but where the results lie")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    tidy(args)
+    check(args)
+    return args, load_config(args.dataset, backbone=args.backbone, tag=args.tag)
 
 
 def tidy(args):
-    """Put the flags in order: `all` spelled out, lists sorted, nothing twice, the preset by its new name."""
+    """Put the flags in order: `all` spelled out, lists sorted, nothing twice."""
     args.strategies = list(STRATEGIES) if "all" in args.strategies else list(dict.fromkeys(args.strategies))
     args.budgets, args.seeds = sorted(set(args.budgets)), list(dict.fromkeys(args.seeds))
-    if args.preset == "published":
-        args.preset = "reference"
 
 
 def check(args):
@@ -118,6 +101,34 @@ def check(args):
         raise UserError(f"--pool-share must be above 0 and at most 1, not {args.pool_share}.")
     if args.val_counts is not None and not (args.val and 0 < args.val_counts < 1):
         raise UserError("--val-counts needs --val, and must be a share between 0 and 1.")
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
+import itertools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from labeling import strategies
+from labeling.classifier import Classifier, fine_tune, judged
+from labeling.posterior import make_posterior
+from labeling.splits import Splits, image_map
+from metrics import summary
+from models.laplace import loss_of
+from models.precision import set_precision
+from reporting.curves import curves_text
+from reporting.runs import Result
+from tasks.classification import class_embeddings
+from tasks.made_with import made_with
+from utils import result_file
+from utils.device import pick_device
+from utils.files import locked, must_write, read_json
 
 
 class Labels(NamedTuple):
@@ -185,12 +196,12 @@ def is_done(path, metadata, overwrite):
 
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
-    args = parse(argv)
+    args, config = parse(argv)
     has_old_name = args.preset == "published"
-    tidy(args)
-    check(args)
+    if has_old_name:
+        args.preset = "reference"
     device = pick_device(args.device)
-    config = load_config(args.dataset, backbone=args.backbone, tag=args.tag)
+    set_precision(device)
     folder = results_folder(args, config.backbone, args.preset)
     must_write(folder)
     if has_old_name:
@@ -242,12 +253,12 @@ def run(args, seed, strategy, splits, labels, classifier, before, posterior, los
     generator = torch.Generator().manual_seed(seed)
     offer = torch.randperm(len(splits.pool.label), generator=generator)[: labels.offered].sort().values.to(device)
     held_out = torch.randperm(0 if splits.val is None else len(splits.val.label), generator=generator)
-    choice = Choice(
+    choice = strategies.Choice(
         splits.pool.rows(offer), splits.target, classifier, posterior, loss, labels.pool[-1], generator,
         args.similarity, args.k, args.draws, args.preset == "reference", args.epig_pool, args.epig_targets,
         args.epig_weight, bar.update,
     )  # fmt: skip
-    chosen = offer[STRATEGIES[strategy](choice)]
+    chosen = offer[strategies.STRATEGIES[strategy](choice)]
     bar.update(start + labels.pool[-1] - bar.n)
     after, curve = [], []
     for i, (budget, count) in enumerate(zip(args.budgets, labels.pool, strict=True)):

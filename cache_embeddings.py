@@ -12,24 +12,14 @@ finished split is left unchanged.
 import utils.interrupt  # noqa: F401
 
 # isort: split
-import contextlib
-import functools
-import shutil
-import sys
-
-from datasets.caching import identity, mismatch, write_cache, write_given
-from datasets.embeddings import META, WORKING, cache_folder, read_meta
-from datasets.listing import list_split
-from datasets.ranks import Ranks
-from models.backbones import make_backbone
 from utils.arguments import add_data_flags, make_parser
 from utils.config import load_config, make_source
-from utils.device import pick_device, usable_cores
 from utils.errors import GOES_ON, UserError, exits_cleanly
-from utils.files import locked
 
 
-def parse(argv):
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config that they name."""
     parser = make_parser(__doc__)
     add_data_flags(parser, "the data set to encode")
     parser.add_argument("--root", help="folder of the raw data in its publisher's layout, or file of pairs")
@@ -42,7 +32,30 @@ def parse(argv):
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cache that differs")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override any configuration key")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers must be at least 0, not {args.workers}.")
+    config = load_config(args.dataset, backbone=args.backbone, settings=args.set)
+    config.data.root = args.root or config.data.root
+    return args, config
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
+import contextlib
+import functools
+import shutil
+import sys
+
+from datasets.caching import identity, mismatch, write_cache, write_given
+from datasets.embeddings import META, WORKING, cache_folder, read_meta
+from datasets.listing import list_split
+from datasets.ranks import Ranks
+from models.backbones import make_backbone
+from models.precision import set_precision
+from utils.device import pick_device, usable_cores
+from utils.files import locked
 
 
 def say(ranks, folder, more=""):
@@ -82,13 +95,10 @@ def finished(folder, wanted, args):
 
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
-    args = parse(argv)
-    config = load_config(args.dataset, backbone=args.backbone, settings=args.set)
-    config.data.root = args.root or config.data.root
-    if args.workers is not None and args.workers < 0:
-        raise UserError(f"--workers must be at least 0, not {args.workers}.")
+    args, config = parse(argv)
     ranks = Ranks()
     device = pick_device(args.device, ranks.local)
+    set_precision(device)
     workers = usable_cores() // ranks.neighbors if args.workers is None else args.workers
     source = make_source(config)
     backbone = None

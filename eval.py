@@ -14,26 +14,16 @@ query.
 import utils.interrupt  # noqa: F401
 
 # isort: split
-import dataclasses
-
-from datasets.bank import Bank
-from datasets.embeddings import Pairs
-from metrics import hubs
-from reporting.terminal import result_text
-from tasks import FOLLOWED, SCORES, Choices, classification, hierarchy, retrieval
-from tasks.made_with import made_with
-from utils import result_file
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
-from utils.checkpoint import Run
-from utils.config import HUBS, LEVELS, evaluated_as, load_config, make_adaptor, needs_pooled
-from utils.device import pick_device
+from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.errors import UserError, exits_cleanly
-from utils.files import locked, must_write
 
-TASKS = {"retrieval": retrieval, "classification": classification, "hierarchy": hierarchy}
+TASKS = ("retrieval", "classification", "hierarchy")  # modules of tasks/
 
 
-def parse(argv):
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, the Config of the run that they name, and the Data that it is evaluated on."""
     parser = make_parser(__doc__)
     add_data_flags(parser, "evaluated on")
     add_run_flags(parser)
@@ -60,7 +50,30 @@ def parse(argv):
     val = "classification: fit one more temperature on all labeled images of this split of the same classes"
     parser.add_argument("--val", metavar="SPLIT", help=val)
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    config = run_config(args, args.train_dataset or args.dataset)
+    return args, config, load_config(args.dataset, backbone=config.backbone).data
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
+import dataclasses
+import importlib
+
+import numpy as np
+
+from datasets.bank import Bank
+from datasets.embeddings import Pairs
+from metrics import hubs
+from models.precision import set_precision
+from reporting.terminal import result_text
+from tasks import Choices
+from tasks.made_with import made_with
+from utils import result_file
+from utils.checkpoint import Run
+from utils.device import pick_device
+from utils.files import locked, must_write
 
 
 def open_val(args, pairs, run, identity):
@@ -159,6 +172,8 @@ def check(args, run, pairs, task, count):
         raise UserError(f"{pairs.folder} has only one class, '{pairs.classes[0]}': classification needs at least two.")
     if pairs.queries < 2:
         raise UserError(f"{pairs.folder} has a single query, and an evaluation needs two: cache a larger split.")
+    if task == "retrieval" and not np.bincount(pairs.image_of_text, minlength=len(pairs.image)).all():
+        raise UserError(f"{pairs.folder} is damaged, as it has images without a caption: delete it and cache it again.")
     if not 2 <= count <= pairs.queries:
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
 
@@ -175,10 +190,10 @@ def repeated(pairs):
 
 @exits_cleanly()
 def main(argv=None):
-    args = parse(argv)
-    run = Run(run_config(args, args.train_dataset or args.dataset))
-    data = load_config(args.dataset, backbone=run.config.backbone).data
+    args, config, data = parse(argv)
+    run = Run(config)
     device = pick_device(args.device)
+    set_precision(device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
     untrained = pairs.classes is not None and not run.done and args.train_dataset is None
@@ -201,8 +216,9 @@ def main(argv=None):
     kind, correction, bank = choose_hubs(args, run, pairs, task, identity)
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank)
     try:
-        figures, arrays = TASKS[task].evaluate(adaptor, pairs, choices, device)
+        figures, arrays = importlib.import_module(f"tasks.{task}").evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
+        pairs.must_be_finite(adaptor.pooled)
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,

@@ -11,8 +11,28 @@ figure), and every figure as .png and .pdf.
 import utils.interrupt  # noqa: F401
 
 # isort: split
-import itertools
 from pathlib import Path
+
+from utils.arguments import make_parser
+from utils.config import known
+from utils.errors import UserError, exits_cleanly
+
+
+@exits_cleanly()
+def parse(argv=None):
+    """The flags."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--dataset", required=True, help="trained on: the folder of results to report")
+    parser.add_argument("--backbone", help="report the results of this backbone only")
+    parser.add_argument("--results", default="results", type=Path, help="folder of all results")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but where the page lies")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which matplotlib loads
+
+import itertools
 
 from tqdm import tqdm
 
@@ -20,21 +40,9 @@ from reporting import evaluations, page, rendering, studies, traces
 from reporting.figures import style
 from reporting.runs import TASKS
 from reporting.tables import formats
-from utils.arguments import make_parser
-from utils.config import known
-from utils.errors import UserError, exits_cleanly
 from utils.files import write_text
 
 KINDS = evaluations, studies, traces  # modules of the kinds of parts, see reporting/parts.py
-
-
-def parse(argv):
-    parser = make_parser(__doc__)
-    parser.add_argument("--dataset", required=True, help="trained on: the folder of results to report")
-    parser.add_argument("--backbone", help="report the results of this backbone only")
-    parser.add_argument("--results", default="results", type=Path, help="folder of all results")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but where the page lies")
-    return parser.parse_args(argv)
 
 
 def backbones(folder):

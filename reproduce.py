@@ -12,24 +12,27 @@ cell that fails does not stop the others: failed cells are named at the end, and
 import utils.interrupt  # noqa: F401
 
 # isort: split
-import dataclasses
 import itertools
-import sys
-from pathlib import Path
 
-from tqdm import tqdm
-
-from datasets.embeddings import META, Pairs, cache_folder
-from utils import result_file
 from utils.arguments import PRESET, make_parser
-from utils.checkpoint import Run
-from utils.config import HUBS, LEVELS, evaluated_as, known, load_config, needs_pooled, presets_of
-from utils.device import pick_device
+from utils.config import (
+    HUBS,
+    LEVELS,
+    SCORES,
+    completed,
+    difference,
+    evaluated_as,
+    known,
+    load_config,
+    needs_pooled,
+    presets_of,
+)
 from utils.errors import GOES_ON, UserError, exits_cleanly
-from utils.workers import Workers
 
 
-def parse(argv):
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config of every cell of the grid that they name."""
     parser = make_parser(__doc__)
     add, names = parser.add_argument, {"nargs": "+", "metavar": "NAME"}
     add("--datasets", **names, required=True, help=f"trained on; any of {', '.join(known('datasets'))}")
@@ -42,7 +45,7 @@ def parse(argv):
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of initial weights and order")
     add("--mean", default="", help="of every run: frozen, residual or learned")
     add("--tag", default="", help="of every run: a name that keeps it apart from other runs of the method")
-    add("--score", choices=["log_likelihood", "similarity", "both"], help="which score ranks, as in eval.py")
+    add("--score", choices=[*SCORES, "both"], help="which score ranks, as in eval.py")
     add("--hubs", choices=HUBS, help="correction of scores, as in eval.py")
     add("--uncer_levels", "--uncer-levels", type=int, help="levels of uncertainty of equal size, as in eval.py")
     devices = "a process on each, for example cuda:0 cuda:1; a device may be repeated, its processes share the threads"
@@ -51,7 +54,42 @@ def parse(argv):
     add("--dry-run", action="store_true", help="list which cells are done and which are left, and do nothing")
     add("--quiet", action="store_true", help="no progress bar, no tables")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of caching and training: any configuration key")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.uncer_levels is not None and args.uncer_levels < 2:
+        raise UserError(f"--uncer_levels must be at least 2, not {args.uncer_levels}.")
+    return args, configurations(args)
+
+
+def configurations(args):
+    """List the Config of every run; raises UserError where one cannot be."""
+    methods = known("methods") if args.methods == ["all"] else args.methods
+    presets = {method: presets_of(method) for method in methods}
+    for preset in args.presets:
+        if not any(preset in of_method for of_method in presets.values()):
+            raise UserError(f"there is no preset '{preset}' of {', '.join(methods)}.")
+    # Seeds change slowest: the table of one seed is complete as early as can be.
+    axes = (args.seeds, args.datasets, args.backbones, methods, args.presets, args.objectives)
+    return [
+        load_config(dataset, method, backbone, preset, objective, args.mean, args.tag, seed, args.set)
+        for seed, dataset, backbone, method, preset, objective in itertools.product(*map(dict.fromkeys, axes))
+        if preset in presets[method]
+    ]
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.embeddings import META, Pairs, cache_folder
+from utils import result_file
+from utils.checkpoint import Run
+from utils.device import pick_device
+from utils.workers import Workers
 
 
 class Cell:
@@ -87,7 +125,7 @@ class Cell:
             return f"its run has another {', '.join(changed)}"
         if not run.done:
             return "not trained"
-        score = self.score if self.score in ("log_likelihood", "similarity") else config.score
+        score = self.score if self.score in SCORES else config.score
         task = "retrieval" if pairs.classes is None else "classification"
         hubs = (self.hubs or config.hubs) if task == "retrieval" else "none"
         wanted = {
@@ -99,12 +137,13 @@ class Cell:
         path = config.result(self.names[dataset], task)
         try:
             values, changed = result_file.compare(path, wanted)
+            saved = {"config": completed(values["config"])}
         except FileNotFoundError:
             return "not evaluated"
-        except ValueError:
+        except (ValueError, UserError):
             return "its result is damaged"
-        if hubs == "none" and "hubs" not in values["config"]:  # of a version that corrected none
-            changed = [name for name in changed if name != "config.hubs"]
+        changed = [name for name in changed if not name.startswith("config.")]
+        changed += difference(saved, {"config": wanted["config"]})
         if not result_file.has_arrays(path):
             return "its result is damaged"
         if self.score == "both" and "other_score" not in values:
@@ -153,26 +192,15 @@ def as_set(settings):
     return ["--set", *settings] if settings else []
 
 
-def grid(args):
-    """List the cells, {name: Cell}; raises UserError where one cannot be."""
-    every = args.methods == ["all"]
-    methods = known("methods") if every else args.methods
-    presets = {method: presets_of(method) for method in methods}
-    for preset in args.presets:
-        if not any(preset in of_method for of_method in presets.values()):
-            raise UserError(f"there is no preset '{preset}' of {', '.join(methods)}.")
-    # Seeds change slowest: the table of one seed is complete as early as can be.
-    axes = (args.seeds, args.datasets, args.backbones, methods, args.presets, args.objectives)
+def grid(args, configs):
+    """List the cells, {name: Cell}; raises UserError where one cannot be evaluated as the flags ask."""
     cells = {}
-    for seed, dataset, backbone, method, preset, objective in itertools.product(*map(dict.fromkeys, axes)):
-        if preset in presets[method]:
-            flags = preset, objective, args.mean, args.tag, seed, args.set
-            config = load_config(dataset, method, backbone, *flags)
-            if every and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
-                continue  # embeddings computed elsewhere have no pooled features
-            options = args.set, args.score, args.uncer_levels, args.split, args.hubs
-            cell = Cell(config, args.evaluate_on or [dataset], *options)
-            cells[cell.name] = cell
+    for config in configs:
+        if args.methods == ["all"] and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
+            continue  # embeddings computed elsewhere have no pooled features
+        options = args.set, args.score, args.uncer_levels, args.split, args.hubs
+        cell = Cell(config, args.evaluate_on or [config.dataset], *options)
+        cells[cell.name] = cell
     return cells
 
 
@@ -224,12 +252,10 @@ def make_report(dataset, quiet):
 
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
-    args = parse(argv)
+    args, configs = parse(argv)
     for device in args.devices:
         pick_device(device)
-    if args.uncer_levels is not None and args.uncer_levels < 2:
-        raise UserError(f"--uncer_levels must be at least 2, not {args.uncer_levels}.")
-    cells = grid(args)
+    cells = grid(args, configs)
     left = {name: cell for name, cell in cells.items() if cell.left}
     caches, done = caching(left.values(), args.set), len(cells) - len(left)
     if args.dry_run:

@@ -9,10 +9,38 @@ one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights.
 import utils.interrupt  # noqa: F401
 
 # isort: split
+from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.config import FEW, PRODUCTS, make_adaptor, needs_pooled
+from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
+
+
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config that they name."""
+    parser = make_parser(__doc__)
+    add_data_flags(parser, "trained on")
+    add_run_flags(parser)
+    share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
+    parser.add_argument("--val-fraction", type=float, help=share)
+    of = "of matrix products, on a GPU tf32, or bfloat16, that of perceptrons alone; default: float32"
+    parser.add_argument("--precision", choices=PRODUCTS, help=of)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
+    args = parser.parse_args(argv)
+    keys = {"train.val_fraction": args.val_fraction, "train.precision": args.precision}
+    settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    return args, run_config(args, args.dataset, args.set + settings)
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
 import copy
 import csv
 import io
 import math
+import sys
 import time
 
 import numpy as np
@@ -20,14 +48,13 @@ import torch
 from tqdm import tqdm
 
 from datasets.bank import draw
-from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, hold_out
+from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, cache_folder, hold_out, name_rows
 from models.base import Adaptor, best_temperature
+from models.finite import all_finite, first_fault
 from models.pair_loss import cross_entropies, info_nce
-from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from models.precision import set_precision, train_in_bfloat16
 from utils.checkpoint import Run
-from utils.config import FEW, make_adaptor, needs_pooled
 from utils.device import pick_device
-from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
 from utils.files import locked, write_text
 from utils.seed import random_state, seed_everything, set_random_state
 
@@ -49,24 +76,37 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
+    compiled = objective  # for batches of one shape
+    if config.train.compile:  # as CUDA graphs, where there are any
+        compiled = torch.compile(objective, mode="reduce-overhead" if image.is_cuda else "default", fullgraph=True)
     log, best, state = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}, run.resume()
-    if state:
-        adaptor.load_state_dict(state["adaptor"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        log, best = state["log"], state["best"]
-    elif held_out:
+    if held_out and not state:
         best = snapshot(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out, native))
+    parts = {"adaptor": adaptor, "optimizer": optimizer, "schedule": schedule}
 
-    def save(**inside):  # an epoch, at whose end there is nothing else to save
-        run.save_state(adaptor=adaptor.state_dict(), optimizer=optimizer.state_dict(),
-                       schedule=schedule.state_dict(), log=log, best=best, **inside)  # fmt: skip
+    def states():
+        return {name: part.state_dict() for name, part in parts.items()} | {"log": log, "best": best}
 
+    def finite(total):
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return all_finite([total, *adaptor.parameters(), *filter(torch.is_tensor, moments)])
+
+    # NaN and infinity stay where they are and spread: in the sum of losses, the weights, the optimizer's state. So an
+    # epoch's end is early enough to look for them; in every step, looking would wait for the device. If they are there,
+    # training goes back to what it last saved, and looks in every step until the end of the suspect epoch.
+    suspect = -1
+    start = copy.deepcopy(states())
+    state = state or start
     saved = time.perf_counter()
-    started = saved - (log[-1]["seconds"] if log else 0)
-    inside = (state or {}).get("inside")
-    bar = tqdm(total=steps * epochs, initial=steps * len(log), desc=config.variant, unit="step", disable=quiet or None)
-    for epoch in range(len(log), epochs):
+    started = saved - (state["log"][-1]["seconds"] if state["log"] else 0)
+    bar = tqdm(total=steps * epochs, desc=config.variant, unit="step", disable=quiet or None)
+    while state or len(log) < epochs:
+        if state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            log, best, inside, state = list(state["log"]), state["best"], state.get("inside"), None
+            bar.n = steps * len(log)
+        epoch = len(log)
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + epoch) % 2**32)
         batches = rows[torch.randperm(len(rows))].to(image.device).split(batch)
@@ -79,25 +119,34 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
             bar.update(first)
             inside = None
         for step, chosen in enumerate(batches[first:], first + 1):
-            loss = objective(image[image_of_text[chosen]].float(), text[chosen].float())
+            pairs = image.index_select(0, image_of_text[chosen]).float(), text.index_select(0, chosen).float()
+            if epoch <= suspect:
+                before = copy.deepcopy(adaptor.state_dict()), random_state(image.device)
+            loss = (compiled if len(chosen) == batch else objective)(*pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(chosen)
+            if epoch <= suspect and not finite(total):
+                raise fault(run, (step, epoch + 1), adaptor, objective, before, pairs, chosen)
             if step % 50 == 1 and not bar.disable:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
             if stops():
-                save(inside={"step": step, "total": total, "random": random_state(image.device)})
+                if finite(total):
+                    run.save_state(
+                        **states(), inside={"step": step, "total": total, "random": random_state(image.device)}
+                    )
                 raise KeyboardInterrupt
-        mean = total.item() / len(rows)
-        if not math.isfinite(mean):
-            raise UserError(
-                f"the loss of {run.folder} is {mean} in epoch {epoch + 1}: try a lower learning rate with --set"
-                " optim.lr=..."
-            )
+        if not finite(total):
+            suspect, state = epoch, run.resume() or start
+            continue
+        if epoch == suspect:
+            print(f"{run.folder}: NaN or infinity in epoch {epoch + 1} did not come again when it was repeated: the"
+                  " device may be faulty.", file=sys.stderr)  # fmt: skip
         seconds = round(time.perf_counter() - started, 3)
+        mean = total.item() / len(rows)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
         if held_out:
             val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out, native)
@@ -108,7 +157,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
         if held_out and epoch + 1 - best["epoch"] >= config.train.patience:
             break
         if epoch + 1 < epochs and time.perf_counter() - saved > config.train.save_every:
-            save()
+            run.save_state(**states())
             saved = time.perf_counter()
     bar.close()
     untrained = False
@@ -124,6 +173,31 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
         # That of the start is, unless training leaves it as it is: then no weight enters it, as with a closed form.
         untrained = best["epoch"] == 0 and not all(map(torch.equal, last, uncertainties(adaptor, *sample)))
     return log, best["epoch"], untrained
+
+
+def fault(run, place, adaptor, objective, before, pairs, chosen):
+    """The UserError that names what was not finite in a step, and with which captions `chosen` (B,) it came.
+
+    place: step and epoch, from 1. before: state of the adaptor and of random numbers before the step. pairs: its images
+    and captions (B, D), (B, D).
+    """
+    config, spoiled = run.config, [name for name, p in adaptor.named_parameters() if not p.isfinite().all()]
+    adaptor.load_state_dict(before[0])
+    set_random_state(before[1])
+    cause, wrong = first_fault(adaptor, objective, *pairs)
+    if not cause:
+        what = spoiled[0] if spoiled else "the state of the optimizer"
+        cause = f"after it {what} is not finite, although loss and gradient are, computed again"
+    elif wrong.any():
+        table = cache_folder(config.dataset, config.backbone, config.data.train_split) / "text.npy"
+        cause += f", with {name_rows(chosen.cpu().numpy()[wrong.numpy()])} of {table}"
+    hint, kept = "try a lower learning rate with --set optim.lr=...", ""
+    if cause.startswith("the loss") and place == (1, 1):
+        hint = "no weight has changed yet, so look at the method and at these pairs"
+    if run.state_file.is_file():
+        hint, kept = f"{hint} --overwrite", f" ({run.state_file} keeps what was last saved before it)"
+    step = f"step {place[0]} of epoch {place[1]}"
+    return UserError(f"{config.method} in {run.folder}, {step}: {cause}{kept}: {hint}.")
 
 
 def snapshot(adaptor, epoch, val_loss, temperature):
@@ -150,16 +224,17 @@ def validate(adaptor, image, text, image_of_text, blocks, native=False):
     inputs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
     pairs = [(adaptor.adapt_image(images), adaptor.adapt_text(texts)) for images, texts in inputs]
     scores = [adaptor.log_likelihood(*pair) for pair in pairs]
-    if not all(torch.isfinite(score).all() for score in scores):
+    if not torch.stack([torch.isfinite(score).all() for score in scores]).all():
         return math.inf, math.nan  # never the best epoch; overfitted densities diverge
     temperature = best_temperature(scores)
-    total = 0.0
+    losses = []
     for each, pair, score in zip(inputs, pairs, scores, strict=True):
         if native:
-            total += len(score) * adaptor.loss(*each).item()
+            losses.append(adaptor.loss(*each))
             continue
         auxiliary = adaptor.auxiliary_loss(*pair, cross_entropies(adaptor.temperature * score))
-        total += len(score) * float(info_nce(temperature * score) + auxiliary)
+        losses.append(info_nce(temperature * score) + auxiliary)
+    total = sum(len(score) * loss for score, loss in zip(scores, torch.stack(losses).tolist(), strict=True))
     mean = total / sum(map(len, scores))
     return mean if math.isfinite(mean) else math.inf, temperature
 
@@ -185,24 +260,11 @@ def write_log(path, rows):
     write_text(path, text.getvalue())
 
 
-def parse(argv):
-    parser = make_parser(__doc__)
-    add_data_flags(parser, "trained on")
-    add_run_flags(parser)
-    share = f"share of the images held out to pick the epoch; by default 0.1 below {FEW:,} pairs, else 0"
-    parser.add_argument("--val-fraction", type=float, help=share)
-    parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
-    return parser.parse_args(argv)
-
-
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
-    args = parse(argv)
-    fraction = [] if args.val_fraction is None else [f"train.val_fraction={args.val_fraction}"]
-    config = run_config(args, args.dataset, args.set + fraction)
+    args, config = parse(argv)
     device = pick_device(args.device)
+    set_precision(device, config.train.precision)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
     config.settle(len(pairs.text))
     seed_everything(config.seed)
@@ -217,6 +279,8 @@ def main(argv=None):
         rows, held_out = torch.arange(0), []
     elif any(p.requires_grad for p in adaptor.parameters()):
         rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
+        if config.train.precision == "bfloat16":
+            train_in_bfloat16(adaptor)
         optimizer = make_optimizer(adaptor, config.optim)  # torch loads its compiler for it, in seconds
     else:  # all are there to calibrate on
         rows = torch.arange(len(pairs.text))
@@ -227,6 +291,7 @@ def main(argv=None):
         if run.done:
             print(f"{run.folder}: already trained")
             return
+        pairs.must_be_finite(adaptor.pooled)
         bank = draw(pairs, rows, config.seed, adaptor.pooled)
         learned = adaptor.prepare(pairs, bank, args.quiet)
         log, outcome, untrained = [], "nothing to train", False

@@ -9,6 +9,29 @@ What exists as a file or folder is no prompt.
 import utils.interrupt  # noqa: F401
 
 # isort: split
+from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.config import Encoder
+from utils.errors import UserError, exits_cleanly
+
+
+@exits_cleanly()
+def parse(argv=None):
+    """The flags, and the Config of the run that they name."""
+    parser = make_parser(__doc__)
+    parser.add_argument("items", nargs="+", metavar="PROMPT_OR_IMAGE", help="prompts, or paths of image files")
+    add_data_flags(parser, "trained on")
+    add_run_flags(parser)
+    parser.add_argument("--sort", action="store_true", help="least certain first")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of item, kind and uncertainty")
+    args = parser.parse_args(argv)
+    if any(not item.strip() for item in args.items):
+        raise UserError("a prompt is empty: give at least one word.")
+    return args, run_config(args, args.dataset)
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong flags end here, before the seconds in which torch loads
+
 import json
 import mimetypes
 import os
@@ -22,21 +45,9 @@ from datasets.embeddings import encoder_fingerprint
 from models.backbones import make_backbone
 from models.backbones.last_map import join
 from models.backbones.pixels import lenient
-from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from models.precision import set_precision
 from utils.checkpoint import Run
-from utils.config import Encoder
 from utils.device import pick_device
-from utils.errors import UserError, exits_cleanly
-
-
-def parse(argv):
-    parser = make_parser(__doc__)
-    parser.add_argument("items", nargs="+", metavar="PROMPT_OR_IMAGE", help="prompts, or paths of image files")
-    add_data_flags(parser, "trained on")
-    add_run_flags(parser)
-    parser.add_argument("--sort", action="store_true", help="least certain first")
-    parser.add_argument("--json", action="store_true", help="print a JSON list of item, kind and uncertainty")
-    return parser.parse_args(argv)
 
 
 def is_image(item):
@@ -96,11 +107,10 @@ def measure(items, adaptor, backbone, method, device):
 
 @exits_cleanly()
 def main(argv=None):
-    args = parse(argv)
-    if any(not item.strip() for item in args.items):
-        raise UserError("a prompt is empty: give at least one word.")
+    args, config = parse(argv)
     device = pick_device(args.device)
-    run = Run(run_config(args, args.dataset))
+    set_precision(device)
+    run = Run(config)
     adaptor, config, identity = run.load(device)
     encoder = Encoder(**identity["encoder"])
     if encoder.pretrained == "elsewhere":

@@ -49,7 +49,7 @@ def batches(device):
 
     def ours():
         for rows in torch.randperm(len(text)).to(device).split(2048):
-            image[row_of[rows]].float(), text[rows].float()
+            image.index_select(0, row_of[rows]).float(), text.index_select(0, rows).float()
 
     def textbook():
         for x, y in loader:
@@ -134,7 +134,7 @@ def pair_loss(device):
 
     def ours():
         mean, kappa, normalizer = parts()
-        loss = PairScore(image, mean, slope=kappa, column=normalizer, kernel=Logarithm()).info_nce()
+        loss = PairScore(image, mean, slope=kappa, column=normalizer, kernel=Logarithm).info_nce()
         return [loss.detach().cpu(), torch.autograd.grad(loss, eta)[0].abs().sum().cpu()]
 
     def textbook():

@@ -25,8 +25,9 @@ import safetensors.torch
 import torch
 
 from datasets import Caption, Classes, Image, Source, check_folds, fold_splits
-from datasets.embeddings import UNREADABLE
+from datasets.embeddings import name_rows
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 IDS = ("image_id", "coco_image_id")
 STRINGS = ("caption", "class_name")
@@ -143,15 +144,19 @@ class Arrays(Source):
         with np.errstate(all="ignore"):  # overflow raises an error below
             half = array.astype(np.float16, order="C")
             lost = np.linalg.norm(half - array, axis=1) > ROUNDING * np.linalg.norm(array, axis=1)
+        again = "encode these items again, or leave them out"
+        widely = f"{again}; float16 ends at 65,504, so encode in float32" if array.dtype == np.float16 else again
         scale = "multiply all rows by one number, which changes no cosine"
-        for wrong, problem in (
-            (~np.isfinite(array).all(axis=1), "is not finite: encode that item again, or leave it out"),
-            (~array.any(axis=1), "is all zeros: encode that item again, or leave it out"),
-            (~np.isfinite(half).all(axis=1), f"is too large for float16, whose maximum is 65,504: {scale}"),
-            (lost, f"is too small for float16, whose smallest step is 6e-8: {scale}"),
+        for wrong, problem, hint in (
+            (np.isnan(array).any(axis=1), "NaN", again),
+            (~np.isfinite(array).all(axis=1), "infinity", widely),
+            (~array.any(axis=1), "nothing but zeros", again),
+            (~np.isfinite(half).all(axis=1), "numbers too large for float16, whose maximum is 65,504,", scale),
+            (lost, "numbers too small for float16, whose smallest step is 6e-8,", scale),
         ):
             if wrong.any():
-                raise self._error(f"row {wrong.argmax()} of '{key}' {problem}.")
+                rows = name_rows(np.flatnonzero(wrong))
+                raise self._error(f"'{key}' holds {problem} in {rows} of {len(array):,}: {hint}.")
         return half
 
     def _read_column(self, arrays, key, kinds, values, length):
@@ -198,8 +203,10 @@ def _read_npz(file):
             for key in KEYS:
                 if key in npz:
                     arrays[key] = npz[key]
+                    if not isinstance(arrays[key], np.ndarray):  # NumPy gives the bytes of what is no .npy
+                        raise ValueError(f"'{key}' is not an .npy")
             return arrays
-    except (*UNREADABLE, AttributeError, NotImplementedError) as error:  # an .npy by the name of .npz opens as an array
+    except UNREADABLE as error:  # an .npy by the name of .npz opens as an array
         message = " ".join(str(error).split())
         if "Object arrays" in message:
             hint = "store plain values, strings with numpy.array(..., dtype=str)"

@@ -16,10 +16,10 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
-from datasets.embeddings import UNREADABLE, WORKING
+from datasets.embeddings import WORKING
 from models.backbones.pixels import lenient
 from utils.errors import UserError
-from utils.files import atomic, read_json, write_json
+from utils.files import UNREADABLE, atomic, read_json, write_json
 from utils.workers import end_with_parent
 
 BLOCK = 256  # images per block, rounded up to whole batches

@@ -11,6 +11,7 @@ import torchvision
 
 from datasets import Classes, Image, Source, visible
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 RULES = ("own", "folders", "imagenet")
 IMAGENET_TEMPLATES = ("openai", "simple")
@@ -193,7 +194,7 @@ class Classification(Source):
         try:
             shares = np.load(file, allow_pickle=False)
             shape, kind = shares.shape, shares.dtype.kind
-        except (OSError, ValueError, EOFError, AttributeError) as error:
+        except UNREADABLE as error:
             raise self._error(f"the human answers {file} cannot be read ({' '.join(str(error).split())})") from None
         if shape != (images, classes) or kind != "f":
             actual = f"not {shares.dtype} of shape {shape}"

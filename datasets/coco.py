@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from datasets import Caption, Image, Source, is_id
 from datasets.captions import folded
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 
 class Coco(Source):
@@ -31,7 +32,7 @@ class Coco(Source):
             _check(path, coco.dataset)
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 coco.createIndex()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except UNREADABLE as error:
             reason = f"{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
             raise UserError(f"{path} is not a file of COCO captions ({reason}): download it again.") from None
         folder = self.root / f"{split}2017"

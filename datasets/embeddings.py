@@ -25,8 +25,7 @@ and --features pooled adds
 
 import hashlib
 import json
-import zipfile
-import zlib
+import math
 from functools import cached_property
 from pathlib import Path
 
@@ -35,26 +34,41 @@ import torch
 from scipy import sparse
 
 from models.backbones.last_map import Joined
-from utils.config import HOME, load_backbone
+from utils.config import HOME, Encoder, load_backbone
 from utils.errors import UserError
-from utils.files import is_name, read_json
+from utils.files import UNREADABLE, is_name, read_json
 
 WORKING = "unfinished"  # folder inside the split's folder for the blocks of an unfinished run
 META = "meta.json"
 BLOCKS = 5  # of pairs at most calibrate, or pick the epoch
+STRINGS = "id_space", "features", "precision", "encoder_fingerprint", "fingerprint"  # in meta.json
+COUNTS = "dim", "images", "captions", "skipped", "captions_cut", "unreadable"  # likewise
 LAYOUT = 2  # of the files above; increase it when they, or how an image is encoded, change
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_meta(folder):
-    """Read the metadata of a cache; raises UserError if meta.json is damaged."""
+    """Read the metadata of a cache, which may be of another layout; raises UserError if meta.json is damaged."""
     try:
         meta = read_json(folder / META)
-        if meta["complete"] is True:
+        if meta["complete"] is True and (meta["layout"] != LAYOUT or _is_whole(meta)):
             return meta
     except UNREADABLE:
         pass
     raise UserError(f"{folder / META} is damaged: delete {folder} and cache the split again.")
+
+
+def _is_whole(meta):
+    """Whether metadata of this layout hold all entries, each of its type and in its range."""
+    Encoder(**meta["encoder"])
+    lists = [meta["files"], *(meta[name] for name in ("classes", "classes_without_images") if name in meta)]
+    return (
+        all(isinstance(meta[name], str) for name in STRINGS)
+        and all(type(meta[name]) is int and meta[name] >= 0 for name in COUNTS)
+        and all(isinstance(values, list) and all(isinstance(value, str) for value in values) for values in lists)
+        and {"image.npy", "text.npy", "image_id.npy", "text_id.npy", "items.jsonl"} <= set(meta["files"])
+        and type(meta["logit_scale"]) in (int, float) and 0 < meta["logit_scale"] < math.inf
+        and isinstance(meta["logit_bias"], int | float | None)
+    )  # fmt: skip
 
 
 def cache_folder(dataset, backbone, split):
@@ -117,18 +131,15 @@ class Pairs:
         if self.meta.get("layout") != LAYOUT:
             again = f"run `{self.command} --overwrite`"
             raise UserError(f"{self.folder} was made by another version of this suite: {again}.")
-        self.image, self.text = self._array("image"), self._array("text")
-        self.image_id, self.text_id = (np.asarray(self._array(name)) for name in ("image_id", "text_id"))
-        self.image_of_text = self.class_of_text = None
+        images, captions, dim = (self.meta[name] for name in ("images", "captions", "dim"))
+        self.image, self.text = self._array("image", (images, dim)), self._array("text", (captions, dim))
+        self.image_id, self.text_id = self._numbers("image_id", images), self._numbers("text_id", captions)
+        self.image_of_text = self.class_of_text = self.label = None  # label: class numbers of the images (N,)
         if self.classes is None:
-            target = self.image_of_text = np.asarray(self._array("image_of_text"))
+            self.image_of_text = self._numbers("image_of_text", captions, images)
         else:
-            target = self.class_of_text = np.asarray(self._array("class_of_text"))
-        shapes = (self.meta["images"], self.meta["dim"]), (self.meta["captions"], self.meta["dim"])
-        if (self.image.shape, self.text.shape) != shapes or len(target) != len(self.text):
-            raise UserError(
-                f"the cache {self.folder} has other sizes than its {META} says: delete it and run `{self.command}`."
-            )
+            self.class_of_text = self._numbers("class_of_text", captions, len(self.classes))
+            self.label = self._numbers("label", images, len(self.classes))
         if pooled and self.meta["features"] != "pooled":
             if self.meta.get("precision") == "given":  # under the name of a backbone
                 raise UserError(elsewhere)
@@ -148,8 +159,26 @@ class Pairs:
                 f"{self.folder / name} cannot be read ({error}): delete {self.folder} and run `{self.command}`."
             ) from None
 
-    def _array(self, name):
-        return self._read(f"{name}.npy", lambda path: np.load(path, mmap_mode="r"))
+    def _array(self, name, shape=None, dtype="f2"):
+        """Open an array; raises UserError unless it has this shape and type, where one is named."""
+
+        def read(path):
+            array = np.load(path, mmap_mode="r")
+            if (dtype and array.dtype != dtype) or shape not in (None, array.shape):
+                raise ValueError(f"it holds {array.dtype} of shape {array.shape}")
+            return array
+
+        return self._read(f"{name}.npy", read)
+
+    def _numbers(self, name, count, below=None):
+        """Read ids, or numbers from 0 to `below`; raises UserError for others."""
+        numbers = np.asarray(self._array(name, (count,), "i8"))
+        if below is not None and count and not 0 <= numbers.min() <= numbers.max() < below:
+            raise UserError(
+                f"{self.folder / name}.npy holds numbers outside of 0 to {below - 1}: delete {self.folder} and run"
+                f" `{self.command}`."
+            )
+        return numbers
 
     @property
     def dim(self):
@@ -166,14 +195,9 @@ class Pairs:
         return self.meta.get("classes")
 
     @cached_property
-    def label(self):
-        """Class numbers of the images (N,)."""
-        return np.asarray(self._array("label"))
-
-    @cached_property
     def human(self):
         """Shares of human answers (N, C), or None if unknown."""
-        return self._array("human")
+        return self._array("human", (len(self.image), len(self.classes)), None)
 
     def seen(self, rows):
         """Return the ids of the images of `rows`, which a run stores to recognize its training images."""
@@ -204,7 +228,14 @@ class Pairs:
     @cached_property
     def matches(self):
         """Which images each caption is true of, sparse (N, M), or None if unknown."""
-        return self._read("matches.npz", lambda path: sparse.load_npz(path).tocsc())
+
+        def read(path):
+            matches = sparse.load_npz(path).tocsc()
+            if matches.shape != (len(self.image), len(self.text)):
+                raise ValueError(f"it is of shape {matches.shape}")
+            return matches
+
+        return self._read("matches.npz", read)
 
     @cached_property
     def chains(self):
@@ -220,6 +251,10 @@ class Pairs:
             for line in path.read_text(encoding="utf-8").strip("\n").split("\n"):  # captions may hold other line ends
                 item = json.loads(line)
                 items[item["kind"]].append(item["value"])
+            counts = len(self.image), len(self.text), len(self.chains["text"]) if self.chains else 0
+            values = [value for of_kind in items.values() for value in of_kind]
+            if tuple(map(len, items.values())) != counts or not all(isinstance(value, str) for value in values):
+                raise ValueError("it does not name each row of the arrays")
             return items
 
         return self._read("items.jsonl", read)
@@ -242,10 +277,34 @@ class Pairs:
         tower = "image" if side == "image" else "text"
         return Joined(embedding, phi, f"{tower}_bias" in self.projection)
 
+    def must_be_finite(self, pooled=False):
+        """Raise UserError, which names the rows, if the embeddings, or the pooled features, hold NaN or infinity."""
+        for name in ("image", "text", *(("image_pooled", "text_pooled") if pooled else ())):
+            array = self._array(name)
+            wrong = np.flatnonzero(~finite_rows(array))
+            if len(wrong):
+                raise UserError(
+                    f"{self.folder / name}.npy holds NaN or infinity in {name_rows(wrong)} of {len(array):,}: delete"
+                    f" {self.folder} and run `{self.command}`."
+                )
+
     def to(self, device, pooled=False):
         """Copy to `device`: inputs of images and of captions (see `fed`), float16, and image_of_text (M,), int64."""
         arrays = (self.fed("image", pooled)[:], self.fed("text", pooled)[:], self.image_of_text)
         return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
+
+
+def finite_rows(array, block=2**16):
+    """Which rows (N,) of an array (N, D) of float16 are finite, read block by block."""
+    parts = (np.asarray(array[start : start + block]).view(np.int16) for start in range(0, len(array), block))
+    # Without the sign, the bits of NaN and infinity are above all others: seven times as fast as isfinite.
+    return np.concatenate([(part & 0x7FFF).max(axis=1) < 0x7C00 for part in parts])
+
+
+def name_rows(rows, most=3):
+    """Name rows by number: "row 7", "rows 3 and 7", "rows 3, 7, 12 and 5 more"."""
+    names = [f"{row:,}" for row in rows[:most]] + [f"{len(rows) - most:,} more"] * (len(rows) > most)
+    return f"row {names[0]}" if len(names) == 1 else f"rows {', '.join(names[:-1])} and {names[-1]}"
 
 
 def all_seen(*parts):

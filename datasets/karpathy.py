@@ -12,6 +12,7 @@ from pathlib import Path
 from datasets import Caption, Described, Image
 from datasets.captions import folded
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 
 class Karpathy(Described):
@@ -51,7 +52,7 @@ class Karpathy(Described):
             for number, entry in enumerate(entries):
                 where = f"images[{number}]: "
                 listed.append((str(entry["split"]), *self._pair(entry)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except UNREADABLE as error:
             reason = f"{where}{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
             raise UserError(f"{self.file} is not a file of Karpathy's splits ({reason}): download it again.") from None
         if not listed:

@@ -27,6 +27,7 @@ import PIL.Image
 from datasets import Caption, Described, Image, check_folds, fold_splits, name_id
 from datasets.captions import captions_in, folded
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 # Default names of the columns.
 COLUMNS = {
@@ -269,7 +270,7 @@ class PairsFile(Described):
                     for values in zip(*(_values(batch.column(name)) for name in read)):
                         number = next(numbers)
                         yield f"row {number}", dict(zip(read, values)) | ({image: _Inside(number)} if inside else {})
-            except (pyarrow.ArrowException, OSError, ValueError) as error:
+            except (pyarrow.ArrowException, *UNREADABLE) as error:
                 raise self._unreadable(error) from None
 
         return names, records()
@@ -283,7 +284,7 @@ class PairsFile(Described):
             raise self._error(f"Parquet files are read with pyarrow, which is not installed: {hint}.") from None
         try:
             return pyarrow.parquet.ParquetFile(self.file)
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except (pyarrow.ArrowException, *UNREADABLE) as error:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from datasets import Caption, Described, Image, check_folds, fold_splits, name_id, visible
 from datasets.captions import captions_in, folded
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "gif", "tif", "tiff", "avif", "ppm")
 
@@ -118,7 +119,7 @@ class Shards(Described):
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"it has no member at byte {tar.offset:,} and does not end there")
-        except tarfile.TarError as error:
+        except (tarfile.TarError, *UNREADABLE) as error:
             raise UserError(f"{path} is not a complete .tar ({error}): download or make it again.") from None
         samples, places = [], {}
         with path.open("rb") as file:

@@ -17,7 +17,7 @@ from models.pair_loss import Linear, Logarithm, PairScore
 from utils.config import MEANS
 from utils.errors import one_of
 
-FAMILIES = {"von-mises-fisher": (VonMisesFisher, Linear()), "power-spherical": (PowerSpherical, Logarithm())}
+FAMILIES = {"von-mises-fisher": (VonMisesFisher, Linear), "power-spherical": (PowerSpherical, Logarithm)}
 # kappa = sqrt(|eta|^2 + FLOOR^2) and mu = eta / kappa have finite gradients at eta = 0, where kappa mu . x keeps its
 # gradient x. From |eta| = 1 on, the floor is below float64 rounding.
 FLOOR = 1e-8

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.pair_loss import PairScore, cross_entropies, info_nce, mean_of
+from models.precision import Perceptron
 from utils.config import MEANS
 from utils.errors import one_of
 
@@ -152,13 +153,14 @@ def best_temperature(scores: list[Tensor]) -> float:
     pairs = sum(map(len, scores))
     # A shift changes only the rounding. By the median, because one overfitted density may exceed all others by far.
     scores = [score - score.median() for score in scores]
-    scatter = max(score.abs().median().item() for score in scores)
+    scatter = torch.stack([score.abs().median() for score in scores]).max().item()
     if scatter == 0:
         return 1.0
 
     def excess(log_factor: float) -> float:
         factor = math.exp(log_factor) / scatter
-        return sum(len(score) * info_nce(factor * score).item() for score in scores) / pairs - 1 / pairs
+        losses = torch.stack([info_nce(factor * score) for score in scores]).tolist()  # one wait for the device
+        return sum(len(score) * loss for score, loss in zip(scores, losses, strict=True)) / pairs - 1 / pairs
 
     # InfoNCE is convex in the factor, so it has one minimum.
     best = scipy.optimize.minimize_scalar(excess, bounds=(-10, 10), method="bounded", options={"xatol": 1e-3}).x
@@ -191,7 +193,7 @@ class Mean(nn.Module):
         return direction if self.kind == "frozen" else F.normalize(self.head(x), dim=-1)
 
 
-def perceptron(dim_in: int, width: int, dim_out: int, hidden: int) -> nn.Sequential:
+def perceptron(dim_in: int, width: int, dim_out: int, hidden: int) -> Perceptron:
     """Multilayer perceptron with `hidden` layers of `width` units and ReLU; raises ValueError for impossible sizes."""
     if width < 1 or hidden < 0:
         raise ValueError(f"a perceptron cannot have {hidden} hidden layers of width {width}")
@@ -199,4 +201,4 @@ def perceptron(dim_in: int, width: int, dim_out: int, hidden: int) -> nn.Sequent
     layers = []
     for size, following in pairwise(sizes):
         layers += [nn.Linear(size, following), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], dim_out))
+    return Perceptron(*layers, nn.Linear(sizes[-1], dim_out))

@@ -56,7 +56,7 @@ class Gaussian(Adaptor):
 
     def _log_variance(self, output: Tensor) -> Tensor:
         """log sigma^2 (N, D) from the perceptron's output, in logarithms because sigma^2 may underflow."""
-        return torch.logaddexp(output, output.new_tensor(self.log_floor))
+        return torch.logaddexp(output, output.new_full((), self.log_floor))
 
 
 class PairwiseGaussian(Gaussian):

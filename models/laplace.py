@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.checkpoint import BROKEN
 from utils.errors import UserError, one_of
+from utils.files import UNREADABLE
 
 LOSSES = ("infonce", "siglip")
 PRIORS = ("damped", "exact")
@@ -283,7 +283,7 @@ def _read_archive(path):
     try:
         with np.load(path, allow_pickle=False) as archive:
             values = {name: torch.as_tensor(archive[name]) for name in _NAMES if name in archive.files}
-    except BROKEN:
+    except UNREADABLE:
         raise UserError(f"{path} is damaged or not an .npz file: get it again.") from None
     for name in _NAMES:
         if name not in values:
@@ -300,7 +300,7 @@ def _read_folder(path):
         try:
             # A was saved from a GPU. Tensors only: a pickle may run anything.
             values[name] = torch.load(file, map_location="cpu", weights_only=True)
-        except BROKEN:
+        except UNREADABLE:
             raise UserError(f"{file} is damaged or contains more than a tensor: get it again.") from None
     return values
 

@@ -27,11 +27,13 @@ LEAST = -80.0
 class Linear:
     """h(dot) = dot, as in CLIP, von Mises-Fisher, PCME++ and ProLIP; what every kernel has."""
 
-    def value(self, dot, row=None, column=None):
+    @staticmethod
+    def value(dot, row=None, column=None):
         """h (n, M) of dot products (n, M), parameters of rows (n, 1) and of columns (M,); differentiable."""
         return dot
 
-    def derivatives(self, dot, row=None, column=None):
+    @staticmethod
+    def derivatives(dot, row=None, column=None):
         """Derivatives of h in its three arguments, each (n, M); None for 1 in the first, and for 0 in the others."""
         return None, None, None
 
@@ -39,10 +41,12 @@ class Linear:
 class Logarithm:
     """h(dot) = log(1 + dot): power spherical."""
 
-    def value(self, dot, row=None, column=None):
+    @staticmethod
+    def value(dot, row=None, column=None):
         return PowerSpherical.log_kernel(dot)
 
-    def derivatives(self, dot, row=None, column=None):
+    @staticmethod
+    def derivatives(dot, row=None, column=None):
         # Below the least cosine, `log_kernel` is constant.
         return (dot + 1).reciprocal_().masked_fill_(dot < LEAST_COSINE[dot.dtype], 0), None, None
 
@@ -60,7 +64,7 @@ class PairScore:
     slope: Tensor | float = 1.0
     column: Tensor | float = 0.0
     row: Tensor | float = 0.0
-    kernel: object = Linear()
+    kernel: object = Linear  # no instance, which torch.compile does not know as a default
     row_parameter: Tensor | None = None
     column_parameter: Tensor | None = None
 
@@ -187,7 +191,7 @@ class CrossEntropies(torch.autograd.Function):
         count, like = len(tiles.image), tiles.slope
         keeps = any(ctx.needs_input_grad) and count <= KEPT
         kept = like.new_empty(count, count) if keeps else None
-        kept_value = like.new_empty(count, count) if keeps and not isinstance(kernel, Linear) else None
+        kept_value = like.new_empty(count, count) if keeps and kernel is not Linear else None
         # The score of each match; of rows and of columns, the top score and the sum of exp(score - top) over all but
         # the match. Those of columns grow from tile to tile.
         matched = like.new_empty(count)

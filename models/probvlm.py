@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.base import COSINE_SCALE, Adaptor, Embedding, Mean, perceptron
 from models.distributions import GeneralizedGaussian
 from models.pair_loss import PairScore
+from models.precision import Perceptron
 from utils.errors import one_of
 
 EPS = 1e-4  # added to 1 / alpha and beta in every likelihood, as in the public code
@@ -29,7 +30,7 @@ class BayesCap(nn.Module):
         super().__init__()
         self.kind, self.lowest_beta = mean, lowest_beta
         layers = list(perceptron(dim, width, dim, hidden=2))
-        self.trunk = nn.Sequential(*layers[:-1], nn.Dropout(dropout), layers[-1])
+        self.trunk = Perceptron(*layers[:-1], nn.Dropout(dropout), layers[-1])
         self.mean = perceptron(dim, dim, dim, hidden=1) if mean == "learned" else Mean(mean, dim, width, hidden=2)
         # All pairs share an offset from a kept mean to the other modality. Unless it is learned, alpha absorbs it.
         self.gap = 0.0 if mean == "learned" else nn.Parameter(torch.zeros(dim))

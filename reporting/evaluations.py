@@ -8,7 +8,7 @@ from reporting.runs import TASKS, Block, Result, data_sets, has_uncertainty, lev
 from reporting.tables import by_task, formats
 from reporting.words import DIRECTIONS, OWN, QUERY, followed
 from utils.errors import UserError
-from utils.files import is_name, read_json
+from utils.files import UNREADABLE, is_name, read_json
 
 METADATA = {
     "evaluated_on": str, "split": str, "variant": str, "images": int, "captions": int, "classes": int,
@@ -202,7 +202,7 @@ def _read_one(path):
         if values.get("untrained"):
             _leave_out_own(values)
         _must_print(Evaluation(task, "", "", {values["variant"]: [Result(path, values)]}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
+    except UNREADABLE:
         raise UserError(f"{path} is damaged or not a result of eval.py: delete it and evaluate again.") from None
     return values
 
@@ -219,6 +219,7 @@ def _leave_out_own(values):
 def _must_print(part):
     """Raise whatever printing the tables of a part raises: the test of every figure that the shapes above leave out."""
     formats.to_text([part])
+    _ = part.facts, part.warnings, part.gallery  # what the page shows beside them
 
 
 def _must_fit(folder, variants, task):
@@ -272,7 +273,8 @@ def _clash(one, other):
     if one["seed"] == other["seed"]:
         return "the same seed"
     flat = [config | {f"train.{name}": value for name, value in config["train"].items()} for config in (one, other)]
-    decisive = ("score", "model", "optim", "train.batch_size", "train.epochs")
+    flat = [{"train.precision": "float32"} | config for config in flat]  # of results from before there was a choice
+    decisive = ("score", "model", "optim", "train.batch_size", "train.epochs", "train.precision")
     return next((f"different {name}" for name in decisive if flat[0].get(name) != flat[1].get(name)), None)
 
 

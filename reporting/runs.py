@@ -1,7 +1,5 @@
 """Results of eval.py: one file, and a block of results that share tables."""
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +8,7 @@ import numpy as np
 
 from reporting.words import DIRECTIONS, over
 from utils.errors import UserError
+from utils.files import UNREADABLE
 
 OWN_ARRAYS = ("text_uncertainty", "image_uncertainty", "chain_uncertainty")  # a method's own uncertainties
 TASKS = ("retrieval", "classification", "hierarchy")
@@ -42,7 +41,7 @@ class Result:
         try:
             with np.load(beside) as file:
                 arrays = dict(file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        except UNREADABLE:
             raise UserError(f"{beside} is missing or damaged: delete {path} and evaluate again.") from None
         if self.values.get("untrained"):  # what follows the method's own uncertainty, of random weights, is left out
             arrays = {name: values for name, values in arrays.items() if name not in OWN_ARRAYS}

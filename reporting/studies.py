@@ -12,7 +12,7 @@ from reporting.words import GALLERY_AWARE, MINUS, over
 from utils import result_file
 from utils.config import difference
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import UNREADABLE, read_json
 
 JUDGED = dict.fromkeys(TITLES, NUMBER) | {
     "entropy_auroc": (*NUMBER, type(None)),
@@ -211,7 +211,7 @@ def _read_one(folder, path):
         for judged in (values["before"], *values["curve"]):
             if set(map(len, judged["by_entropy"].values())) != {len(levels)} or sum(levels) != values["images"]:
                 raise ValueError("too few or too many levels of entropy")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         raise UserError(
             f"{path} is damaged or not a result of active_learning.py: delete it and run active_learning.py again."
         ) from None

@@ -6,7 +6,7 @@ from reporting.parts import NUMBER, Part, must_hold
 from reporting.tables import Cell, Column, Row, make, mean_sd
 from reporting.words import over
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import UNREADABLE, read_json
 
 NAME = "factor-trace.json"
 SHAPE = {
@@ -103,7 +103,7 @@ def _read_one(folder, path):
             )
             if not points or not whole or not values["trials"]:
                 raise ValueError("no traces, or not of all trials")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         raise UserError(
             f"{path} is damaged or not a result of benchmarks.factor_trace: delete it and run"
             " benchmarks.factor_trace again."

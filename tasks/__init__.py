@@ -16,8 +16,6 @@ from metrics.retrieval import recall_at
 from metrics.uncertainty import auroc, selective
 from utils.errors import UserError
 
-SCORES = ("log_likelihood", "similarity")
-FOLLOWED = ("query", "retrieved", "sum")  # what levels follow: the query's uncertainty, its answer's, or their sum
 STORED_SCORES = 2**25  # scores, 128 MB, that are computed once and stored; more are computed anew for every pass
 EXAMPLES, BEST_ANSWERS = 10, 5  # most and least certain queries in the report, and best answers to each
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import active_learning
+import labeling
 from datasets.embeddings import LAYOUT
 from labeling import strategies
 from labeling.classifier import Classifier, Items, fine_tune
@@ -58,15 +59,19 @@ def write_cache(split, seed, features="pooled", labels=True, classes=("red", "gr
     meta = {
         "layout": LAYOUT, "dataset": "shapes-colors", "split": split, "backbone": "shapes-tiny", "features": features,
         "id_space": "drawn" if base else split, "encoder": {}, "encoder_fingerprint": "e",
+        "precision": "float32", "skipped": 0, "captions_cut": 0, "unreadable": 0,
         "fingerprint": f"{split}-{seed}", "dim": D, "images": len(label), "captions": 2 * C,
         "logit_scale": SCALE, "logit_bias": logit_bias, "complete": True,
-        "files": [*(f"{name}.npy" for name in arrays), "projection.npz"],
+        "files": [*(f"{name}.npy" for name in arrays), "projection.npz", "items.jsonl"],
     }  # fmt: skip
     if labels:
         meta["classes"] = list(classes)
     else:
         np.save(folder / "image_of_text.npy", np.zeros(2 * C, np.int64))
         meta["files"].append("image_of_text.npy")
+    names = {"image": meta["images"], "text": meta["captions"]}
+    lines = [json.dumps({"kind": kind, "value": "x"}) for kind, count in names.items() for _ in range(count)]
+    (folder / "items.jsonl").write_text("\n".join(lines))
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -468,6 +473,10 @@ def test_bald_picks_neighbors_of_targets_on_which_drawn_weights_disagree(caches,
     pool = tuple(np.concatenate(pair)[pool_of(0)[0]] for pair in zip(data("train"), data("shifted-train"), strict=True))
     chosen = pool_of(0)[0][nearest_first(pool, data("shifted-test"), order)]
     assert result("bald")[0]["chosen_id"] == [row if row < 30 else row - 30 for row in chosen]
+
+
+def test_help_says_what_each_strategy_says_of_itself():
+    assert {name: choose.__doc__.splitlines()[0] for name, choose in STRATEGIES.items()} == labeling.STRATEGIES
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -38,7 +38,7 @@ def arrays(**changes):
 
 
 def spoiled(key, row, value):
-    """The array `key` with one row changed."""
+    """The array `key` with some rows changed."""
     array = arrays()[key]
     array[row] = value
     return {key: array}
@@ -181,12 +181,17 @@ def test_a_backbone_of_another_size_is_refused(here, refusal):
             dict(text=np.ones((M, D + 1))),
             "'image' has rows of size 16, but 'text' of size 17: give embeddings of one model",
         ),
-        (spoiled("image", 7, np.nan), "row 7 of 'image' is not finite"),
-        (spoiled("text", 99, (0,) * (D - 1) + (np.inf,)), "row 99 of 'text' is not finite"),
-        (spoiled("text", 4, 0), "row 4 of 'text' is all zeros"),
-        (spoiled("text", 5, 7e4), "row 5 of 'text' is too large for float16.* multiply all rows by one number"),
-        (spoiled("image", 6, 1e-6), "row 6 of 'image' is too small for float16.* multiply all rows by one number"),
-        (spoiled("image", 6, 1e-12), "row 6 of 'image' is too small for float16"),
+        (spoiled("image", 7, np.nan), "'image' holds NaN in row 7 of 40: encode these items again, or leave them out"),
+        (spoiled("text", 99, (0,) * (D - 1) + (np.inf,)), "'text' holds infinity in row 99 of 100"),
+        (spoiled("image", [30, 3, 7, 20, 8], -np.inf), "'image' holds infinity in rows 3, 7, 8 and 2 more of 40"),
+        (spoiled("text", [4, 2], 0), "'text' holds nothing but zeros in rows 2 and 4 of 100"),
+        (
+            spoiled("text", 5, 7e4),
+            "'text' holds numbers too large for float16.* in row 5 of.* multiply all rows by",
+        ),
+        (spoiled("image", 6, 1e-6), "'image' holds numbers too small for float16.* in row 6 of.* multiply all rows by"),
+        (spoiled("image", 6, 1e-12), "'image' holds numbers too small for float16"),
+        (spoiled("image", slice(0, 3), 1e30), "'image' holds numbers too large .* in rows 0, 1 and 2 of 40"),
         (dict(image_of_text=None), "'image' has 40 rows and 'text' 100: add 'image_of_text'"),
         (dict(image_of_text=np.zeros(M)), "'image_of_text' must hold integers .* not float64"),
         (dict(image_of_text=np.zeros(M - 1, dtype=int)), r"of shape \(100,\), not int64 of shape \(99,\)"),
@@ -206,6 +211,25 @@ def test_a_backbone_of_another_size_is_refused(here, refusal):
 def test_arrays_that_cannot_be_cached_are_named(here, refusal, changes, sentence):
     np.savez("pairs.npz", **arrays(**changes))
     assert re.search(sentence, refusal(cache_embeddings.main, *CACHE, "--splits", "all"))
+    assert not (here / "embeddings").exists()
+
+
+def test_an_overflow_of_the_encoder_is_named(here, refusal):
+    """Embeddings that overflowed in float16 are infinite in the file; bfloat16 holds what float16 cannot."""
+    import safetensors.torch
+
+    both = {side: torch.ones(N, D, dtype=torch.float32) for side in ("image", "text")}
+    both["text"][[2, 5]] = 1e5
+    for dtype, sentence in (
+        (
+            torch.float16,
+            "'text' holds infinity in rows 2 and 5 of 40: .*; float16 ends at 65,504",
+        ),
+        (torch.bfloat16, "'text' holds numbers too large for float16, .* in rows 2 and 5 of 40: multiply all rows by"),
+    ):
+        safetensors.torch.save_file({side: x.to(dtype) for side, x in both.items()}, "pairs.safetensors")
+        error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "pairs.safetensors")
+        assert re.search(sentence, error)
     assert not (here / "embeddings").exists()
 
 

@@ -21,7 +21,7 @@ import cache_embeddings
 import train
 from datasets.shapes import Shapes
 from reporting.figures import style
-from utils.config import HOME, load_config, presets_of
+from utils.config import HOME
 
 PAGES = [README, *DOCS, HOME / "benchmarks" / "RESULTS.md", HOME / "configs" / "methods" / "README.md"]
 INLINE = re.compile(r"`((?:make|python|\w+\.py) [^`]+)`")
@@ -213,15 +213,8 @@ def run(script, words):
 
 
 def check_names(script, words):
-    """Parse the flags of a command that cannot be run here, and resolve the names in them."""
-    args = script.parse(words)
-    if script.__name__ == "reproduce":
-        script.grid(args)
-        return
-    names = {name: getattr(args, name, None) for name in ("method", "backbone")}
-    for data in {args.dataset, getattr(args, "train_dataset", None) or args.dataset}:
-        load_config(data, **names, settings=getattr(args, "set", ()))
-    assert getattr(args, "preset", "default") in (presets_of(args.method) if names["method"] else ["default"])
+    """Parse the flags of a command that cannot be run here, which resolves the names in them."""
+    script.parse(words)
 
 
 def follow(words, needs):

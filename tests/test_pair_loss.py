@@ -18,10 +18,10 @@ from models.symmetric_vmf import ExpectedLikelihood
 
 DIMS = (512, 768, 1024)
 FORMS = {
-    "clip": dict(kernel=Linear(), slope=()),
-    "von Mises-Fisher": dict(kernel=Linear(), slope="vector", column=VonMisesFisher),
-    "power spherical": dict(kernel=Logarithm(), slope="vector", column=PowerSpherical),
-    "gaussian": dict(kernel=Linear(), slope=(), row="vector", column="vector"),
+    "clip": dict(kernel=Linear, slope=()),
+    "von Mises-Fisher": dict(kernel=Linear, slope="vector", column=VonMisesFisher),
+    "power spherical": dict(kernel=Logarithm, slope="vector", column=PowerSpherical),
+    "gaussian": dict(kernel=Linear, slope=(), row="vector", column="vector"),
     "expected likelihood": dict(
         kernel=ExpectedLikelihood, slope=(), row="vector", column="vector", parameters=(5, 300)
     ),
@@ -159,7 +159,7 @@ def test_a_saturated_loss_keeps_its_digits_in_float32():
     for dtype in (torch.float32, torch.float64):
         kappa = torch.full((64,), 30.0, dtype=dtype, requires_grad=True)
         normalizer = PowerSpherical.log_normalizer(kappa, 512)
-        score = PairScore(image.to(dtype), text.to(dtype), slope=kappa, column=normalizer, kernel=Logarithm())
+        score = PairScore(image.to(dtype), text.to(dtype), slope=kappa, column=normalizer, kernel=Logarithm)
         results[dtype] = torch.autograd.grad(score.info_nce(), kappa)[0].double()
     assert results[torch.float64].abs().max() < 1e-3
     assert relative([results[torch.float32]], [results[torch.float64]]) < 1e-4
@@ -186,7 +186,7 @@ image, text = torch.nn.functional.normalize(torch.randn(2, count, 64), dim=-1)
 def step(image, text):
     text = text.clone().requires_grad_()
     slope = torch.full((len(text),), 20.0, requires_grad=True)
-    PairScore(image, text, slope=slope, kernel=Logarithm()).info_nce().backward()
+    PairScore(image, text, slope=slope, kernel=Logarithm).info_nce().backward()
 step(image[:64], text[:64])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 step(image, text)

@@ -21,6 +21,8 @@ import train
 from utils.config import HOME, known
 
 SCRIPTS = ["cache_embeddings.py", "train.py", "eval.py", "uncertainty.py", "report.py"]
+# What takes long to load, scipy.stats and scipy.optimize included, and is not needed to read flags.
+HEAVY = ("torch", "scipy", "matplotlib", "open_clip", "transformers", "sklearn", "pandas", "jinja2")
 
 
 def run(*command, **environment):
@@ -50,8 +52,8 @@ def test_help_is_printed(script, capsys):
 @pytest.mark.parametrize(
     ("scripts", "heavy"),
     [
-        ("train, eval", "open_clip matplotlib"),
-        ("report", "open_clip torch"),
+        ("train, eval", "open_clip matplotlib sklearn pandas scipy.stats scipy.optimize"),
+        ("report", "open_clip torch sklearn pandas"),
         ("reporting.terminal", "open_clip torch matplotlib"),
     ],
 )
@@ -59,6 +61,35 @@ def test_scripts_import_no_more_than_they_need(scripts, heavy):
     code = f"import sys, {scripts}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = run("-c", code, PYTHONPATH=str(HOME))
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+AS_SCRIPT = """
+import runpy, sys; sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    print(stop.code, *(name for name in {heavy} if name in sys.modules), file=sys.stderr)
+"""
+
+
+NOWHERE = {  # report.py looks for results of any name
+    "active_learning.py": "--dataset nowhere --pool train --target test",
+    "cache_embeddings.py": "--dataset nowhere",
+    "eval.py": "--dataset nowhere --method clip",
+    "reproduce.py": "--datasets nowhere",
+    "train.py": "--dataset coco --method nowhere",
+    "uncertainty.py": "--dataset coco --method nowhere cat",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "code"),
+    [(path.name, flag, code) for path in sorted(HOME.glob("*.py")) for flag, code in (("--help", 0), ("--hlep", 2))]
+    + [(script, flags, 2) for script, flags in NOWHERE.items()],
+)
+def test_flags_are_read_before_anything_heavy_loads(script, flags, code):
+    done = run("-c", AS_SCRIPT.format(heavy=HEAVY), HOME / script, *flags.split(), PYTHONPATH=str(HOME))
+    assert done.stderr.splitlines()[-1] == str(code), done.stderr
 
 
 def test_ctrl_c_while_libraries_load_is_one_line():

@@ -3,6 +3,7 @@
 import csv
 import os
 import platform
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import train
 from datasets.embeddings import Pairs, hold_out
 from models.asymvlm import AsymVLM
@@ -185,8 +187,153 @@ def test_two_processes_do_not_share_a_folder(world, refusal):
 
 def test_a_diverging_run_says_so(world, refusal):
     error = refusal(train.main, *COMMAND, "optim.name=sgd", "optim.lr=1e30", "optim.weight_decay=0")
-    assert "is nan in epoch 1: try a lower learning rate with --set optim.lr=" in error
-    assert not list(world.glob("checkpoints/**/adaptor.pt"))
+    assert (
+        "asymvlm-psd in checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0, step 2 of epoch 1: the loss is nan" in error
+    )
+    assert "first by square in models/asymvlm.py, line " in error
+    assert "try a lower learning rate with --set optim.lr=" in error
+    assert not list(world.glob("checkpoints/**/*.pt"))
+
+
+ROW = 700  # of the caption whose figures the tests below spoil
+
+
+def step_of_row(epoch, batch=150):
+    """The step of an epoch, from 1, that sees the caption ROW, after the rule in train.py."""
+    torch.manual_seed(epoch - 1)
+    return int((torch.randperm(1500) == ROW).nonzero()) // batch + 1
+
+
+def spoil(patch, change):
+    """Let `change` spoil AsymVLM's kappa (B,), by a mask (B,) of the caption ROW, once a step has been taken."""
+    row = torch.from_numpy(np.array(Pairs("shapes", "shapes-tiny", "train").text[ROW])).float()
+    adapt = AsymVLM.adapt_text
+
+    def spoiled(self, text):
+        adapted = adapt(self, text)
+        if self.log_temperature == 0:  # still as it was initialized
+            return adapted
+        return adapted._replace(spread=change(adapted.spread, (text == row).all(dim=1)))
+
+    patch.setattr(AsymVLM, "adapt_text", spoiled)
+
+
+def infinite(kappa, mask):
+    return kappa / ~mask
+
+
+def steep(kappa, mask):
+    """As it is, but with a gradient of NaN for the one."""
+    return kappa + 0 * torch.where(mask, kappa - kappa.detach(), 1).sqrt()
+
+
+FAULTS = {
+    infinite: r"the loss is nan, first by \S*div\S* in models/base.py, line \d+ \(unified_loss\)",
+    steep: r"the loss is [0-9.]+, but the gradient of text.eta.0.weight and \d more is not finite",
+}
+
+
+@pytest.mark.parametrize("change", FAULTS)
+def test_nan_stops_at_its_step_and_what_was_saved_goes_on(world, monkeypatch, refusal, capsys, change):
+    command = [*COMMAND, "train.val_fraction=0", "train.save_every=0"]
+    train.main([*command, "--tag", "whole"])
+    folder = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0"
+    epoch = 1 if step_of_row(1) > 1 else 2
+    with monkeypatch.context() as patch:
+        spoil(patch, change)
+        error = refusal(train.main, *command)
+    assert f"asymvlm-psd/seed0, step {step_of_row(epoch)} of epoch {epoch}: " in error
+    assert re.search(FAULTS[change] + ".*, with row 700 of embeddings/shapes/shapes-tiny/train/text.npy", error)
+    assert not list(folder.glob("*.pt"))  # the first epoch has not ended
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        write = Run.save_state
+        patch.setattr(Run, "save_state", lambda *args, **state: (write(*args, **state), signal.raise_signal(2)))
+        train.main(command)
+    capsys.readouterr()
+    saved = (folder / "state.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        spoil(patch, change)
+        error = refusal(train.main, *command)
+    assert f"step {step_of_row(2)} of epoch 2: the loss is " in error
+    assert "asymvlm-psd/seed0/state.pt keeps what was last saved before it): try" in error and "--overwrite." in error
+    assert (folder / "state.pt").read_bytes() == saved and not (folder / "adaptor.pt").exists()
+    train.main(command)
+    whole = folder.parent.parent / "asymvlm-psd+whole/seed0"
+    torch.testing.assert_close(weights(folder), weights(whole), rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_poisoned_is_saved_on_an_interrupt_or_at_the_end(world, monkeypatch, refusal, capsys):
+    """A signal between a NaN and the end of its epoch; a gradient of NaN in the very last step."""
+    folder, calls = world / "checkpoints/shapes/shapes-tiny/asymvlm-psd/seed0", []
+    command = [*COMMAND, "train.val_fraction=0"]
+
+    def interrupted(kappa, mask):
+        if mask.any():
+            signal.raise_signal(signal.SIGTERM)
+        return infinite(kappa, mask)
+
+    def last(kappa, mask):
+        calls.append(0)  # in training, repeated, and explained
+        return steep(kappa, mask & False | (len(calls) in (39, 78, 79)))
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        spoil(patch, interrupted)
+        train.main(command)
+    assert not list(folder.glob("*.pt"))
+    with monkeypatch.context() as patch:
+        spoil(patch, last)
+        capsys.readouterr()
+        error = refusal(train.main, *command)
+    assert "step 10 of epoch 4: the loss is " in error and "the gradient of " in error
+    assert not list(folder.glob("*.pt"))
+
+
+def test_a_nan_that_does_not_come_again_is_told_and_trained_past(world, monkeypatch, capsys):
+    calls, command = [], [*COMMAND, "train.val_fraction=0", "train.save_every=0"]
+
+    def once(kappa, mask):
+        calls.append(0)
+        return infinite(kappa, mask & False | (len(calls) == 24))
+
+    train.main([*command, "--tag", "whole"])
+    with monkeypatch.context() as patch:
+        spoil(patch, once)
+        train.main(command)
+    assert "NaN or infinity in epoch 3 did not come again when it was repeated" in capsys.readouterr().err
+    folder = world / "checkpoints/shapes/shapes-tiny"
+    trained = [weights(folder / name / "seed0") for name in ("asymvlm-psd", "asymvlm-psd+whole")]
+    torch.testing.assert_close(*trained, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_overflow_in_the_optimizer_is_a_fault(world, monkeypatch, refusal):
+    """The square of a gradient of 1e25 is infinite in float32, and AdamW then never moves that weight again."""
+    loss = AsymVLM.loss
+    monkeypatch.setattr(AsymVLM, "loss", lambda self, *args: loss(self, *args) + 1e25 * self.log_temperature)
+    error = refusal(train.main, *COMMAND)
+    assert "step 1 of epoch 1: after it the state of the optimizer is not finite" in error
+    assert "try a lower learning rate" in error
+
+
+def test_rows_of_a_damaged_cache_are_named(world, small_world, refusal):
+    (world / "embeddings").unlink()
+    shutil.copytree(small_world / "embeddings", world / "embeddings")
+    for split in ("train", "val"):
+        path = world / f"embeddings/shapes/shapes-tiny/{split}/text.npy"
+        text = np.load(path)
+        text[[7, 90, 91, 5], [0, 63, 3, 60]] = np.nan, np.inf, -np.inf, 65504
+        if split == "val":
+            evaluated = path, text
+        else:
+            np.save(path, text)
+    for method in ("asymvlm-psd", "knn", "clip"):
+        error = refusal(train.main, "--dataset", "shapes", "--method", method)
+        assert "shapes-tiny/train/text.npy holds NaN or infinity in rows 7, 90 and 91 of 1,500: delete" in error
+    assert not list(world.glob("checkpoints/**/*.pt"))
+    shutil.copytree(small_world / "embeddings", world / "embeddings", dirs_exist_ok=True)
+    train.main(["--dataset", "shapes", "--method", "clip"])
+    np.save(*evaluated)
+    error = refusal(evaluation.main, "--dataset", "shapes", "--method", "clip")
+    assert "shapes-tiny/val/text.npy holds NaN or infinity in rows 7, 90 and 91 of 500: delete" in error
 
 
 def test_missing_cache_and_unknown_names_are_one_sentence(world, refusal):
@@ -204,7 +351,6 @@ def test_checkpoint_that_is_damaged_is_named(world, refusal):
     train.main(COMMAND)
     path = Run(load_config("shapes", "asymvlm-psd")).folder / "adaptor.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    import eval as evaluation
     import uncertainty
 
     for script, rest in ((evaluation, []), (uncertainty, ["a photo"])):

@@ -3,17 +3,13 @@
 import dataclasses
 import hashlib
 import io
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
 
 from utils.config import Config, difference, make_adaptor
 from utils.errors import UserError
-from utils.files import write_bytes
-
-BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, TypeError)
+from utils.files import UNREADABLE, write_bytes
 
 
 class Run:
@@ -108,7 +104,7 @@ class Run:
             self.seen, self.bank, self.untrained = saved["seen"], saved.get("bank"), saved.get("untrained", False)
             self.start_kept = saved.get("start_kept", self.untrained)
             adaptor.load_state_dict(saved["state_dict"])
-        except BROKEN as error:
+        except UNREADABLE as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{self.adaptor_file} does not fit its config.yaml ({reason}): train again.") from None
         return adaptor.to(device).eval(), trained, saved["identity"]
@@ -131,5 +127,5 @@ def read_run(path):
         if any(name not in value["identity"] for name in ("dim", "encoder", "encoder_fingerprint")):
             raise KeyError("identity")
         return value
-    except BROKEN:
+    except UNREADABLE:
         raise UserError(f"{path} is damaged or truncated: delete {Path(path).parent} and train again.") from None

@@ -16,11 +16,14 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError, one_of
-from utils.files import write_text
+from utils.files import UNREADABLE, write_text
 
 MEANS = ("frozen", "residual", "learned")  # how the mean follows from the frozen direction: --mean
 HUBS = ("auto", "none", "nnn", "inverted-softmax")  # metrics/hubs.py
+PRODUCTS = ("float32", "tf32", "bfloat16")  # what training computes matrix products in, see models/precision.py
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+SCORES = ("log_likelihood", "similarity")
+FOLLOWED = ("query", "retrieved", "sum")  # what levels follow: the query's uncertainty, its answer's, or their sum
 LEVELS = 10  # uncertainty levels of an evaluation; no more than it has queries
 FEW = 10_000  # with fewer pairs than this an adaptor overfits long before its last epoch
 HOME = Path(__file__).resolve().parent.parent
@@ -80,6 +83,8 @@ class Train:
     min_steps: int = 10  # steps per epoch at least: few pairs make smaller batches, down to 32 pairs
     val_fraction: float | None = None  # of images held out to pick the epoch; none: 0.1 below FEW pairs, else 0
     patience: int = 50  # training stops after so many epochs without a better held-out loss
+    precision: str = "float32"  # of matrix products: tf32; bfloat16: of perceptrons alone
+    compile: bool = False  # the loss by torch.compile, on CUDA as graphs; rounds differently
     save_every: float = 5.0  # seconds between saved states, from which a killed run resumes
 
 
@@ -247,7 +252,7 @@ def _setting(text):
         raise UserError(f"--set takes key=value, not '{text}'; for example --set train.epochs=10.")
     try:
         nested = yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):  # a date of no calendar; brackets without an end
+    except (yaml.YAMLError, *UNREADABLE):  # a date of no calendar; brackets without an end
         raise UserError(f"--set {text}: the value is not valid YAML.") from None
     for name in reversed(key.split(".")):
         nested = {name: nested}
@@ -264,7 +269,8 @@ def _check(config):
     if config.mean:
         one_of("--mean", config.mean, MEANS, UserError)
     one_of("encoder.precision", config.encoder.precision, PRECISIONS, UserError)
-    one_of("score", config.score, ("log_likelihood", "similarity"), UserError)
+    one_of("train.precision", config.train.precision, PRODUCTS, UserError)
+    one_of("score", config.score, SCORES, UserError)
     one_of("hubs", config.hubs, HUBS, UserError)
     train, optim = config.train, config.optim
     decay = optim.lr * optim.weight_decay  # share of the weights that a step takes away
@@ -351,7 +357,9 @@ def _read(path):
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except OSError:
+        raise
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     return _mapping(values, path)
 
@@ -399,6 +407,11 @@ def _build(cls, values, where):
             raise UserError(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, not {value!r}.")
         filled[name] = value
     return cls(**filled)
+
+
+def completed(values):
+    """The nested values of a Config of an earlier version with the keys that it lacked: their defaults do as it did."""
+    return dataclasses.asdict(_build(Config, values, "a saved configuration"))
 
 
 def difference(saved, wanted, prefix=""):

@@ -9,9 +9,18 @@ import threading
 
 GOES_ON = "interrupted; the same command resumes from what was last saved."
 
+LONGEST = 2000  # characters of a message
+
 
 class UserError(Exception):
-    """A mistake in flags, files or data; the message is one sentence: the file, row or key, and what to do."""
+    """A mistake in flags, files or data; the message is one sentence: the file, row or key, and what to do.
+
+    What the sentence quotes may be of any length and hold line breaks: white space is folded, a long middle left out.
+    """
+
+    def __init__(self, message):
+        text, half = " ".join(str(message).split()), LONGEST // 2
+        super().__init__(text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}")
 
 
 def exits_cleanly(interrupted="interrupted."):
@@ -39,7 +48,7 @@ def exits_cleanly(interrupted="interrupted."):
             except OSError as error:
                 if error.strerror is None:
                     raise
-                message, code = f"{error.filename or 'writing'}: {error.strerror}.", 2
+                message, code = str(UserError(f"{error.filename or 'writing'}: {error.strerror}.")), 2
             except KeyboardInterrupt:
                 message, code = interrupted, 130
             print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {message}", file=sys.stderr)

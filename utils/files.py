@@ -4,10 +4,15 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import platform
 import re
+import struct
 import tempfile
+import tokenize
 import types
+import zipfile
+import zlib
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +21,12 @@ import numpy as np
 
 from utils.errors import UserError
 
+# What libraries raise on a file that is damaged or of another kind: found by tests/test_fuzz.py.
+UNREADABLE = (
+    OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError, EOFError, MemoryError,
+    RuntimeError, SyntaxError, tokenize.TokenError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

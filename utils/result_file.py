@@ -4,7 +4,7 @@ import json
 import zipfile
 
 from utils.config import difference
-from utils.files import read_json, save_arrays, write_json
+from utils.files import UNREADABLE, read_json, save_arrays, write_json
 
 
 def write(path, values, arrays):
@@ -24,7 +24,7 @@ def compare(path, wanted):
         return values, difference({name: values[name] for name in wanted}, json.loads(json.dumps(wanted)))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

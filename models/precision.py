@@ -1,0 +1,60 @@
+"""What matrix products are computed in: float32, unless TF32 or bfloat16 is asked for."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.errors import UserError
+
+# Largest error of a float32 product, relative to its largest entry. float32 has 5e-7, TF32 4e-4, bfloat16 3e-3.
+TOLERANCE = 1e-5
+
+
+def set_precision(device: torch.device, name: str = "float32") -> None:
+    """Compute products of float32 in float32 on `device`, or in TF32 if that is the `name`; bfloat16: see `Perceptron`.
+
+    Whatever this process has set before is undone. Raises UserError where the device lacks that precision, and where
+    something outside of this process, such as an environment variable, lowers that of float32.
+    """
+    is_cuda = device.type == "cuda"
+    if name == "tf32" and not (is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError(f"{device} has no TF32, which GPUs of NVIDIA have from Ampere on: choose another --precision.")
+    if name == "bfloat16" and is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{device} has no bfloat16: choose another --precision.")
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"  # by default on, for convolutions
+    if name != "tf32" and product_error(device) > TOLERANCE:
+        raise UserError(
+            f"{device} computes products of float32 in a lower precision: remove what asks for it, for example the"
+            " environment variable NVIDIA_TF32_OVERRIDE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE or"
+            " ONEDNN_DEFAULT_FPMATH_MODE."
+        )
+
+
+def product_error(device: torch.device) -> float:
+    """Largest error of a product of random float32 matrices on `device`, relative to the largest entry."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double().T
+    return ((F.linear(a.to(device), b.to(device)).cpu().double() - exact).abs().max() / exact.abs().max()).item()
+
+
+class Perceptron(nn.Sequential):
+    """Layers that train in bfloat16 if that is set, with weights, inputs and outputs in float32.
+
+    Outside of training they always compute in float32, so validation and evaluation do not change.
+    """
+
+    bfloat16 = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.bfloat16 and self.training):
+            return super().forward(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x).to(x.dtype)
+
+
+def train_in_bfloat16(adaptor: nn.Module) -> None:
+    """Let all perceptrons of an adaptor train in bfloat16; everything else computes in float32."""
+    for module in adaptor.modules():
+        if isinstance(module, Perceptron):
+            module.bfloat16 = True
