@@ -97,10 +97,19 @@ def test_no_step_lowers_the_posterior(dim):
         share = vmf_mixture.components(x @ mixture.loc.T, mixture).softmax(dim=1)
 
 
-@pytest.mark.parametrize("name", ["uniform", "von-mises-fisher", "power-spherical", "mixture"])
-@DIMS
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("uniform", 3),
+        ("von-mises-fisher", 512),
+        ("power-spherical", 16),
+        ("mixture", 16),
+        ("mixture", 64),
+        ("mixture", 512),
+    ],
+)
 def test_known_densities(name, dim):
-    """On samples that were not fitted: the mean error in nats, and the error of single values beside their spread."""
+    """On samples that were not fitted: the mean error in nats, and the correlation; benchmarks/densities.py has all."""
     x, truth = known(name, dim)
     torch.manual_seed(1)
     mixture = fit(x[:1200], choose(x[:1200], np.arange(1200)))
