@@ -28,6 +28,7 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -116,9 +117,10 @@ class Pairs:
     towers' last maps. Raises UserError if the cache is missing, unfinished or damaged, or lacks them.
     """
 
+    _rows = MappingProxyType({})  # of a fold: those of each kind that it has
+
     def __init__(self, dataset, backbone, split, pooled=False):
         self.split, self.folder = split, cache_folder(dataset, backbone, split)
-        self._rows = {}  # of a fold: those of each kind that it has
         split = cached_as(split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
         elsewhere = f"{self.folder} is for embeddings computed elsewhere, without the inputs of the model's last"
