@@ -105,8 +105,8 @@ def concentration_of(length: Tensor, dim: int) -> Tensor:
 
     The start of Banerjee et al. (2005), JMLR 6, equation 4.4, and Newton's steps; Sra (2012), equation 5.
 
-    >>> concentration_of(torch.tensor([0.0, 0.9], dtype=torch.float64), dim=3).round(decimals=6)
-    tensor([ 0.0000, 10.0000], dtype=torch.float64)
+    >>> concentration_of(torch.tensor([0.0, 0.9], dtype=torch.float64), dim=3).round(decimals=6).tolist()
+    [0.0, 10.0]
     """
     length = length.detach()
     kappa = length * (dim - length**2) / (1 - length**2)
