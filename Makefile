@@ -5,6 +5,8 @@
 # make test-compile    the loss of every method and preset through torch.compile
 # make test-faults     kills at random moments in every script
 # make test-fuzz       10,000 hostile files, flags and prompts
+# make test-oldest     every test with the oldest allowed version of every requirement, in .venv-oldest
+# make soak            an hour of the same work in one process: does anything grow?
 # make bench           speed and memory, each beside a textbook baseline
 # make docs            docs/map.md anew
 # Each sets up .venv first.
@@ -15,11 +17,11 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test test-published test-compile test-faults test-fuzz lint bench docs
+.PHONY: demo bayesvlm test test-published test-compile test-faults test-fuzz test-oldest soak lint bench docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
-# slowest but for a short one, both end at about the same time. Without an ablation and the parts of density.
-METHODS = $(filter-out symmetric-vmf knn kde typicality,$(patsubst configs/methods/%.yaml,%,$(shell ls -r configs/methods/*.yaml)))
+# slowest but for a short one, both end at about the same time. Without an ablation and other densities than density.
+METHODS = $(filter-out symmetric-vmf knn kde typicality vmf-mixture flow,$(patsubst configs/methods/%.yaml,%,$(shell ls -r configs/methods/*.yaml)))
 demo: $(CACHE)
 	$(PY) reproduce.py --datasets shapes --methods $(METHODS) --seeds 0 --score both --devices auto auto --overwrite
 
@@ -56,6 +58,16 @@ test-faults: .venv/dev
 
 test-fuzz: .venv/dev
 	$(PY) -m pytest -m slow -s tests/test_fuzz.py
+
+# With the oldest Python, too, where there is one: make PYTHON=python3.10 test-oldest
+test-oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --resolution lowest-direct --python .venv-oldest/bin/python -r requirements-dev.txt
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider
+
+soak: .venv/dev
+	$(PY) -m benchmarks.soak
 
 lint: .venv/dev
 	.venv/bin/ruff check .

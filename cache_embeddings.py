@@ -49,9 +49,9 @@ import shutil
 import sys
 
 from datasets.caching import identity, mismatch, write_cache, write_given
-from datasets.embeddings import META, WORKING, cache_folder, read_meta
+from datasets.embeddings import META, WORKING, cache_folder, cached_as, read_meta
 from datasets.listing import list_split
-from datasets.ranks import Ranks
+from datasets.ranks import Ranks, reported
 from models.backbones import make_backbone
 from models.precision import set_precision
 from utils.device import pick_device, usable_cores
@@ -101,7 +101,7 @@ def cache(args, config, ranks):
     source = make_source(config)
     backbone = None
     todo = []  # all splits are checked before any is encoded
-    for split in dict.fromkeys(args.splits or [config.data.train_split, config.data.eval_split]):
+    for split in dict.fromkeys(map(cached_as, args.splits or [config.data.train_split, config.data.eval_split])):
         folder = cache_folder(config.dataset, config.backbone, split)
         listing = ranks.in_turn(functools.partial(list_split, source, split, args.on_error))
         if listing.embeddings is not None and args.features == "pooled":
@@ -127,6 +127,7 @@ def cache(args, config, ranks):
 
 
 @exits_cleanly(interrupted=GOES_ON)
+@reported
 def main(argv=None):
     args, config = parse(argv)
     with Ranks() as ranks:

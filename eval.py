@@ -6,7 +6,8 @@
     python eval.py --dataset hierarcaps --train-dataset coco --method asymvlm-psd --seed 0 --task hierarchy
 
 Pairs are retrieved in both directions; images with classes are classified zero-shot by prompts; chains of prompts show
-whether uncertainty falls from general to specific. --val adds a temperature fitted on another split's labels. Writes
+whether uncertainty falls from general to specific; the tasks of docs/decisions.md say which pairs match, which answers
+to show, and whether there is one. --val adds a temperature fitted on another split's labels. Writes
 results/<trained on>/<backbone>/<variant>/seed<k>/<evaluated on>-<task>.json, and beside it an .npz of the figures per
 query.
 """
@@ -14,11 +15,16 @@ query.
 import utils.interrupt  # noqa: F401
 
 # isort: split
+from pathlib import Path
+
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
-TASKS = ("retrieval", "classification", "hierarchy")  # modules of tasks/
+DECISIONS = ("matching", "conformal", "unanswerable", "correctness")
+TASKS = ("retrieval", "classification", "hierarchy", *DECISIONS)  # modules of tasks/
+FEW_LEVELS, ALPHAS = 5, (0.05, 0.1, 0.2)  # of decisions
+FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",)}
 
 
 @exits_cleanly()
@@ -47,8 +53,17 @@ def parse(argv=None):
     parser.add_argument("--levels_by", "--levels-by", choices=FOLLOWED, help=by)
     drop = "make all levels the same size and drop the most uncertain queries left over, as the public AsymVLM code"
     parser.add_argument("--drop_remainder", "--drop-remainder", action="store_true", help=drop)
-    val = "classification: fit one more temperature on all labeled images of this split of the same classes"
+    val = "classification: fit one more temperature on all labeled images of this split of the same classes; decisions:"
+    val += " learn from its labels, by default from each half of the evaluated images for the other"
     parser.add_argument("--val", metavar="SPLIT", help=val)
+    prior = "matching: share of matches among the pairs to judge; by default that of the evaluated ones"
+    parser.add_argument("--prior", type=float, help=prior)
+    alpha = "conformal: shares of queries whose set may lack the right answer; by default 0.05 0.1 0.2"
+    parser.add_argument("--alpha", type=float, nargs="+", help=alpha)
+    by = "conformal: a column of a CSV or TSV, with a column `image`, by whose values the images have sets of their own"
+    parser.add_argument("--by", metavar="FILE:COLUMN", help=by)
+    absent = "unanswerable: a file of captions, a line each, of what no image shows; the backbone encodes them"
+    parser.add_argument("--absent", metavar="FILE", type=Path, help=absent)
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
     args = parser.parse_args(argv)
     config = run_config(args, args.train_dataset or args.dataset)
@@ -58,30 +73,34 @@ def parse(argv=None):
 if __name__ == "__main__":
     parse()  # --help and wrong flags end here, before the seconds in which torch loads
 
+import csv
 import dataclasses
 import importlib
 
 import numpy as np
+import torch
 
 from datasets.bank import Bank
 from datasets.embeddings import Pairs
+from datasets.folds import fold_of
 from metrics import hubs
 from models.precision import set_precision
+from reporting import evaluations
 from reporting.terminal import result_text
-from tasks import Choices
+from tasks import Absent, Choices
 from tasks.made_with import made_with
 from utils import result_file
 from utils.checkpoint import Run
 from utils.device import pick_device
-from utils.files import locked, must_write
+from utils.files import locked, must_write, write_text
 
 
-def open_val(args, pairs, run, identity):
+def open_val(args, pairs, run, task, identity):
     """Open the split of --val; raises UserError unless it has the classes of `pairs`, and images that nothing else has.
 
     identity: what the run was trained on.
     """
-    if pairs.classes is None:
+    if pairs.classes is None and task not in DECISIONS:
         raise UserError(
             f"{pairs.folder} has captions and no classes: leave out --val, which fits a temperature for classes."
         )
@@ -104,16 +123,20 @@ def open_val(args, pairs, run, identity):
     return val
 
 
-def choose_hubs(args, run, pairs, task, identity):
+def choose_hubs(args, run, pairs, val, task, identity):
     """Choose the hub correction: the kind, the Correction of each direction, and the bank; None for both without one.
 
-    identity: what the run was trained on. Raises UserError where there is no bank, or it has an evaluated image.
+    val: the opened split of --val, or None. identity: what the run was trained on. Raises UserError where there is no
+    bank, or it has an image that is evaluated or teaches.
     """
     if args.bank and task != "classification":
         raise UserError(f"--bank corrects classification: leave it out of --task {task}.")
-    kind = args.hubs or ("nnn" if args.bank else run.config.hubs if task == "retrieval" else "none")
+    retrieves = task == "retrieval" or (task in DECISIONS and pairs.classes is None)
+    kind = args.hubs or ("nnn" if args.bank else run.config.hubs if retrieves else "none")
     if kind == "none":
         return kind, None, None
+    if task in DECISIONS and not retrieves:
+        raise UserError(f"--hubs corrects no classes for --task {task}: leave it out.")
     if task == "classification":
         return kind, {"image_to_class": hubs.fixed(kind)}, open_bank(args, run, pairs, identity)
     if task == "hierarchy":
@@ -124,12 +147,13 @@ def choose_hubs(args, run, pairs, task, identity):
             " --overwrite, or leave out --hubs."
         )
     bank = Bank(**run.bank)
-    shared = pairs.shared_with(bank.seen)
-    if shared:
-        raise UserError(
-            f"{shared:,} of the {len(pairs.image):,} images of {pairs.folder} are among the training queries of"
-            f" {run.folder}, from which --hubs learns: name another --split, or use --hubs none."
-        )
+    for flag, split in (("--split", pairs), ("--val", val)):
+        shared = 0 if split is None else split.shared_with(bank.seen)
+        if shared:
+            raise UserError(
+                f"{shared:,} of the {len(split.image):,} images of {split.folder} are among the training queries of"
+                f" {run.folder}, from which --hubs learns: name another {flag}, or use --hubs none."
+            )
     dim = pairs.dim  # pooled features may follow
     frozen = bank.image[:, :dim], bank.text[:, :dim], bank.image_of_text
     return kind, hubs.decide(hubs.choose(*frozen, pairs.meta["logit_scale"], run.config.seed), kind), bank
@@ -153,7 +177,7 @@ def check(args, run, pairs, task, count):
     run: loaded. pairs: the opened split. count: of uncertainty levels.
     """
     has_classes = pairs.classes is not None
-    if (task == "classification") != has_classes:
+    if task not in DECISIONS and (task == "classification") != has_classes:
         content = "classes and no captions" if has_classes else "captions and no classes"
         raise UserError(f"{pairs.folder} has {content}: --task {task} does not apply to it.")
     if task == "hierarchy" and (args.score or args.levels_by or args.drop_remainder or args.uncer_levels is not None):
@@ -161,11 +185,21 @@ def check(args, run, pairs, task, count):
             "--task hierarchy has neither scores nor levels: leave out --score, --levels_by, --drop_remainder and"
             " --uncer_levels."
         )
+    for flag, tasks in FLAGS.items():
+        if getattr(args, flag) is not None and task not in tasks:
+            raise UserError(f"--{flag} is for --task {' or '.join(tasks)}: leave it out of --task {task}.")
+    for alpha in args.alpha or ():
+        if not 0 < alpha < 1:
+            raise UserError(f"--alpha must lie between 0 and 1, not {alpha:g}.")
+    if args.prior is not None and not 0 < args.prior < 1:
+        raise UserError(f"--prior must lie between 0 and 1, not {args.prior:g}.")
+    if task in DECISIONS and args.score == "both":
+        raise UserError(f"--task {task} judges one score: name it with --score.")
     seen = pairs.shared_with(run.seen)
     if seen and not args.allow_leakage:
         raise UserError(
             f"{run.folder} was trained on {seen:,} of the {len(pairs.image):,} images of {args.dataset}"
-            f" '{pairs.folder.name}': name another --split or --train-dataset, or evaluate on them with"
+            f" '{pairs.split}': name another --split or --train-dataset, or evaluate on them with"
             " --allow-leakage, which the result records."
         )
     if has_classes and len(pairs.classes) < 2:
@@ -176,6 +210,51 @@ def check(args, run, pairs, task, count):
         raise UserError(f"{pairs.folder} is damaged, as it has images without a caption: delete it and cache it again.")
     if not 2 <= count <= pairs.queries:
         raise UserError(f"--uncer_levels must lie between 2 and {pairs.queries:,}, the number of queries, not {count}.")
+
+
+def column_of(place):
+    """A function from Pairs to the user's group (N,) of each image; place: FILE:COLUMN.
+
+    Raises UserError if the file, the column or an image is missing.
+    """
+    file, _, column = place.rpartition(":")
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines, delimiter="\t" if file.endswith((".tsv", ".tab")) else ","))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--by {place}: {file or 'no file'} cannot be read ({error}): name FILE:COLUMN.") from None
+    for name in ("image", column):
+        if not rows or rows[0].get(name) is None:
+            raise UserError(f"{file} has no column '{name}': --by needs FILE:COLUMN, and a column `image` in the file.")
+    groups = {row["image"]: row[column] for row in rows}
+
+    def of(pairs):
+        try:
+            return np.array([groups[image] for image in pairs.items["image"]])
+        except KeyError as error:
+            raise UserError(
+                f"{file} has no row for the image {error} of {pairs.folder}: add one, with a '{column}'."
+            ) from None
+
+    return of
+
+
+def open_absent(path, config, identity, folder, pooled, device):
+    """Read and encode the captions of --absent; identity: what the run of `folder` was trained on."""
+    from uncertainty import encode, open_backbone  # only here a backbone is needed
+
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--absent {path} cannot be read ({error}): name a text file, a caption in each line."
+        ) from None
+    text = [line for line in lines if line]
+    if len(text) < 2:
+        raise UserError(f"--absent {path} has {len(text)} captions, and two are the least: add some, a line each.")
+    backbone = open_backbone(config, identity, folder, device)
+    parts = [encode("text", text[start : start + 64], backbone, pooled).half() for start in range(0, len(text), 64)]
+    return Absent(text, torch.cat(parts).cpu().numpy())
 
 
 def repeated(pairs):
@@ -205,26 +284,35 @@ def main(argv=None):
     adaptor, config, identity = run.load(device)
     pairs.must_fit(identity, run.folder)
     task = args.task or ("retrieval" if pairs.classes is None else "classification")
-    count = min(LEVELS, pairs.queries) if args.uncer_levels is None else args.uncer_levels
+    usual = FEW_LEVELS if task in DECISIONS else LEVELS
+    count = min(usual, pairs.queries) if args.uncer_levels is None else args.uncer_levels
     check(args, run, pairs, task, count)
     first = config.score if args.score in (None, "both") else args.score
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     evaluated_on = evaluated_as(args.dataset, split, data.eval_split)
     path = config.result(evaluated_on, task)
     must_write(path.parent)  # known before it computes
-    val = open_val(args, pairs, run, identity) if args.val else None
-    kind, correction, bank = choose_hubs(args, run, pairs, task, identity)
-    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank)
+    val = open_val(args, pairs, run, task, identity) if args.val else None
+    kind, correction, bank = choose_hubs(args, run, pairs, val, task, identity)
+    by, absent = column_of(args.by) if args.by else None, None
+    if args.absent:
+        if pairs.classes is not None or correction:
+            raise UserError("--absent is for captions and their scores as they are: leave it out, or --hubs none.")
+        absent = open_absent(args.absent, config, identity, run.folder, adaptor.pooled, device)
+    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank,
+                      args.prior, tuple(args.alpha or ALPHAS), by, absent)  # fmt: skip
     try:
-        figures, arrays = importlib.import_module(f"tasks.{task}").evaluate(adaptor, pairs, choices, device)
+        chosen_task = importlib.import_module(f"tasks.{task}")
+        figures, arrays = chosen_task.evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
         pairs.must_be_finite(adaptor.pooled)
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
+    fold = fold_of(split)
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
         "levels_by": args.levels_by, "drop_remainder": args.drop_remainder,
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
-        "skipped": pairs.meta["skipped"],
+        "skipped": pairs.meta["skipped"], "fold": fold and [fold.number, fold.folds],
         "seen_in_training": pairs.shared_with(run.seen), "untrained": run.untrained,
         "start_kept": run.start_kept,
         "repeated_captions": repeated(pairs),
@@ -238,8 +326,11 @@ def main(argv=None):
     made = {"made_with": made_with(device), "config": dataclasses.asdict(config) | chosen}
     with locked(path.parent):
         result_file.write(path, metadata | made | figures, arrays)
+        if task == "matching":
+            write_text(path.with_suffix(".csv"), chosen_task.thresholds_csv(figures))
     if not args.quiet:
-        print(result_text(metadata | figures))
+        values = metadata | made | figures
+        print(evaluations.as_text(path, values) if task in DECISIONS else result_text(values))
     print(path)
 
 

@@ -2,10 +2,9 @@
 
     python report.py --dataset shapes
 
-reads results/<trained on>/**/*-retrieval.json, *-classification.json and *-hierarchy.json of eval.py, active/** of
-active_learning.py and factor-trace.json of benchmarks/factor_trace.py, whichever there are, and writes into
-results/<trained on>: report.html (one self-contained page), table.md, table.tex, table.csv (in long form: a line per
-figure), and every figure as .png and .pdf.
+reads results/<trained on>/**/*-<task>.json of eval.py, active/** of active_learning.py and factor-trace.json of
+benchmarks/factor_trace.py, whichever there are, and writes into results/<trained on>: report.html (one self-contained
+page), table.md, table.tex, table.csv (in long form: a line per figure), and every figure as .png and .pdf.
 """
 
 import utils.interrupt  # noqa: F401
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 from reporting import evaluations, page, rendering, studies, traces
 from reporting.figures import style
-from reporting.runs import TASKS
+from reporting.runs import OF_EVAL
 from reporting.tables import formats
 from utils.files import write_text
 
@@ -102,7 +101,7 @@ def main(argv=None):
     folder = folder_of(args.results, args.dataset)
     kinds = read(folder, args.backbone)
     parts = [part for parts in kinds for part in parts]
-    looks = style.looks([part for part in parts if part.task in TASKS])
+    looks = style.looks([part for part in parts if part.task in OF_EVAL])
     for name in style.names():  # of an earlier report, which may have had other parts
         for old in [*folder.glob(f"{name}*.png"), *folder.glob(f"{name}*.pdf")]:
             old.unlink()

@@ -3,6 +3,7 @@
     python reproduce.py --datasets coco flickr30k --methods all --seeds 0 1 2 3 4
     python reproduce.py --datasets coco --evaluate-on coco flickr30k --methods all --devices cuda:0 cuda:1
     python reproduce.py --datasets coco --methods all --presets default reference --dry-run
+    python reproduce.py --datasets pairs --methods clip linear --folds 5
 
 A grid cell is one run plus its evaluations. It is skipped if a complete result with the same configuration, weights and
 embeddings exists, so a killed command goes on where it stopped. Missing caches are made where the data are at hand. A
@@ -14,6 +15,7 @@ import utils.interrupt  # noqa: F401
 # isort: split
 import itertools
 
+from datasets.folds import WHOLE, named
 from utils.arguments import PRESET, make_parser
 from utils.config import (
     HUBS,
@@ -32,12 +34,14 @@ from utils.errors import GOES_ON, UserError, exits_cleanly
 
 @exits_cleanly()
 def parse(argv=None):
-    """The flags, and the Config of every cell of the grid that they name."""
+    """The flags, and the runs of the grid that they name, see `runs_of`."""
     parser = make_parser(__doc__)
     add, names = parser.add_argument, {"nargs": "+", "metavar": "NAME"}
     add("--datasets", **names, required=True, help=f"trained on; any of {', '.join(known('datasets'))}")
     add("--evaluate-on", **names, help="data sets to evaluate every run on; by default the one it is trained on")
     add("--split", metavar="NAME", help="split to evaluate on; by default that of each data set's YAML")
+    folds = "K-fold cross-validation of the split `all`, or of --split: each cell once for each of K parts, disjoint by"
+    add("--folds", type=int, metavar="K", help=f"{folds} image, that it is tested on; the report shows means over them")
     add("--backbones", **names, default=[None], help="by default that of the data set trained on")
     add("--methods", **names, default=["all"], help=f"all that the data allow, or any of {', '.join(known('methods'))}")
     add("--presets", **names, default=["default"], help=f"{PRESET}; a method without a preset is left out there")
@@ -57,23 +61,36 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.uncer_levels is not None and args.uncer_levels < 2:
         raise UserError(f"--uncer_levels must be at least 2, not {args.uncer_levels}.")
-    return args, configurations(args)
+    if args.folds is not None and (args.folds < 2 or args.evaluate_on):
+        raise UserError("--folds takes 2 or more, and evaluates on the data set trained on: leave out --evaluate-on.")
+    return args, runs_of(args)
 
 
-def configurations(args):
-    """List the Config of every run; raises UserError where one cannot be."""
+def runs_of(args):
+    """List every run: its Config, settings and split to evaluate on; raises UserError where one cannot be."""
     methods = known("methods") if args.methods == ["all"] else args.methods
     presets = {method: presets_of(method) for method in methods}
     for preset in args.presets:
         if not any(preset in of_method for of_method in presets.values()):
             raise UserError(f"there is no preset '{preset}' of {', '.join(methods)}.")
+    folds = range(1, args.folds + 1) if args.folds else [None]
     # Seeds change slowest: the table of one seed is complete as early as can be.
-    axes = (args.seeds, args.datasets, args.backbones, methods, args.presets, args.objectives)
-    return [
-        load_config(dataset, method, backbone, preset, objective, args.mean, args.tag, seed, args.set)
-        for seed, dataset, backbone, method, preset, objective in itertools.product(*map(dict.fromkeys, axes))
-        if preset in presets[method]
-    ]
+    axes, runs = (args.seeds, folds, args.datasets, args.backbones, methods, args.presets, args.objectives), []
+    for seed, fold, dataset, backbone, method, preset, objective in itertools.product(*map(dict.fromkeys, axes)):
+        if preset in presets[method]:
+            tag, settings, split = of_fold(args, fold)
+            config = load_config(dataset, method, backbone, preset, objective, args.mean, tag, seed, settings)
+            runs.append((config, settings, split))
+    return runs
+
+
+def of_fold(args, fold):
+    """Tag, settings and split to evaluate on of the runs of a fold, from 1; None: of runs without folds."""
+    if fold is None:
+        return args.tag, args.set, args.split
+    train, test = (named(args.split or WHOLE, kind, fold, args.folds) for kind in ("train", "test"))
+    tag = "-".join(filter(None, [args.tag, f"fold{fold}of{args.folds}"]))
+    return tag, [*args.set, f"data.train_split={train}"], test
 
 
 if __name__ == "__main__":
@@ -85,7 +102,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.embeddings import META, Pairs, cache_folder
+from datasets.embeddings import META, Pairs, cache_folder, cached_as
 from utils import result_file
 from utils.checkpoint import Run
 from utils.device import pick_device
@@ -162,7 +179,7 @@ class Cell:
 
     def _uncached(self, dataset):
         needed = (self.config.dataset, self.config.data.train_split), (dataset, self.splits[dataset])
-        caches = [(name, self.config.backbone, split) for name, split in needed]
+        caches = [(name, self.config.backbone, cached_as(split)) for name, split in needed]
         return [cache for cache in caches if not (cache_folder(*cache) / META).is_file()]
 
     def steps(self, overwrite=False):
@@ -192,13 +209,13 @@ def as_set(settings):
     return ["--set", *settings] if settings else []
 
 
-def grid(args, configs):
+def grid(args, runs):
     """List the cells, {name: Cell}; raises UserError where one cannot be evaluated as the flags ask."""
     cells = {}
-    for config in configs:
+    for config, settings, split in runs:
         if args.methods == ["all"] and config.encoder.pretrained == "elsewhere" and needs_pooled(config):
             continue  # embeddings computed elsewhere have no pooled features
-        options = args.set, args.score, args.uncer_levels, args.split, args.hubs
+        options = settings, args.score, args.uncer_levels, split, args.hubs
         cell = Cell(config, args.evaluate_on or [config.dataset], *options)
         cells[cell.name] = cell
     return cells
@@ -252,10 +269,10 @@ def make_report(dataset, quiet):
 
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
-    args, configs = parse(argv)
+    args, runs = parse(argv)
     for device in args.devices:
         pick_device(device)
-    cells = grid(args, configs)
+    cells = grid(args, runs)
     left = {name: cell for name, cell in cells.items() if cell.left}
     caches, done = caching(left.values(), args.set), len(cells) - len(left)
     if args.dry_run:

@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from datasets.bank import draw
 from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, cache_folder, hold_out, name_rows
-from datasets.ranks import Ranks
+from datasets.ranks import Ranks, reported
 from models.base import Adaptor, best_temperature
 from models.finite import all_finite, first_fault
 from models.pair_loss import cross_entropies, info_nce
@@ -357,6 +357,7 @@ def trains(adaptor):
 
 
 @exits_cleanly(interrupted=GOES_ON)
+@reported
 def main(argv=None):
     args, config = parse(argv)
     with Ranks() as ranks:

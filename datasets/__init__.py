@@ -141,7 +141,8 @@ def fold_splits(count, folds, seed, where):
     """Split `count` images of `where` at random: {split: mask (count,)}; raises UserError if they are too few.
 
     `test0`, ... are the parts and `train0`, ... their complements; `train` and `test` are those of part 0, `all` is
-    everything. `train0-100` is 100 images of `train0`, drawn by chance, and so on for any number of images.
+    everything. `train0-100` is 100 images of `train0`, drawn by chance, and so on for any number of images; `rest0-100`
+    are the others of `train0`.
     """
     if count < folds:
         hint = "add images, or make fewer parts with --set data.options.folds=2"
@@ -163,9 +164,11 @@ class _Splits(dict):
 
     def __missing__(self, name):
         whole, _, count = name.rpartition("-")
+        rest, whole = whole.startswith("rest"), whole.replace("rest", "train", 1)
         if not whole.startswith("train") or whole not in self or not count.isdigit():
             raise KeyError(name)
-        rows = self.order[self[whole][self.order]][: int(count)]
-        if len(rows) < int(count):
+        order = self.order[self[whole][self.order]]
+        rows = order[int(count) :] if rest else order[: int(count)]
+        if len(order) < int(count) or not len(rows):
             raise KeyError(name)
         return np.isin(np.arange(len(self.order)), rows)

@@ -6,12 +6,15 @@ The names:
     image_of_text (M,)          the row of `image` that each text describes; without it, row i describes row i
     image_id (N,)               ids of the images, or `coco_image_id` if they are COCO's; without them, row numbers
     caption (M,)                strings; without them, "text 0", "text 1", ...
+    split (N,)                  strings, the split of each image, such as "train"; without it, fifths by chance
+    match (P, 2)                rows of `image` and of `text`: each text is true of that image as well as of its own
     label (N,), class_of_text (M,), class_name (C,)   in place of image_of_text, for zero-shot classification: the class
                                 numbers of images and of prompts, and the names of the classes
+    human (N, C)                with these: shares, or counts, of people's answers
 
-Rows are counted from 0; other names are ignored. The arrays are read from one .npz; one .safetensors, with `caption`
-and `class_name` as JSON lists in its metadata; a folder with one .npy each; or a folder in clip-retrieval's layout:
-img_emb/img_emb_0.npy, text_emb/text_emb_0.npy and metadata/metadata_0.parquet, which holds `caption`.
+Rows are counted from 0; other names are ignored. The arrays are read from one .npz; one .safetensors, with `caption`,
+`class_name` and `split` as JSON lists in its metadata; a folder with one .npy each; or a folder in clip-retrieval's
+layout: img_emb/img_emb_0.npy, text_emb/text_emb_0.npy and metadata/metadata_0.parquet, which holds `caption`.
 """
 
 import hashlib
@@ -23,20 +26,21 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from scipy import sparse
 
 from datasets import Caption, Classes, Image, Source, check_folds, fold_splits
 from datasets.embeddings import name_rows
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, is_name
 
 IDS = ("image_id", "coco_image_id")
-STRINGS = ("caption", "class_name")
-KEYS = ("image", "text", "image_of_text", *IDS, "label", "class_of_text", *STRINGS)
+STRINGS = ("caption", "class_name", "split")
+KEYS = ("image", "text", "image_of_text", "match", *IDS, "label", "class_of_text", "human", *STRINGS)
 ROUNDING = 1e-3  # largest rounding error relative to a row's norm: twice that of float16 in its normal range
 
 
 class Arrays(Source):
-    """Pairs of embeddings, split by image; `fold_splits` names the splits.
+    """Pairs of embeddings, split by image: by the array `split`, or at random, where `fold_splits` names the splits.
 
     root: the file or folder. folds: number of random parts. seed: of the parts. logit_scale: factor on the cosine that
     the model was trained with. Raises UserError if the file cannot be read or holds something else.
@@ -61,8 +65,10 @@ class Arrays(Source):
             self._read_classes(arrays, images, texts)
         else:
             self.image_of_text = self._read_image_of_text(arrays, images, texts)
+        self.match = self._read_match(arrays, images, texts)
         self.ids = self._read_ids(arrays, images)
-        self.splits = fold_splits(images, folds, seed, self.file)
+        names = self._read_column(arrays, "split", "U", "strings", images)
+        self.splits = fold_splits(images, folds, seed, self.file) if names is None else self._named(names)
         content = hashlib.sha256(self.image)
         content.update(self.text)
         self.version = f"{content.hexdigest()} {logit_scale}"
@@ -81,7 +87,17 @@ class Arrays(Source):
 
     def classes(self, split):
         """Return the classes of the images of `split`, or None; raises what `images` raises."""
-        return Classes(self.names, [], self.label[self._rows(split)[0]]) if self.labeled else None
+        if not self.labeled:
+            return None
+        rows = self._rows(split)[0]
+        return Classes(self.names, [], self.label[rows], None if self.human is None else self.human[rows])
+
+    def matches(self, split):
+        """Return which images each caption of `split` is true of, sparse (N, M); None where `match` is not given."""
+        if self.match is None:
+            return None
+        images, texts = self._rows(split)
+        return self.match[images][:, texts]
 
     def id_space(self, split):
         return self.space
@@ -101,6 +117,31 @@ class Arrays(Source):
             return np.flatnonzero(in_split), np.arange(len(self.text))
         by_image = np.argsort(self.image_of_text, kind="stable")
         return np.flatnonzero(in_split), by_image[in_split[self.image_of_text[by_image]]]
+
+    def _named(self, names):
+        """The splits that an array of names makes of the images, and all of them: {split: mask (N,)}."""
+        if not all(map(is_name, names.tolist())):
+            row = next(row for row, name in enumerate(names.tolist()) if not is_name(name))
+            raise self._error(f"row {row} of 'split' is {str(names[row])!r}, but a split names a folder: rename it.")
+        return {"all": np.full(len(names), True)} | {str(name): names == name for name in np.unique(names)}
+
+    def _read_match(self, arrays, images, texts):
+        """Read which images each text is true of, its own included: sparse (N, M), or None if `match` is absent."""
+        pairs = arrays.get("match")
+        if pairs is None:
+            return None
+        if self.labeled:
+            raise self._error("'match' is of captions, but 'label' says that these are classes: leave one out.")
+        if pairs.dtype.kind not in "iu" or pairs.ndim != 2 or pairs.shape[1] != 2:
+            actual = f"not {pairs.dtype} of shape {pairs.shape}"
+            raise self._error(f"'match' must hold rows of 'image' and of 'text', integers of shape (P, 2), {actual}.")
+        wrong = ((pairs < 0) | (pairs >= [images, texts])).any(axis=1)
+        if wrong.any():
+            row = wrong.argmax()
+            sizes = f"'image' has {images} rows and 'text' {texts}"
+            raise self._error(f"row {row} of 'match' is {pairs[row].tolist()}, but {sizes}: count both from 0.")
+        rows = np.concatenate([pairs.astype(np.int64), np.stack([self.image_of_text, np.arange(texts)], axis=1)])
+        return sparse.csc_array((np.full(len(rows), True), tuple(rows.T)), shape=(images, texts))
 
     def _error(self, message):
         return UserError(f"{self.file}: {message}")
@@ -132,6 +173,17 @@ class Arrays(Source):
             raise self._error(f"row {row} of 'label' is {self.label[row]}, a class without a text: {hint}.")
         names = self._read_column(arrays, "class_name", "U", "strings", classes)
         self.names = [f"class {number}" for number in range(classes)] if names is None else names.tolist()
+        self.human = arrays.get("human")
+        if self.human is not None:
+            if self.human.dtype.kind not in "iuf" or self.human.shape != (images, classes):
+                actual = f"not {self.human.dtype} of shape {self.human.shape}"
+                raise self._error(f"'human' must hold numbers of shape ({images}, {classes}), {actual}.")
+            total = self.human.sum(axis=1, keepdims=True, dtype=np.float64)
+            wrong = ~((self.human >= 0).all(axis=1) & (total[:, 0] > 0) & np.isfinite(total[:, 0]))
+            if wrong.any():
+                hint = "give the shares, or the counts, of people's answers"
+                raise self._error(f"row {wrong.argmax()} of 'human' is negative, not finite or all zeros: {hint}.")
+            self.human = self.human / total
 
     def _read_embeddings(self, arrays, key):
         """Read embeddings (rows, D) as the float16 of the cache."""

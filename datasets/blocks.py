@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.embeddings import WORKING
-from models.backbones.pixels import lenient
+from models.backbones.pixels import ended, lenient
 from utils.errors import UserError
 from utils.files import UNREADABLE, atomic, read_json, write_json
 from utils.workers import end_with_parent
@@ -85,12 +85,20 @@ class _Decoded(torch.utils.data.Dataset):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata are useless here
-                with self._open(row) as image:
-                    if image.format != "PNG":
+                try:
+                    with self._open(row) as image:
+                        if image.format != "PNG":
+                            return self.transform(image)
+                        image.verify()  # only PNG has checksums, and decoding ignores them
+                    with self._open(row) as image:
                         return self.transform(image)
-                    image.verify()  # only PNG has checksums, and decoding ignores them
-                with self._open(row) as image:
-                    return self.transform(image)
+                except (OSError, SyntaxError):  # by which Pillow reports what is cut off
+                    whole = None
+                    with contextlib.suppress(Exception), self._open(row) as image:
+                        whole = ended(image)
+                    if whole is None:
+                        raise
+                    return self.transform(whole)
         except PIL.UnidentifiedImageError:
             return "it is not an image that Pillow can read"
         except Exception as error:  # Pillow raises a dozen types on broken files

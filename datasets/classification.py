@@ -97,8 +97,9 @@ class Classification(Source):
         """Return the classes of `split`; raises UserError if names, images and human answers do not fit together."""
         data, _, labels = self._read(split)
         listed = list(getattr(data, "classes", ()))
-        count = len(listed) or int(labels.max()) + 1  # some releases of torchvision do not name the flowers
         names = self._names(listed)
+        # Some releases of torchvision do not name the flowers, of which a part need not have all.
+        count = len(listed) or max(len(names), int(labels.max()) + 1)
         if len(names) != count:
             raise UserError(
                 f"{self.dataset} in {self.root} has {count} classes, but data.options.classes names {len(names)}: name"

@@ -28,11 +28,13 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from scipy import sparse
 
+from datasets.folds import fold_of, mask
 from models.backbones.last_map import Joined
 from utils.config import HOME, Encoder, load_backbone
 from utils.errors import UserError
@@ -71,8 +73,15 @@ def _is_whole(meta):
     )  # fmt: skip
 
 
+def cached_as(split):
+    """The split in whose cache a split lies: itself, or the one that it is a fold of."""
+    fold = fold_of(split)
+    return fold.whole if fold else split
+
+
 def cache_folder(dataset, backbone, split):
-    """Folder of the cache of a split; raises UserError for a split that is a path."""
+    """Folder of the cache of a split, for a fold that of the whole; raises UserError for a split that is a path."""
+    split = cached_as(split)
     if not is_name(split):
         raise UserError(f"a split names a folder: it cannot be {split!r}, with a separator or beginning with a dot.")
     return Path("embeddings", dataset, backbone, split)
@@ -104,12 +113,15 @@ def encoder_fingerprint(encoder):
 class Pairs:
     """An opened cache: memory-mapped embeddings of N images and M captions, with their annotations.
 
-    pooled: require the pooled features, the inputs of the towers' last maps. Raises UserError if the cache is missing,
-    unfinished or damaged, or lacks them.
+    split: of the cache, or a fold of it, see datasets/folds.py. pooled: require the pooled features, the inputs of the
+    towers' last maps. Raises UserError if the cache is missing, unfinished or damaged, or lacks them.
     """
 
+    _rows = MappingProxyType({})  # of a fold: those of each kind that it has
+
     def __init__(self, dataset, backbone, split, pooled=False):
-        self.folder = cache_folder(dataset, backbone, split)
+        self.split, self.folder = split, cache_folder(dataset, backbone, split)
+        split = cached_as(split)
         self.command = f"python cache_embeddings.py --dataset {dataset} --backbone {backbone} --splits {split}"
         elsewhere = f"{self.folder} is for embeddings computed elsewhere, without the inputs of the model's last"
         elsewhere += " projections, which this needs: choose another method."
@@ -132,6 +144,7 @@ class Pairs:
             again = f"run `{self.command} --overwrite`"
             raise UserError(f"{self.folder} was made by another version of this suite: {again}.")
         images, captions, dim = (self.meta[name] for name in ("images", "captions", "dim"))
+        self._sizes = images, captions  # of the files
         self.image, self.text = self._array("image", (images, dim)), self._array("text", (captions, dim))
         self.image_id, self.text_id = self._numbers("image_id", images), self._numbers("text_id", captions)
         self.image_of_text = self.class_of_text = self.label = None  # label: class numbers of the images (N,)
@@ -147,6 +160,28 @@ class Pairs:
                 f"{self.folder} has no pooled features, which this needs: run `{self.command} --overwrite`, with --root"
                 " if the data are not where their YAML says."
             )
+
+        if fold_of(self.split):
+            self._choose(fold_of(self.split))
+
+    def _choose(self, fold):
+        """Keep the images of a fold, and their captions; raises UserError where there is no such fold."""
+        try:
+            images = mask(fold, len(self.image), self.image_of_text, self.matches)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error}: ask for others.") from None
+        texts = np.full(len(self.text), True) if self.image_of_text is None else images[self.image_of_text]
+        self._rows = {"image": np.flatnonzero(images), "text": np.flatnonzero(texts)}
+        del self.matches  # read again, of these rows
+        self.image, self.image_id = self.image[images], self.image_id[images]
+        self.text, self.text_id = self.text[texts], self.text_id[texts]
+        if self.image_of_text is None:
+            self.label = self.label[images]
+        else:
+            self.image_of_text = (np.cumsum(images) - 1)[self.image_of_text[texts]]
+        digest = hashlib.sha256(f"{self.meta['fingerprint']} {self.split}".encode()).hexdigest()[:16]
+        sizes = {"images": len(self.image), "captions": len(self.text)}
+        self.meta = self.meta | sizes | {"split": self.split, "fingerprint": digest}
 
     def _read(self, name, read):
         """Read a file of the cache, or return None if meta.json does not list it."""
@@ -197,7 +232,8 @@ class Pairs:
     @cached_property
     def human(self):
         """Shares of human answers (N, C), or None if unknown."""
-        return self._array("human", (len(self.image), len(self.classes)), None)
+        human = self._array("human", (self._sizes[0], len(self.classes)), None)
+        return human if human is None or not self._rows else human[self._rows["image"]]
 
     def seen(self, rows):
         """Return the ids of the images of `rows`, which a run stores to recognize its training images."""
@@ -231,9 +267,9 @@ class Pairs:
 
         def read(path):
             matches = sparse.load_npz(path).tocsc()
-            if matches.shape != (len(self.image), len(self.text)):
+            if matches.shape != self._sizes:
                 raise ValueError(f"it is of shape {matches.shape}")
-            return matches
+            return matches[self._rows["image"]][:, self._rows["text"]] if self._rows else matches
 
         return self._read("matches.npz", read)
 
@@ -251,13 +287,14 @@ class Pairs:
             for line in path.read_text(encoding="utf-8").strip("\n").split("\n"):  # captions may hold other line ends
                 item = json.loads(line)
                 items[item["kind"]].append(item["value"])
-            counts = len(self.image), len(self.text), len(self.chains["text"]) if self.chains else 0
+            counts = *self._sizes, len(self.chains["text"]) if self.chains else 0
             values = [value for of_kind in items.values() for value in of_kind]
             if tuple(map(len, items.values())) != counts or not all(isinstance(value, str) for value in values):
                 raise ValueError("it does not name each row of the arrays")
             return items
 
-        return self._read("items.jsonl", read)
+        items = self._read("items.jsonl", read)
+        return items | {kind: [items[kind][row] for row in rows] for kind, rows in self._rows.items()}
 
     @cached_property
     def projection(self):
@@ -274,6 +311,8 @@ class Pairs:
         if not pooled:
             return embedding
         phi = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
+        if side in self._rows:
+            phi = phi[self._rows[side]]
         tower = "image" if side == "image" else "text"
         return Joined(embedding, phi, f"{tower}_bias" in self.projection)
 

@@ -1,4 +1,7 @@
-"""Your own pairs in one table: .csv, .tsv, .jsonl (an object per line) or .parquet.
+"""Your own pairs in one table: .csv, .tsv, .jsonl (an object per line), .parquet, or a folder.
+
+A folder holds the .parquet files of one table, as from the Hugging Face hub, whose names then tell the split (
+`train-00000-of-00002.parquet`), or images with a text file of the same name beside each, a caption per line.
 
 The columns:
 
@@ -17,14 +20,14 @@ import itertools
 import json
 import os
 import re
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
-from datasets import Caption, Described, Image, check_folds, fold_splits, name_id
+from datasets import Caption, Described, Image, check_folds, fold_splits, name_id, visible
 from datasets.captions import captions_in, folded
 from utils.errors import UserError
 from utils.files import UNREADABLE
@@ -37,12 +40,18 @@ COLUMNS = {
 }
 
 
+# Of pictures that a text file may lie beside, some of them such as Pillow cannot read, which is said then.
+PICTURES = re.compile(r"\.(avif|bmp|gif|hei[cf]|j(fif|pe?g|p2|xl)|png|ppm|tiff?|webp)", re.IGNORECASE)
 SEPARATORS = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon"}
 
 
-class _Inside(NamedTuple):
-    """In place of a path: the image is inside the table, in this row."""
+PART = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]+)?")  # the stem of a .parquet of the hub: split, number, hash
 
+
+class _Inside(NamedTuple):
+    """In place of a path: the image is inside the table, in this row of this file."""
+
+    file: Path
     row: int
 
 
@@ -59,7 +68,8 @@ class PairsFile(Described):
     def __init__(self, root, image_root="", image_column="", caption_column="", split_column="", folds=5, seed=0):
         check_folds(folds, seed)
         self.file, self.folds, self.seed = Path(root), folds, seed
-        self.folder = Path(image_root or self.file.parent).resolve()
+        beside = self.file if self.file.is_dir() else self.file.parent
+        self.folder = Path(image_root or beside).resolve()
         self.columns = {"image": image_column, "caption": caption_column, "split": split_column}
 
     def id_space(self, split):
@@ -106,7 +116,10 @@ class PairsFile(Described):
             raise self._error("it holds no pairs: write a row per caption.")
         splits = {split: list(pairs.values()) for split, pairs in described.items()}
         if split_column:
-            return splits
+            every = {}
+            for id, (image, captions) in (item for pairs in described.values() for item in pairs.items()):
+                every.setdefault(id, (image, []))[1].extend(captions)
+            return splits | {"all": splits.get("all", list(every.values()))}
         pairs = splits[""]
         masks = fold_splits(len(pairs), self.folds, self.seed, self.file)
         return {split: list(itertools.compress(pairs, mask)) for split, mask in masks.items()}
@@ -124,33 +137,33 @@ class PairsFile(Described):
 
     def open(self, image):
         """Open an image from its file, or from its row of the table; raises what the reader raises."""
-        if image.path != self.file:
+        if not image.name:
             return super().open(image)
-        row = int(image.name.rpartition(" ")[2])
-        group = int(np.searchsorted(self._starts, row, side="right")) - 1
-        value = self._group(group)[row - self._starts[group]].as_py()
+        row, starts = int(image.name.rpartition(" ")[2]), self._starts(image.path)
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        value = self._group(image.path, group)[row - starts[group]].as_py()
         data, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
         return PIL.Image.open(self.folder / path if data is None else io.BytesIO(data))
 
-    @cached_property
-    def _starts(self):
+    @lru_cache  # noqa: B019
+    def _starts(self, path):
         """The first row of each group of rows of a .parquet."""
-        metadata = self._parquet_file().metadata
+        metadata = self._parquet_file(path).metadata
         counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         return [0, *itertools.accumulate(counts)][:-1]
 
     @lru_cache(maxsize=1)  # noqa: B019  (images are opened in the order of the rows)
-    def _group(self, number):
+    def _group(self, path, number):
         """Read the images of one group of rows of a .parquet."""
-        file = self._parquet_file()
+        file = self._parquet_file(path)
         (column,) = self._columns(file.schema_arrow.names, "image")
         return file.read_row_group(number, columns=[column], use_threads=False)[column]
 
     def _image(self, name, where):
         """Make an image of a path or of a row; one file has one id, however its path is spelled."""
         if isinstance(name, _Inside):
-            name = f"{self.file.name} row {name.row}"  # which `open` reads
-            return Image(name_id(f"{self.file.resolve()} {name}"), self.file, name)
+            file, name = name.file, f"{name.file.name} row {name.row}"  # which `open` reads
+            return Image(name_id(f"{file.resolve()} {name}"), file, name)
         if "://" in name:
             raise self._error(f"the image of {where} is a URL, {name}: download it, and give the path of its file.")
         path = Path(os.path.normpath(self.folder / name))
@@ -180,15 +193,36 @@ class PairsFile(Described):
             ".csv": lambda: self._csv(","),
             ".tsv": lambda: self._csv("\t"),
             ".jsonl": self._jsonl,
-            ".parquet": self._parquet,
+            ".parquet": lambda: self._parquet([self.file]),
         }
         if self.file.is_dir():
-            raise self._error("it is a folder: point --root to the file of pairs itself.")
+            return self._of_folder()
         if self.file.suffix.lower() not in formats:
             raise self._error(f"its name must end in {', '.join(formats)}, which tells its format.")
         if not self.file.is_file():
             raise self._error(f"it is missing: {self.get or 'point --root to the file of pairs'}.")
         return formats[self.file.suffix.lower()]()
+
+    def _of_folder(self):
+        root = self.file.resolve()
+        files = [path for path in sorted(root.rglob("*")) if path.is_file() and visible(path.relative_to(root))]
+        parts = [path for path in files if path.suffix.lower() == ".parquet"]
+        texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+        pictures = [path for path in files if PICTURES.fullmatch(path.suffix)]
+        if parts:
+            return self._parquet(parts)
+        if any(path.with_suffix("") in texts for path in pictures):
+            return ["image", "caption"], self._text_files(pictures, texts)
+        lacks = "it is a folder without .parquet, and without pictures that have a .txt beside them"
+        raise self._error(f"{lacks}: point --root to the file of pairs itself.")
+
+    def _text_files(self, pictures, texts):
+        """Yield a row per line of the text file beside each picture; texts: {path without suffix: text file}."""
+        for path in pictures:
+            text = texts.get(path.with_suffix(""))
+            lines = text.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n") if text else []
+            for caption in [*filter(str.strip, lines)] or [None]:
+                yield (text or path).name, {"image": str(path), "caption": caption}
 
     def _text(self, header=False):
         data = self.file.read_bytes()
@@ -252,8 +286,9 @@ class PairsFile(Described):
                 rows.append((f"line {number}", row))
         return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
-    def _parquet(self):
-        file = self._parquet_file()
+    def _parquet(self, parts):
+        """Open the files of one table; where it has no column of splits, names of the hub tell them."""
+        file = self._parquet_file(parts[0])
         import pyarrow
 
         names = file.schema_arrow.names
@@ -262,20 +297,25 @@ class PairsFile(Described):
         inside = pyarrow.types.is_struct(type) or pyarrow.types.is_binary(type) or pyarrow.types.is_large_binary(type)
         # Other columns are skipped, and images inside the table are read when they are opened.
         read = [*captions, *split] if inside else [image, *captions, *split]
+        split_of = {} if split or len(parts) == 1 else {path: PART.fullmatch(path.stem) for path in parts}
+        named = bool(split_of) and all(split_of.values())
 
-        def records():
+        def records(path):
+            more = {"split": split_of[path][1]} if named else {}
+            among = f" of {path.name}" if len(parts) > 1 else ""
             numbers = itertools.count()
             try:
-                for batch in file.iter_batches(columns=read):
+                for batch in self._parquet_file(path).iter_batches(columns=read):
                     for values in zip(*(_values(batch.column(name)) for name in read)):
                         number = next(numbers)
-                        yield f"row {number}", dict(zip(read, values)) | ({image: _Inside(number)} if inside else {})
+                        picture = {image: _Inside(path, number)} if inside else {}
+                        yield f"row {number}{among}", dict(zip(read, values)) | picture | more
             except (pyarrow.ArrowException, *UNREADABLE) as error:
-                raise self._unreadable(error) from None
+                raise self._unreadable(error, path) from None
 
-        return names, records()
+        return [*names, *(["split"] if named else [])], itertools.chain.from_iterable(map(records, parts))
 
-    def _parquet_file(self):
+    def _parquet_file(self, path):
         try:
             import pyarrow
             import pyarrow.parquet
@@ -283,13 +323,13 @@ class PairsFile(Described):
             hint = "run `pip install -r requirements-extra.txt`, or save the table as .csv"
             raise self._error(f"Parquet files are read with pyarrow, which is not installed: {hint}.") from None
         try:
-            return pyarrow.parquet.ParquetFile(self.file)
+            return pyarrow.parquet.ParquetFile(path)
         except (pyarrow.ArrowException, *UNREADABLE) as error:
-            raise self._unreadable(error) from None
+            raise self._unreadable(error, path) from None
 
-    def _unreadable(self, error):
+    def _unreadable(self, error, path):
         message = " ".join(str(error).split())
-        return self._error(f"it is not a Parquet file that pyarrow can read ({message}): write it again.")
+        return UserError(f"{path}: it is not a Parquet file that pyarrow can read ({message}): write it again.")
 
 
 def _texts(values):

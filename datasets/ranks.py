@@ -1,10 +1,13 @@
 """The processes of one `torchrun`: the rank of this one, and how they exchange values and wait for each other."""
 
 import datetime
+import functools
+import json
 import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,24 @@ from utils.errors import UserError
 NOTICE, MEETING = 10, 600  # seconds until a process says that it waits for the others to start, and gives up
 WAIT = 12 * 3600  # seconds for another to list or encode its share, or to do what one alone does
 STEP = 50  # seconds for another to reach the same place of a training step
+
+
+def reported(main):
+    """Decorate a script's `main`: torchrun's report, which comes last, then holds the sentence of a UserError.
+
+    torchrun reads it from the file TORCHELASTIC_ERROR_FILE; its own traceback, of itself, cannot be left out.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+            raise
+
+    return wrapped
 
 
 class Ranks:

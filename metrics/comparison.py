@@ -3,6 +3,7 @@
 Q queries, R forecasts of each, B bootstrap draws, S seeds.
 """
 
+import hashlib
 import itertools
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ class PairedBootstrap:
         # A byte each: no group of hundreds of thousands is drawn 256 times.
         self._times = np.concatenate([np.ones((1, self._groups), np.uint8), *(part.astype(np.uint8) for part in parts)])
         self._queries = self._sum(np.bincount(self._group))
+        self._aurocs = {}  # of seeds seen: methods that change no answer, and seeds of untrained ones, repeat them
 
     def _sum(self, by_group):
         """Sums (1 + B, ...) over the draws of values by group (G, ...), some rows at a time."""
@@ -89,6 +91,16 @@ class PairedBootstrap:
         by_group = np.bincount(self._group, weights=np.atleast_2d(value).mean(axis=0))
         return self._sum(by_group) / self._queries
 
+    def sums(self, value, query, column, columns):
+        """Sums (1 + B, C) of K values, each of a query and in one of C columns: (K,) each.
+
+        >>> PairedBootstrap(group=[0, 1], draws=1).sums([1.0, 2.0, 4.0], [0, 0, 1], [0, 1, 1], columns=2)[0].tolist()
+        [1.0, 6.0]
+        """
+        place = self._group[query] * columns + column
+        by_group = np.bincount(place, weights=value, minlength=self._groups * columns)
+        return self._sum(by_group.reshape(self._groups, columns))
+
     def calibration_error(self, confidence, hit, bins=15):
         """ECE (1 + B,) in bins of equal width, as `calibration.reliability` has them; confidence, hit: (Q,).
 
@@ -97,9 +109,8 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=[0, 1], draws=1).calibration_error([0.75, 0.75], [1, 1]).tolist()
         [0.25, 0.25]
         """
-        place = self._group * bins + bin_of(confidence, bins)
-        sums = np.bincount(place, weights=np.subtract(hit, confidence), minlength=self._groups * bins)
-        return np.abs(self._sum(sums.reshape(self._groups, bins))).sum(axis=1) / self._queries
+        sums = self.sums(np.subtract(hit, confidence), np.arange(len(self._group)), bin_of(confidence, bins), bins)
+        return np.abs(sums).sum(axis=1) / self._queries
 
     def auroc(self, uncertainty, hit):
         """AUROC (1 + B,) of detecting wrong answers by uncertainty; NaN for a draw that lacks hits or misses.
@@ -109,8 +120,13 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=np.arange(4), draws=1).auroc([0.1, 0.2, 0.3, 0.4], [1, 1, 0, 0]).tolist()
         [1.0, 1.0]
         """
-        seeds = zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True)
-        return np.mean([auroc_of_draws(*seed, self._times, self._group) for seed in seeds], axis=0)
+        aurocs = []
+        for seed in zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True):
+            key = tuple(hashlib.sha256(np.ascontiguousarray(values)).digest() for values in seed)
+            if key not in self._aurocs:
+                self._aurocs[key] = auroc_of_draws(*seed, self._times, self._group)
+            aurocs.append(self._aurocs[key])
+        return np.mean(aurocs, axis=0)
 
 
 def interval(statistic, confidence=0.95, basic=False):

@@ -45,6 +45,9 @@ class Adaptor(nn.Module):
     """
 
     pooled = False
+    match_logit = (
+        False  # whether `log_likelihood` is the logit of "this pair matches" at the share of matches in a batch
+    )
     needs_pairs = True  # False for a method that learns nothing from the training split, which may be of classes, then
 
     def __init__(self, temperature: str = "fixed"):

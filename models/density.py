@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.base import Embedding
 from models.clip import Clip
+from models.distributions.von_mises_fisher import log_normalizer
 from utils.errors import UserError
 
 SIDES = {"image": "text", "text": "image"}  # each modality, and the other
@@ -40,9 +41,13 @@ def kernel(query: Tensor, bank: Tensor, beta: float) -> Tensor:
 
 
 class QueryOnly(Clip):
-    """Plain CLIP with an uncertainty (N,) of queries (N, D) of either modality, by the method `uncertainty`."""
+    """Plain CLIP with an uncertainty (N,) of queries (N, D) of either modality, by the method `uncertainty`.
+
+    sized: names of buffers whose sizes are set when they are stored or loaded.
+    """
 
     needs_pairs = True
+    sized = ()
 
     def adapt_image(self, image: Tensor) -> Embedding:
         """Adapt images (N, D)."""
@@ -52,6 +57,14 @@ class QueryOnly(Clip):
         """Adapt captions (M, D)."""
         return super().adapt_text(text)._replace(uncertainty=self.uncertainty(text, "text"))
 
+    def log_density(self, query: Tensor, side: str) -> Tensor | None:
+        """Log density (N,) on the sphere of the modality `side` at queries (N, D), in nats above the uniform density.
+
+        Its mean over the sphere is 1 before the logarithm. None for a method whose figure has no such normalizer: the
+        cosine with neighbors, or a Mahalanobis distance.
+        """
+        return None
+
     def require_positive(self, **options):
         """Set the options; raises ValueError for one that is not a number above 0, or a whole one as its default."""
         for name, (value, kind) in options.items():
@@ -60,9 +73,17 @@ class QueryOnly(Clip):
                 raise ValueError(f"{name} must be a {whole}number above 0, not {value!r}")
             setattr(self, name, value)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in self.sized:
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.given_scale.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class Banked(QueryOnly):
-    """It keeps the bank of its run as buffers, whose sizes are set when a bank is stored or loaded."""
+    """It keeps the bank of its run as buffers."""
+
+    sized = tuple(f"{side}_bank" for side in SIDES)
 
     def __init__(self, dim: int):
         super().__init__(dim)
@@ -80,12 +101,6 @@ class Banked(QueryOnly):
     def banks(self, side: str) -> tuple[Tensor, Tensor]:
         """The bank (B, D) of a modality, and that of the other."""
         return getattr(self, f"{side}_bank"), getattr(self, f"{SIDES[side]}_bank")
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in (f"{side}_bank" for side in SIDES):
-            if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.given_scale.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class KNN(Banked):
@@ -108,6 +123,11 @@ class KDE(Banked):
 
     def uncertainty(self, query: Tensor, side: str) -> Tensor:
         return kernel(query, self.banks(side)[1], self.beta)
+
+    def log_density(self, query: Tensor, side: str) -> Tensor:
+        """That of the von Mises-Fisher kernels on the bank of the queries' own modality."""
+        normalizer = log_normalizer(query.new_tensor(self.beta), query.shape[-1])
+        return kernel(query, self.banks(side)[0], self.beta) + normalizer
 
 
 class Typicality(QueryOnly):

@@ -67,6 +67,8 @@ class PairwiseGaussian(Gaussian):
     whether all captions of an image are its positives, or only the one it was sampled with.
     """
 
+    match_logit = True
+
     def __init__(self, *args, scale: str, first_scale: float, first_shift: float, vib: float, same_image: bool):
         super().__init__(*args)
         self._scale_kind = one_of("scale", scale, ("exp", "free", "fixed"))

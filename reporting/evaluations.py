@@ -4,9 +4,9 @@ from collections import defaultdict
 from functools import cached_property
 
 from reporting.parts import NUMBER, Part, must_hold
-from reporting.runs import TASKS, Block, Result, data_sets, has_uncertainty, level_counts
+from reporting.runs import DECISIONS, OF_EVAL, TASKS, Block, Result, data_sets, has_uncertainty, level_counts
 from reporting.tables import by_task, formats
-from reporting.words import DIRECTIONS, OWN, QUERY, followed
+from reporting.words import DIRECTIONS, OWN, QUERY, followed, over, plain
 from utils.errors import UserError
 from utils.files import UNREADABLE, is_name, read_json
 
@@ -40,6 +40,7 @@ SHAPES = {  # what a result of each task must hold
     },
     "classification": {"score": str, "image_to_class": DIRECTION | EXAMPLES},
     "hierarchy": HIERARCHY,
+    **{task: {"score": str} for task in DECISIONS},
 }  # fmt: skip
 
 
@@ -133,9 +134,52 @@ class Comparison(Block, Part):
         return by_task.every(self)
 
 
+class Folds(Block, Part):
+    """Results on the test parts of a K-fold cross-validation, which stand in for seeds: means over all of them.
+
+    of: the task, and how many folds.
+    """
+
+    def __init__(self, of, evaluated_on, backbone, results):
+        super().__init__("folds", evaluated_on, backbone, results)
+        self._task, self._folds = of
+        self.title = f"{evaluated_on}, {backbone}: {self._task}, {self._folds} folds"
+
+    @cached_property
+    def tables(self):
+        """Its reporting.tables.Tables."""
+        return [table._replace(heads=("method", "test parts")) for table in by_task.every(self, f"{self._task} folds")]
+
+    @property
+    def summary(self):
+        """What the numbers are."""
+        return (
+            f"{over([len(runs) for runs in self.results.values()], 'test part')}; parts are disjoint, but what is"
+            " trained on overlaps, so the s.d. understates that over new data"
+        )
+
+    @property
+    def warnings(self):
+        """Variants that lack folds, which do not compare."""
+        short = {variant: len({run.values["fold"][0] for run in runs}) for variant, runs in self.results.items()}
+        return [
+            f"{variant} has {count} of {self._folds} folds: its means are of other images."
+            for variant, count in short.items()
+            if count < self._folds
+        ]
+
+    @property
+    def files(self):
+        """The result files by variant."""
+        return {
+            variant: [(f"fold {run.values['fold'][0]}, seed {run.values['config']['seed']}", run.path) for run in runs]
+            for variant, runs in self.results.items()
+        }
+
+
 def paths(folder):
     """The result files of eval.py under the folder of a data set."""
-    return [path for task in TASKS for path in sorted(folder.glob(f"**/*-{task}.json"))]
+    return [path for task in OF_EVAL for path in sorted(folder.glob(f"**/*-{task}.json"))]
 
 
 def read(folder, backbone=None):
@@ -143,19 +187,32 @@ def read(folder, backbone=None):
 
     Raises UserError where a file is damaged or results do not fit together.
     """
-    groups = defaultdict(lambda: defaultdict(list))
+    groups, folds = (defaultdict(lambda: defaultdict(list)) for _ in range(2))
     for path in paths(folder):
         values = _read_one(path)
         if backbone in (None, values["config"]["backbone"]):
-            key = values["evaluated_on"], values["config"]["backbone"], values["task"]
-            groups[key][values["variant"]].append(Result(path.relative_to(folder), values, folder))
+            chosen, name, variant = groups, values["evaluated_on"], values["variant"]
+            key = name, values["config"]["backbone"], values["task"]
+            if values.get("fold"):
+                number, count = values["fold"]
+                chosen, variant = folds, variant.removesuffix(f"fold{number}of{count}").rstrip("+-")
+                key = name.replace(f"test{number}of{count}", "").rstrip("+-"), key[1], (key[2], count)
+            chosen[key][variant].append(Result(path.relative_to(folder), values, folder))
     # The data set that was trained on comes first.
-    order = sorted(groups, key=lambda key: (key[0] != folder.name, key[0], key[1], TASKS.index(key[2])))
+    order = sorted(groups, key=lambda key: (key[0] != folder.name, key[0], key[1], OF_EVAL.index(key[2])))
     for key in order:
         _must_fit(folder, groups[key], key[2])
     evaluations = [Evaluation(task, data, name, _in_order(groups[data, name, task])) for data, name, task in order]
     start = next((i for i, part in enumerate(evaluations) if part.task == "classification"), len(evaluations))
-    return [*evaluations[:start], *compare(evaluations), *evaluations[start:]]
+    return [*evaluations[:start], *compare(evaluations), *evaluations[start:], *_folds(folder, folds)]
+
+
+def _folds(folder, groups):
+    """Make Folds of results, {(data set, backbone, (task, folds)): {variant: list of Results}}."""
+    for variants in groups.values():
+        runs = [run for variant in variants.values() for run in variant]
+        _must_agree(folder, runs, {"uncer_levels": "numbers of uncertainty levels"})
+    return [Folds(of, data, name, _in_order(variants)) for (data, name, of), variants in sorted(groups.items())]
 
 
 def compare(evaluations):
@@ -197,7 +254,7 @@ def _read_one(path):
         for direction in DIRECTIONS.keys() & values.keys():
             for record in values[direction]["uncertainty"].values():
                 must_hold(record, {"family": str} | ({} if record.get("constant") else RECORD))
-            for probabilities in values[direction]["calibration"].values():
+            for probabilities in values[direction].get("calibration", {}).values():
                 must_hold(probabilities, CALIBRATION)
         if values.get("untrained"):
             _leave_out_own(values)
@@ -222,11 +279,22 @@ def _must_print(part):
     _ = part.facts, part.warnings, part.gallery  # what the page shows beside them
 
 
+def as_text(path, values):
+    """The tables of a single result as text for the terminal."""
+    part = Evaluation(
+        values["task"],
+        values["evaluated_on"],
+        values["config"]["backbone"],
+        {values["variant"]: [Result(path, values)]},
+    )
+    return plain(formats.to_text([part]))
+
+
 def _must_fit(folder, variants, task):
     """Raise a UserError naming two files that must not stand in one table, or whose mean would mean nothing."""
     runs = [run for variant in variants.values() for run in variant]
     alike = {"fingerprint": "embeddings"}
-    if task != "hierarchy":
+    if task in TASKS and task != "hierarchy":
         alike |= {"uncer_levels": "numbers of uncertainty levels", "drop_remainder": "choices of --drop-remainder"}
     _must_agree(folder, runs, alike)
     # Without an uncertainty there is nothing to choose.
@@ -281,4 +349,8 @@ def _clash(one, other):
 def _in_order(variants):
     """Put methods without an uncertainty first, as they are the baseline, then sort by name; and seeds by number."""
     names = sorted(variants, key=lambda name: (has_uncertainty(variants[name][0]), name))
-    return {name: sorted(variants[name], key=lambda run: run.values["config"]["seed"]) for name in names}
+
+    def place(run):
+        return run.values["config"]["seed"], run.values.get("fold") or []
+
+    return {name: sorted(variants[name], key=place) for name in names}

@@ -1,23 +1,20 @@
 """The report as one page that needs no network: its style, script, figures and pictures are inside."""
 
 import base64
-import functools
 import hashlib
-import io
 import urllib.parse
 from pathlib import Path
 
 import jinja2
-import PIL.Image
 from markupsafe import Markup
 
 from reporting import findings, tables
 from reporting.figures import style
+from reporting.pictures import Pictures
 from reporting.rendering import render
-from reporting.runs import TASKS
+from reporting.runs import OF_EVAL
 from reporting.words import ANSWER, DIRECTIONS, MINUS, NONE, QUERY, followed
 
-THUMBNAIL = 96  # pixels of the longer side
 SHOWN = 5  # of the most and of the least certain queries, per method and direction
 ENDS = {"most_certain": "Most certain", "least_certain": "Least certain"}
 UNIFIED = " Dashes and hollow markers: trained by the unified objective."
@@ -58,28 +55,13 @@ def page(dataset, parts, looks, figures=None):
         dataset=dataset,
         opening=opening,
         sections=sections,
-        adaptors=any(part.task in TASKS for part in parts),
+        adaptors=any(part.task in OF_EVAL for part in parts),
         pictures=pictures,
         script=Markup(script),
         # The one script that the page's policy allows.
         allowed=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         colors={theme: style.variables(theme) for theme in style.THEMES},
     )
-
-
-class Pictures:
-    """Small copies of image files; each is in the page once, however often it is shown."""
-
-    def __init__(self):
-        self.kept = {}  # {data URI: (number, size)}
-
-    def show(self, path):
-        """Keep a copy and return its number; None where the file is missing or broken."""
-        thumbnail = _thumbnail(path)
-        if thumbnail is None:
-            return None
-        uri, size = thumbnail
-        return self.kept.setdefault(uri, (len(self.kept), size))[0]
 
 
 def _opening(part, figures):
@@ -109,7 +91,7 @@ def _section(number, part, figures, pictures, without):
 
 def _figures(number, part, looks, figures):
     """The figures of a Part that have something to draw, as the template shows them."""
-    unified = part.task in TASKS and any(looks[variant].unified for variant in part.results)
+    unified = part.task in OF_EVAL and any(looks[variant].unified for variant in part.results)
     return [
         {
             "name": drawing.name,
@@ -153,24 +135,6 @@ def _card(direction, example, pictures):
         "answers": answers,
         "target": None if hit else shown(ANSWER[direction], example["own"]),
     }
-
-
-@functools.cache
-def _thumbnail(path):
-    """Make a small copy of an image file: data URI and (width, height); None where the file is missing or broken."""
-    try:
-        with PIL.Image.open(path) as image:
-            small = image.convert("RGB")
-    except Exception:  # Pillow raises a dozen kinds on a broken file
-        return None
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    encoded = {}
-    for kind, options in (("jpeg", {"quality": 80}), ("png", {"optimize": True})):  # flat drawings are smaller as PNG
-        file = io.BytesIO()
-        small.save(file, kind, **options)
-        encoded[kind] = file.getvalue()
-    kind = min(encoded, key=lambda kind: len(encoded[kind]))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}", small.size
 
 
 def _heads(table):

@@ -12,6 +12,8 @@ from utils.files import UNREADABLE
 
 OWN_ARRAYS = ("text_uncertainty", "image_uncertainty", "chain_uncertainty")  # a method's own uncertainties
 TASKS = ("retrieval", "classification", "hierarchy")
+DECISIONS = ("matching", "conformal", "unanswerable", "correctness")  # tasks that judge what uncertainties are for
+OF_EVAL = (*TASKS, *DECISIONS)
 
 
 class Arrays(dict):
@@ -99,8 +101,8 @@ def is_unified(runs):
 
 
 def seeds_of(runs):
-    """How many seeds a variant's Results are of, on however many data sets."""
-    return len({run.values["config"]["seed"] for run in runs})
+    """How many seeds, of how many folds each, a variant's Results are of, on however many data sets."""
+    return len({(run.values["config"]["seed"], *(run.values.get("fold") or ())) for run in runs})
 
 
 def data_sets(block):

@@ -20,6 +20,13 @@ STORED_SCORES = 2**25  # scores, 128 MB, that are computed once and stored; more
 EXAMPLES, BEST_ANSWERS = 10, 5  # most and least certain queries in the report, and best answers to each
 
 
+class Absent(NamedTuple):
+    """Captions of what no image shows, and their frozen embeddings, as `Pairs.fed` gives them."""
+
+    text: list[str]
+    embedding: np.ndarray
+
+
 @dataclass(frozen=True)
 class Choices:
     """Options of eval.py that tasks read."""
@@ -32,6 +39,10 @@ class Choices:
     val: Pairs | None = None  # images of the same classes, on all of which a temperature is fitted
     hubs: dict | None = None  # the hubs.Correction of each direction, if scores are corrected
     bank: Bank | Pairs | None = None  # that a correction needs: training queries, or images without their labels
+    prior: float | None = None  # share of matches among pairs, or of queries without an answer; None: by the data
+    alphas: tuple[float, ...] = ()  # shares of queries whose set may miss the right answer
+    by: Callable | None = None  # from Pairs to the group (N,) that the user puts each image in
+    absent: Absent | None = None  # captions of what no image shows
 
 
 def with_progress(compute, bar):

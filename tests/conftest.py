@@ -164,3 +164,17 @@ def draw_one_figure(patch):
 
     one = {task: drawings[:1] for task, drawings in style.REGISTERED.items() if task == "hierarchy"}
     patch.setattr(style, "REGISTERED", one)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Let reports draw every figure blank, in tests of the files and not of what they show."""
+    from matplotlib.figure import Figure
+
+    from reporting.figures import style
+
+    blank = {
+        task: [drawing._replace(draw=lambda part, looks, width: Figure((1, 1))) for drawing in drawings]
+        for task, drawings in style.REGISTERED.items()
+    }
+    monkeypatch.setattr(style, "REGISTERED", blank)

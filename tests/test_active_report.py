@@ -165,7 +165,7 @@ def test_facts_name_validation_pool_and_target(tmp_path, settings, validation):
     assert study.facts["target"] == "shifted-test: 1,000 images of 8 classes"
 
 
-def test_every_format_holds_the_tables(tmp_path, capsys):
+def test_every_format_holds_the_tables(tmp_path, capsys, blank_figures):
     write_study(tmp_path, seeds=range(5))
     write_study(tmp_path, name="shifted-test+other", settings=SETTINGS | {"lr": 0.1})
     write_trace(tmp_path)

@@ -381,6 +381,59 @@ def test_invalid_classes_are_named(here, refusal, changes, sentence):
     assert re.search(sentence, refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "labeled.npz"))
 
 
+def test_a_split_of_ones_own_and_several_right_answers(here):
+    """mAP@R and R-precision by loops over the captions of a split that is named, with pairs that are true besides."""
+    rng = np.random.default_rng(1)
+    names = np.array(["train", "test"])[(np.arange(N) % 4 == 0).astype(int)]
+    match = np.stack([rng.integers(N, size=150), rng.integers(M, size=150)], axis=1)
+    values = arrays(split=names, match=match)
+    np.savez("pairs.npz", **values)
+    cache_embeddings.main([*CACHE, "--splits", "train", "test", "all"])
+    train.main([*RUN, "clip", "--quiet", "--set", "data.train_split=train"])
+    evaluation.main([*RUN, "clip", "--quiet", "--split", "test", "--score", "similarity"])
+    test, whole = Pairs("embeddings", "given", "test"), Pairs("embeddings", "given", "all")
+    assert sorted(test.image_id) == sorted(values["image_id"][names == "test"]) and len(whole.text) == M
+    [path] = (here / "results").glob("**/*.json")
+    side = json.loads(path.read_text())["text_to_image"]
+    image, text = (values[key] / np.linalg.norm(values[key], axis=1, keepdims=True) for key in ("image", "text"))
+    gallery, precisions, averages = np.flatnonzero(names == "test"), [], []
+    for row in np.flatnonzero(names[values["image_of_text"]] == "test"):
+        true = {values["image_of_text"][row], *(one for one, other in match if other == row and names[one] == "test")}
+        best = gallery[np.argsort(-image[gallery] @ text[row])][: len(true)]
+        hits = np.array([one in true for one in best])
+        precisions.append(hits.mean())
+        averages.append(np.mean(hits * np.cumsum(hits) / np.arange(1, len(hits) + 1)))
+    assert max(len(set(match[match[:, 1] == row, 0])) for row in range(M)) > 2
+    assert side["r_precision"] == pytest.approx(np.mean(precisions), abs=1e-3)
+    assert side["map_at_r"] == pytest.approx(np.mean(averages), abs=1e-3)
+
+
+def test_human_answers_are_kept_as_shares(here):
+    counts = np.random.default_rng(0).integers(1, 9, size=(60, 6))
+    np.savez("labeled.npz", **labeled(human=counts))
+    cache_embeddings.main(["--dataset", "embeddings", "--root", "labeled.npz", "--splits", "all", "--quiet"])
+    human = Pairs("embeddings", "given", "all").human
+    assert human == pytest.approx(counts / counts.sum(axis=1, keepdims=True)) and human.shape == (60, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"split": np.array(["a/b"] * N)}, "row 0 of 'split' is 'a/b', but a split names a folder"),
+        ({"split": np.array(["a"] * (N - 1))}, rf"'split' must hold strings of shape \({N},\)"),
+        ({"match": np.array([[0, 1, 2]])}, r"'match' must hold rows .* of shape \(P, 2\), not int64 of shape \(1, 3\)"),
+        ({"match": np.array([[0, 1], [N, 2]])}, rf"row 1 of 'match' is \[{N}, 2\], but 'image' has {N} rows"),
+        (labeled(match=np.array([[0, 1]])), "'match' is of captions, but 'label' says"),
+        (labeled(human=np.ones((60, 5))), r"'human' must hold numbers of shape \(60, 6\), not float64"),
+        (labeled(human=np.zeros((60, 6))), "row 0 of 'human' is negative, not finite or all zeros"),
+    ],
+)
+def test_wrong_splits_matches_and_answers_are_named(here, refusal, changes, sentence):
+    values = changes if "label" in changes else arrays(**changes)
+    np.savez("pairs.npz", **values)
+    assert re.search(sentence, refusal(cache_embeddings.main, *CACHE, "--splits", "all"))
+
+
 def test_zero_shot_with_published_class_embeddings(shared, tmp_path, monkeypatch, capsys):
     """Classify the embeddings of ImageNet's class names in one prompt (ViT-B/32) by those in another prompt."""
     monkeypatch.chdir(tmp_path)

@@ -22,6 +22,13 @@ QUICK = ("asymvlm-psd", "default", "loss")  # two seconds, all together a minute
 CASES = [pytest.param(*case, marks=() if case == QUICK else pytest.mark.slow) for case in trained()]
 
 
+@pytest.fixture(autouse=True)
+def distributions_that_check():
+    """torch.compile turns the checks of all distributions off, for the rest of the process."""
+    yield
+    torch.distributions.Distribution.set_default_validate_args(True)
+
+
 @pytest.mark.parametrize(("method", "preset", "loss"), CASES)
 def test_a_loss_is_one_graph_with_the_same_gradients(method, preset, loss):
     adaptor = make_adaptor(load_config("shapes", method, preset=preset), DIM).train()

@@ -21,12 +21,13 @@ from datasets.bank import draw
 from datasets.embeddings import hold_out
 from models import density
 from models.density import KDE, KNN, SIDES, Density, Typicality
+from models.vmf_mixture import VMFMixture
 from utils.checkpoint import Run
 from utils.config import load_config
 from utils.errors import UserError
 
 SIZES = pytest.mark.parametrize("dim", [512, 768])
-METHODS = {"knn": KNN, "kde": KDE, "typicality": Typicality, "density": Density}
+METHODS = {"knn": KNN, "kde": KDE, "typicality": Typicality, "density": Density, "vmf-mixture": VMFMixture}
 EVERY = pytest.mark.parametrize("method", METHODS)
 
 
@@ -311,5 +312,6 @@ def test_real_captions_and_images_of_coco(shared):
             for side, values in uncertainties(prepared(method, pairs)[0], queries).items():
                 scores[method, side].append(roc_auc_score(wrong[side], values))
     least = {"knn": (0.65, 0.72), "kde": (0.6, 0.6), "typicality": (0.64, 0.68), "density": (0.65, 0.71)}
+    least["vmf-mixture"] = (0.65, 0.65)
     for (method, side), values in scores.items():
         assert np.mean(values) >= least[method][side == "text"], (method, side, np.mean(values))

@@ -80,6 +80,17 @@ def test_log_normalizer_is_exact(family, dim, dtype):
             assert abs(df - true_df) <= DERIVATIVE_ERROR[dtype] * max(abs(true_df), 1 / dim), k
 
 
+@every_dim
+def test_concentration_of_a_mean_resultant_length(dim):
+    """The length of the concentration that it gives is the length; small concentrations themselves have all digits."""
+    kappa = torch.tensor([0.0, *KAPPAS], dtype=torch.float64)
+    length = vmf.mean_resultant_length(kappa, dim)
+    back = vmf.concentration_of(length, dim)
+    torch.testing.assert_close(vmf.mean_resultant_length(back, dim), length, rtol=1e-14, atol=0)
+    moderate = kappa < 100 * dim
+    torch.testing.assert_close(back[moderate], kappa[moderate], rtol=1e-11, atol=0)
+
+
 @every_family
 @every_dim
 @every_dtype

@@ -225,6 +225,8 @@ def follow(words, needs):
     if words[0] == "source":
         assert words[1:] == [".venv/bin/activate"]
         return
+    if needs and (words[0] in ("python3", "ruff") or (words[:2] == ["python", "-m"] and words[2] in ("pip", "pytest"))):
+        return  # of the environment: tests/test_machines.py compares them with the Makefile
     if words[0] == "torchrun":
         assert needs
         words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]

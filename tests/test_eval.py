@@ -393,7 +393,7 @@ def test_what_does_not_fit_is_refused(trained, refusal, small_world):
     (folder / "meta.json").write_text(json.dumps(meta | {"dim": 32}))
     assert "embeddings of size 64, but" in refusal(evaluation.main, *RUN)
     (folder / "meta.json").write_text(json.dumps(meta))
-    assert "other sizes than its meta.json says" in refusal(evaluation.main, *RUN)
+    assert "image.npy cannot be read (it holds float16 of shape (100, 32))" in refusal(evaluation.main, *RUN)
     (folder / "meta.json").unlink()
     assert "is missing: run" in refusal(evaluation.main, *RUN)
     (folder / "unfinished").mkdir()
@@ -428,7 +428,7 @@ def test_embeddings_that_are_not_finite_are_refused(trained, refusal, small_worl
     folder = trained / "embeddings/shapes/shapes-tiny/val"
     image = np.load(folder / "image.npy")
     np.save(folder / "image.npy", np.full_like(image, np.nan))
-    assert "a score is not finite" in refusal(evaluation.main, *RUN)
+    assert "image.npy holds NaN or infinity in rows 0, 1, 2 and 97 more of 100" in refusal(evaluation.main, *RUN)
     for name in ("items.jsonl", "matches.npz", "chains.npz"):
         shutil.copytree(small_world / "embeddings", trained / "embeddings", dirs_exist_ok=True)
         (folder / name).write_bytes((folder / name).read_bytes()[:50])

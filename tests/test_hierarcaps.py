@@ -112,7 +112,7 @@ def test_other_chains_are_another_version(tmp_path):
     [
         (("7", "bird", url(7)), "'captions' of line 3 is not a chain, 'bird': write at least two captions with ' => '"),
         (("7", "", url(7)), "'captions' of line 3 is not a chain, '': write"),
-        (("7", "a =>  => b", url(7)), "'captions' of line 3 has an empty caption, 'a =>  => b': write"),
+        (("7", "a =>  => b", url(7)), "'captions' of line 3 has an empty caption, 'a => => b': write"),
         (("7", "a => b => ", url(7)), "'captions' of line 3 has an empty caption"),
         (("7", "a => b", "http://x.org/bird.jpg"), "'image_url' of line 3 is 'http://x.org/bird.jpg', not of the form"),
         (("7", "a => b", ""), "'image_url' of line 3 is '', not of the form"),

@@ -24,9 +24,10 @@ MAY_IMPORT = {
 }
 # What a folder's files may import of the libraries that take seconds to load.
 HEAVY = {"matplotlib": "reporting/figures", "open_clip": "models/backbones", "transformers": "models/backbones"}
-EXCEPTIONS = {  # names and templates of ImageNet's classes; the figure of a study
+EXCEPTIONS = {  # names and templates of ImageNet's classes; the figures of studies
     ("datasets.classification", "open_clip.zero_shot_metadata"),
     ("benchmarks.few_pairs", "matplotlib.figure"),
+    ("benchmarks.densities", "matplotlib.figure"),
 }
 
 

@@ -314,6 +314,7 @@ def test_a_table_is_read_alike_in_every_format(tmp_path, suffix):
     assert ids(source.images("test")) == [path_id(tmp_path, "a.jpg"), b.id] and ids(source.captions("test")) == [1, 4]
     (d,) = source.images("val")
     assert d.path.as_posix() == "/elsewhere/d.jpg" and len(source.captions("val")[0].text.split()) == 10_001
+    assert len(source.images("all")) == 4 and sorted(ids(source.captions("all"))) == [*range(6)]  # an image once
     with pytest.raises(UserError, match="it has no split 'dev'; it has train, test, val"):
         source.images("dev")
 
@@ -506,8 +507,49 @@ def test_images_inside_a_parquet_file_are_read(tmp_path):
         assert len(list_split(source, "test").captions) == 12
 
 
+def test_a_folder_of_parquet_files_is_one_table(tmp_path):
+    """As on the hub: names tell the split, images lie inside or beside, rows are counted by file."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002-0f9", "test-00000-of-00001")):
+        table = {"image": [jpeg(40 * number), jpeg(40 * number + 20)], "text": [f"{name} a", f"{name} b"]}
+        parquet.write_table(sys.modules["pyarrow"].table(table), tmp_path / f"{name}.parquet", row_group_size=1)
+    source = pickle.loads(pickle.dumps(source_of("pairs", tmp_path)))
+    images = source.images("train")
+    assert [image.place for image in images] == [
+        f"{name}.parquet row {row}" for name in ("train-00000-of-00002", "train-00001-of-00002-0f9") for row in (0, 1)
+    ]
+    assert [color(source.open(image)) for image in reversed(images)] == [60, 40, 20, 0]
+    assert [caption.text[-1] for caption in source.captions("test")] == ["a", "b"]
+    assert len(list_split(source, "train").captions) == 4
+    (tmp_path / "test-00000-of-00001.parquet").rename(tmp_path / "val.parquet")  # names that tell no split
+    assert len(source_of("pairs", tmp_path).images("all")) == 6
+    other = sys.modules["pyarrow"].table({"image": [jpeg(0)], "words": ["c"]})
+    parquet.write_table(other, tmp_path / "val.parquet")
+    with pytest.raises(UserError, match=r"val\.parquet: .*\"text\""):
+        source_of("pairs", tmp_path).images("all")
+
+
+def test_captions_in_text_files_beside_pictures(tmp_path):
+    for name, text in (("a.jpg", "one\ntwo\n\n"), ("sub/b.PNG", "\ufeffthree"), ("sub/c.heic", "four")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(10))
+        (tmp_path / name).with_suffix(".txt").write_text(text, encoding="utf-8")
+    for name in ("a.json", "README.txt", ".hidden.jpg"):
+        (tmp_path / name).write_text("other")
+    listing = list_split(source_of("pairs", tmp_path, folds=2), "all")
+    assert [caption.text for caption in listing.captions] == ["one", "two", "three", "four"]
+    assert [image.path.relative_to(tmp_path).as_posix() for image in listing.images] == [
+        "a.jpg",
+        "sub/b.PNG",
+        "sub/c.heic",
+    ]
+    (tmp_path / "d.jpg").write_bytes(jpeg(10))  # without a caption
+    with pytest.raises(UserError, match=r"d\.jpg, is null or missing: fix it, or leave it out"):
+        list_split(source_of("pairs", tmp_path, folds=2), "all")
+
+
 def test_no_file_and_a_folder_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="it is a folder: point --root to the file of pairs itself"):
+    with pytest.raises(UserError, match=r"it is a folder without .* beside them: point --root to the file of pairs"):
         source_of("pairs", tmp_path).images("train")
     with pytest.raises(UserError, match=r"mine\.csv: it is missing: point --root to a \.csv, \.tsv"):
         source_of("pairs", tmp_path / "mine.csv").images("train")

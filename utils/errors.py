@@ -51,7 +51,7 @@ def exits_cleanly(interrupted="interrupted."):
                 message, code = str(UserError(f"{error.filename or 'writing'}: {error.strerror}.")), 2
             except KeyboardInterrupt:
                 message, code = interrupted, 130
-            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {message}", file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
             raise SystemExit(code)
 
         return wrapped

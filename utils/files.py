@@ -63,13 +63,13 @@ def locked(folder):
     try:
         acquired = lock.acquire(timeout=0)
     except filelock.Timeout:
-        who = writer.read_text() if writer.is_file() else "another process"
+        who = writer.read_text(encoding="utf-8") if writer.is_file() else "another process"
         raise UserError(f"{who} is writing {folder}: wait for it, or stop it.") from None
     except NotImplementedError:  # by which filelock reports a file system without flock
         raise UserError(f"the file system of {folder.parent} has no locks: work in a folder of another one.") from None
     with acquired:
         now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        writer.write_text(f"process {os.getpid()} on {platform.node()}, started {now},")
+        writer.write_text(f"process {os.getpid()} on {platform.node()}, started {now},", encoding="utf-8")
         try:
             for partial in folder.glob(".*.part"):
                 partial.unlink()
@@ -88,8 +88,10 @@ def must_write(folder):
         raise UserError(f"{place} cannot be written into ({error.strerror}): change that, or work elsewhere.") from None
 
 
-def is_name(text):
-    """Whether a text can name a file or a folder inside another: printable, and no path."""
+def is_name(text, windows=os.name == "nt"):
+    """Whether a text can name a file or a folder inside another: printable, and no path, device or stream."""
+    if windows and re.search(r'^(con|prn|aux|nul|com\d|lpt\d)\s*(\.|$)|[<>:"|?*]|[. ]$', text, re.IGNORECASE):
+        return False
     return text.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", text) is not None
 
 

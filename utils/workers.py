@@ -76,13 +76,14 @@ class _Worker:
         arguments = (theirs, self.device, self.neighbors)
         process = context.Process(target=_work, args=arguments)  # not a daemon: caching starts processes, too
         # The child inherits the mask: only this process handles Ctrl-C, and ends the others. The signal is blocked, not
-        # ignored, so that a Ctrl-C at this moment is handled afterwards.
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # ignored, so that a Ctrl-C at this moment is handled afterwards. Windows has no masks.
+        mask = getattr(signal, "pthread_sigmask", lambda *_: None)
+        previous = mask(getattr(signal, "SIG_BLOCK", None), {signal.SIGINT})
         try:
             process.start()
             self.process = process
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+            mask(getattr(signal, "SIG_SETMASK", None), previous)
         theirs.close()  # so that reading ends when the child does
 
     def answer(self):

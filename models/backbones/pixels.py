@@ -1,6 +1,7 @@
 """Preprocessing of images for a backbone. Imports no model library, since every loading process imports this."""
 
 import contextlib
+import io
 
 import numpy as np
 import PIL.ExifTags
@@ -24,6 +25,11 @@ UPRIGHT = {  # the transpose that turns each EXIF orientation upright; 1 is upri
 }
 
 
+IEND = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of a PNG
+EOI = b"\xff\xd9"  # the last marker of a JPEG
+# What may follow a JPEG without its end: bits that decode to different pixels, without a marker.
+PADDINGS = [b"", *map(bytes, np.random.default_rng(0).integers(0, 255, (16, 64), dtype=np.uint8))]
+
 # The texts of a PNG may take 1 GB: Pillow refuses the picture from 64 MB on.
 PIL.PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
@@ -39,6 +45,33 @@ def lenient():
         yield
     finally:
         PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def ended(image):
+    """Return a just opened PIL image again, with the mark that ends its file and that the file lacks.
+
+    Returns None, or raises what Pillow raises, if more than the mark is missing. A PNG has checksums; a JPEG has all
+    its pixels if none depends on what may follow, but a progressive one may lack whole scans, which nothing tells.
+    """
+    image.fp.seek(0)
+    data = image.fp.read()
+    if image.format == "PNG":
+        present = next(size for size in range(len(IEND) - 1, -1, -1) if data.endswith(IEND[:size]))
+        data += IEND[present:]
+        _opened(data).verify()
+        return _opened(data)
+    if image.format != "JPEG" or image.info.get("progressive"):
+        return None
+    data = data.rstrip(b"\xff")
+    components = data[data.rfind(b"\xff\xda") + 4]  # of the last scan: if it has all, it is the only one
+    decoded = [np.asarray(_opened(data + padding + EOI)) for padding in PADDINGS]
+    whole = components == len(image.getbands()) and all((other == decoded[0]).all() for other in decoded)
+    return _opened(data + EOI) if whole else None
+
+
+def _opened(data):
+    with lenient():
+        return PIL.Image.open(io.BytesIO(data))
 
 
 class Transform:

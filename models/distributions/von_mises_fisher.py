@@ -17,6 +17,7 @@ from torch import Tensor
 from models.distributions.sphere import ExactDerivative, SphericalDistribution, at_least_float32, horner, log1p
 
 _QUADRATURE_NODES = 32
+_NEWTON_STEPS = 4
 
 
 def _log_debye(terms: int) -> tuple[list[list[float]], list[list[float]]]:
@@ -97,6 +98,25 @@ def log_normalizer_derivative(kappa: Tensor, dim: int) -> Tensor:
     tensor([-0.3130])
     """
     return -mean_resultant_length(kappa, dim)
+
+
+def concentration_of(length: Tensor, dim: int) -> Tensor:
+    """The kappa at which `mean_resultant_length` is `length`, elementwise, for lengths in [0, 1), without a gradient.
+
+    The start of Banerjee et al. (2005), JMLR 6, equation 4.4, and Newton's steps; Sra (2012), equation 5.
+
+    >>> concentration_of(torch.tensor([0.0, 0.9], dtype=torch.float64), dim=3).round(decimals=6).tolist()
+    [0.0, 10.0]
+    """
+    length = length.detach()
+    kappa = length * (dim - length**2) / (1 - length**2)
+    for _ in range(_NEWTON_STEPS):
+        value = mean_resultant_length(kappa, dim)
+        # The slope 1 - A^2 - (D - 1) A / kappa, whose last term tends to (D - 1) / D at 0.
+        share = torch.where(kappa > 0, value / kappa.clamp_min(torch.finfo(kappa.dtype).tiny), 1 / dim)
+        slope = 1 - value**2 - (dim - 1) * share
+        kappa = (kappa - (value - length) / slope.clamp_min(torch.finfo(kappa.dtype).eps)).clamp_min(0)
+    return kappa
 
 
 def log_normalizer(kappa: Tensor, dim: int) -> Tensor:

@@ -183,7 +183,7 @@ def _comparison(groups, looks, width, over, up, each):
         for (part, legend), group, panels in zip(parts, groups, split):
             part.suptitle("\n".join(textwrap.wrap(group.title, int(13.5 * width / across))), fontsize=9)
             rows = math.ceil(len(panels) / columns)
-            grid = part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+            grid = part.subplots(rows, columns, squeeze=False).ravel()
             for axes, shown in zip(grid, panels):
                 handles, context = _panel(axes, group, shown, looks, each)
                 if not together:  # above the panel, as a legend inside would hide lines

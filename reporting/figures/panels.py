@@ -4,7 +4,6 @@ import math
 
 import matplotlib
 import numpy as np
-import scipy
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -54,7 +53,7 @@ def reliability(block, looks, width=style.WIDE):
         for (part, legend), (direction, panels) in zip(parts, grids.items()):
             part.suptitle(DIRECTIONS[direction], fontsize=9)
             rows = math.ceil(len(panels) / columns)
-            grid = part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+            grid = part.subplots(rows, columns, squeeze=False).ravel()
             for axes, (variant, calibration) in zip(grid, panels.items()):
                 handles = _reliability_panel(axes, variant, calibration, looks[variant])
             style.finish_grid(grid, len(panels), columns)
@@ -110,7 +109,7 @@ def uncertainty_against_ambiguity(block, looks, width=style.WIDE):
     human = block.task == "classification"
     columns = min(3, len(samples)) if width >= style.WIDE else min(2, len(samples))
     rows = math.ceil(len(samples) / columns)
-    with matplotlib.rc_context(style.rc()):
+    with matplotlib.rc_context(style.rc() | {"axes.titley": None}):  # above the axis at the top
         figure = Figure(figsize=(width, 0.9 + 1.75 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for i, (variant, (ambiguity, uncertainty, spearman)) in enumerate(samples.items()):
@@ -126,6 +125,7 @@ def uncertainty_against_ambiguity(block, looks, width=style.WIDE):
                 top.set_xlabel("Matching images", fontsize=8)
         for axes in panels[len(samples) :]:
             axes.remove()
+        style.unlabelled(*panels[: len(samples)])
         figure.supxlabel("Entropy of human labels (nats)" if human else "True ambiguity (nats)", fontsize=9)
         figure.supylabel("Uncertainty (own scale)", fontsize=9)
     return figure
@@ -164,7 +164,9 @@ def _ambiguity_panel(axes, ambiguity, uncertainty, look):
 
 def percentile_ranks(uncertainty):
     """Ranks (Q,) of uncertainties in percent: their units differ by method, ranks do not."""
-    return 100 * (scipy.stats.rankdata(uncertainty) - 0.5) / len(uncertainty)
+    _, place, count = np.unique(uncertainty, return_inverse=True, return_counts=True)  # scipy.stats loads in a second
+    ranks = np.cumsum(count) - (count - 1) / 2  # the middle of those that ties share
+    return 100 * (ranks[place] - 0.5) / len(uncertainty)
 
 
 def bins_of(ambiguity):
@@ -204,6 +206,7 @@ def uncertainty_distributions(block, looks, width=style.WIDE):
             axes.set_title(variant, fontsize=8)
         for axes in panels[len(samples) :]:
             axes.remove()
+        style.unlabelled(*panels[: len(samples)])
         figure.supxlabel("Uncertainty (own scale)", fontsize=9)
         figure.supylabel("Share per bin (%)", fontsize=9)
         handles = {

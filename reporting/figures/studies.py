@@ -43,6 +43,7 @@ def learning_curves(study, looks, width=style.WIDE):
             style.log_ticks(axes, study.budgets)
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.grid(axis="y")
+        style.unlabelled(*panels)
         part.supxlabel("Labels", fontsize=9)
         part.supylabel("On the target", fontsize=9)
         legend.legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=in_line, fontsize=8)
@@ -67,7 +68,7 @@ def error_by_entropy(study, looks, width=style.WIDE):
     with matplotlib.rc_context(style.rc()):
         styles = _styles(study)
         figure, [(part, legend)] = style.parts(width, [0.4 + 1.75 * rows], 0.25)
-        grid = part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        grid = part.subplots(rows, columns, squeeze=False).ravel()
         before = study.first["before"]
         for axes, (strategy, seeds) in zip(grid, study.seeds.items()):
             after = [study.results[seed, strategy]["curve"][-1] for seed in seeds]
@@ -112,7 +113,7 @@ def factor_trace(trace, looks, width=style.WIDE):
     with matplotlib.rc_context(style.rc()):
         rows, columns = (1, len(trace.lines)) if width >= style.WIDE else (len(trace.lines), 1)
         figure, [(part, legend)] = style.parts(width, [0.4 + 2.1 * rows], 0.45)
-        panels = part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        panels = part.subplots(rows, columns, squeeze=False).ravel()
         for axes, (tower, lines) in zip(panels, trace.lines.items()):
             for i, (count, line) in enumerate(lines.items()):
                 middle, spread = np.array([(mean, sd or 0) for mean, sd in line.values()]).T

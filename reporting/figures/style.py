@@ -155,6 +155,7 @@ def rc():
         "axes.labelcolor": LIGHT["ink"], "axes.edgecolor": LIGHT["ink"], "axes.titlecolor": LIGHT["ink"],
         "grid.color": LIGHT["grid"], "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
         "axes.linewidth": 0.8, "font.size": 9, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+        "axes.titley": 1.0,  # where it is anyway: matplotlib measures all that stands above a panel to find out
         "legend.frameon": False, "lines.markersize": 4.5, "lines.linewidth": 1.5,
         "text.parse_math": False,  # a name is no formula, whatever it holds
     }  # fmt: skip
@@ -179,12 +180,25 @@ def legend_columns(labels, width):
 
 
 def finish_grid(grid, count, columns):
-    """Take away the panels of a grid that are not used, and number the lowest of each column."""
-    for i, axes in enumerate(grid):
-        if i >= count:
-            axes.remove()
-        else:
-            axes.tick_params(labelbottom=i + columns >= count)
+    """Finish a grid of panels (P,) of which `count` are used: one scale for all, which the outer ones label.
+
+    matplotlib's own shared axes do the same in a time that grows with the square of their number.
+    """
+    for axes in grid[count:]:
+        axes.remove()
+    for name in "xy":
+        scales = [getattr(axes, f"get_{name}lim")() for axes in grid[:count]]
+        for axes in grid[:count]:
+            axes.set(**{f"{name}lim": (min(low for low, _ in scales), max(high for _, high in scales))})
+    for i, axes in enumerate(grid[:count]):
+        axes.tick_params(labelbottom=i + columns >= count, labelleft=i % columns == 0)
+        unlabelled(axes)
+
+
+def unlabelled(*panels):
+    """Tell that panels have no axis labels: matplotlib measures all tick labels to place even an empty one."""
+    for axis in (axis for axes in panels for axis in (axes.xaxis, axes.yaxis)):
+        axis.set_label_coords(0, 0)
 
 
 def spans_decades(values):
