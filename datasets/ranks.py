@@ -59,7 +59,9 @@ class Ranks:
             notice.start()
             try:
                 limits = [datetime.timedelta(seconds=seconds) for seconds in (MEETING, WAIT, STEP)]
-                self.store, *_ = next(dist.rendezvous("env://", timeout=limits[0]))
+                store, *_ = next(dist.rendezvous("env://", timeout=limits[0]))
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store keeps what the last one wrote
+                self.store = dist.PrefixStore(attempt, store)
                 options = {"store": dist.PrefixStore("group", self.store), "timeout": limits[0]}
                 dist.init_process_group("gloo", rank=self.rank, world_size=self.world, **options)
                 self.group, self.steps = (dist.new_group(timeout=limit) for limit in limits[1:])
