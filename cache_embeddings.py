@@ -93,11 +93,8 @@ def finished(folder, wanted, args):
     return not difference
 
 
-@exits_cleanly(interrupted=GOES_ON)
-@reported
-def main(argv=None):
-    args, config = parse(argv)
-    ranks = Ranks()
+def cache(args, config, ranks):
+    """Encode the splits as process `ranks` among several."""
     device = pick_device(args.device, ranks.local)
     set_precision(device)
     workers = usable_cores() // ranks.neighbors if args.workers is None else args.workers
@@ -127,7 +124,14 @@ def main(argv=None):
                 options = {"on_error": args.on_error, "workers": workers, "quiet": args.quiet}
                 write_cache(folder, wanted, source, listing, backbone, ranks, **options)
         say(ranks, folder)
-    ranks.close()
+
+
+@exits_cleanly(interrupted=GOES_ON)
+@reported
+def main(argv=None):
+    args, config = parse(argv)
+    with Ranks() as ranks:
+        cache(args, config, ranks)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Train an adaptor on cached embeddings.
 
     python train.py --dataset coco --method asymvlm-psd --seed 0
+    torchrun --nproc-per-node 4 train.py --dataset coco --method asymvlm-psd
 
 writes checkpoints/<dataset>/<backbone>/<variant>/seed<k>/. A killed run goes on where it last saved, an interrupted
-one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights.
+one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights. Several processes share each batch, and train to
+the weights of one up to rounding.
 """
+
+import os
 
 import utils.interrupt  # noqa: F401
 
@@ -33,11 +37,13 @@ def parse(argv=None):
     return args, run_config(args, args.dataset, args.set + settings)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
     parse()  # --help and wrong flags end here, before the seconds in which torch loads
 
+import contextlib
 import copy
 import csv
+import dataclasses
 import io
 import math
 import sys
@@ -49,6 +55,7 @@ from tqdm import tqdm
 
 from datasets.bank import draw
 from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, cache_folder, hold_out, name_rows
+from datasets.ranks import Ranks, reported
 from models.base import Adaptor, best_temperature
 from models.finite import all_finite, first_fault
 from models.pair_loss import cross_entropies, info_nce
@@ -61,12 +68,13 @@ from utils.seed import random_state, seed_everything, set_random_state
 LEAST_BATCH = 32  # pairs: fewer give too little contrast
 
 
-def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, stops, quiet):
+def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, ranks, stops, quiet):
     """Run the training loop: returns a dict of figures per epoch, the epoch that is kept, and whether it is untrained.
 
     There is no DataLoader: all embeddings lie on the device, and an epoch is one permutation of the captions cut into
     batches. rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch, or 0, the start; without
-    any the last epoch is kept. stops: function that tells after a step whether to save the state and stop there.
+    any the last epoch is kept. ranks: the processes that share each batch, of which the first judges epochs and writes
+    files. stops: function that tells after a step whether to save the state and stop there.
     """
     config = run.config
     batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
@@ -76,12 +84,18 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
-    compiled = objective  # for batches of one shape
+    share = ranks.share(image.device)
+    share.align(adaptor)
+    shared = compiled = share.of(objective)  # compiled: for batches of one shape
     if config.train.compile:  # as CUDA graphs, where there are any
         compiled = torch.compile(objective, mode="reduce-overhead" if image.is_cuda else "default", fullgraph=True)
-    log, best, state = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}, run.resume()
+    log, best, state = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}, ranks.from_first(run.resume)
+
+    def judge():
+        return ranks.from_first(lambda: validate(adaptor, image, text, image_of_text, held_out, native))
+
     if held_out and not state:
-        best = snapshot(adaptor, 0, *validate(adaptor, image, text, image_of_text, held_out, native))
+        best = snapshot(adaptor, 0, *judge())
     parts = {"adaptor": adaptor, "optimizer": optimizer, "schedule": schedule}
 
     def states():
@@ -89,7 +103,13 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
 
     def finite(total):
         moments = [value for state in optimizer.state.values() for value in state.values()]
-        return all_finite([total, *adaptor.parameters(), *filter(torch.is_tensor, moments)])
+        return not ranks.any(not all_finite([total, *adaptor.parameters(), *filter(torch.is_tensor, moments)]))
+
+    def save_now_and_then():
+        nonlocal saved
+        if time.perf_counter() - saved > config.train.save_every:
+            run.save_state(**states())
+            saved = time.perf_counter()
 
     # NaN and infinity stay where they are and spread: in the sum of losses, the weights, the optimizer's state. So an
     # epoch's end is early enough to look for them; in every step, looking would wait for the device. If they are there,
@@ -122,9 +142,10 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
             pairs = image.index_select(0, image_of_text[chosen]).float(), text.index_select(0, chosen).float()
             if epoch <= suspect:
                 before = copy.deepcopy(adaptor.state_dict()), random_state(image.device)
-            loss = (compiled if len(chosen) == batch else objective)(*pairs)
+            loss = (compiled if len(chosen) == batch else shared)(*pairs)
             optimizer.zero_grad()
             loss.backward()
+            share.sum_gradients(adaptor)
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(chosen)
@@ -133,32 +154,30 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, sto
             if step % 50 == 1 and not bar.disable:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
-            if stops():
+            if ranks.any(stops()):
                 if finite(total):
-                    run.save_state(
-                        **states(), inside={"step": step, "total": total, "random": random_state(image.device)}
-                    )
+                    inside = {"step": step, "total": total, "random": random_state(image.device)}
+                    ranks.from_first(lambda: run.save_state(**states(), inside=inside))  # noqa: B023
                 raise KeyboardInterrupt
         if not finite(total):
-            suspect, state = epoch, run.resume() or start
+            suspect, state = epoch, ranks.from_first(run.resume) or start
             continue
-        if epoch == suspect:
+        if epoch == suspect and ranks.first:
             print(f"{run.folder}: NaN or infinity in epoch {epoch + 1} did not come again when it was repeated: the"
                   " device may be faulty.", file=sys.stderr)  # fmt: skip
         seconds = round(time.perf_counter() - started, 3)
         mean = total.item() / len(rows)
         log.append({"epoch": epoch + 1, "loss": mean, "lr": schedule.get_last_lr()[0], "seconds": seconds})
         if held_out:
-            val_loss, temperature = validate(adaptor, image, text, image_of_text, held_out, native)
+            val_loss, temperature = judge()
             log[-1]["val_loss"] = val_loss
             if val_loss < best["val_loss"]:
                 best = snapshot(adaptor, epoch + 1, val_loss, temperature)
         log[-1] |= {name: p.item() for name, p in adaptor.named_parameters() if p.ndim == 0}
         if held_out and epoch + 1 - best["epoch"] >= config.train.patience:
             break
-        if epoch + 1 < epochs and time.perf_counter() - saved > config.train.save_every:
-            run.save_state(**states())
-            saved = time.perf_counter()
+        if epoch + 1 < epochs:
+            ranks.from_first(save_now_and_then)
     bar.close()
     untrained = False
     if held_out:
@@ -260,10 +279,9 @@ def write_log(path, rows):
     write_text(path, text.getvalue())
 
 
-@exits_cleanly(interrupted=GOES_ON)
-def main(argv=None):
-    args, config = parse(argv)
-    device = pick_device(args.device)
+def train(args, config, ranks):
+    """Train the run of a Config, as one of the processes `ranks`."""
+    device = pick_device(args.device, ranks.local)
     set_precision(device, config.train.precision)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
     config.settle(len(pairs.text))
@@ -277,7 +295,9 @@ def main(argv=None):
                 f" `python eval.py --dataset {config.dataset} --train-dataset ...`."
             )
         rows, held_out = torch.arange(0), []
-    elif any(p.requires_grad for p in adaptor.parameters()):
+    elif trains(adaptor):
+        if ranks.world > 1 and config.train.compile:
+            raise UserError("train.compile=true is for one process: leave it out, or start train.py without torchrun.")
         rows, held_out = hold_out(pairs.image_of_text, config.train.val_fraction, config.seed)
         if config.train.precision == "bfloat16":
             train_in_bfloat16(adaptor)
@@ -286,19 +306,28 @@ def main(argv=None):
         rows = torch.arange(len(pairs.text))
         held_out = blocks(pairs.image_of_text, np.full(len(rows), True))[:BLOCKS] if config.train.val_fraction else []
     run = Run(config)
-    with locked(run.folder):
+
+    def claimed():
         run.claim(pairs.identity, args.overwrite)
-        if run.done:
-            print(f"{run.folder}: already trained")
+        return run.done
+
+    with locked(run.folder) if ranks.first else contextlib.nullcontext():
+        if ranks.from_first(claimed):
+            if ranks.first:
+                print(f"{run.folder}: already trained")
             return
-        pairs.must_be_finite(adaptor.pooled)
+        if ranks.first:
+            pairs.must_be_finite(adaptor.pooled)
         bank = draw(pairs, rows, config.seed, adaptor.pooled)
-        learned = adaptor.prepare(pairs, bank, args.quiet)
+        learned = adaptor.prepare(pairs, bank, args.quiet or not ranks.first)
+        job = dataclasses.asdict(config), pairs.identity, trains(adaptor)
+        ranks.must_agree(job, "another configuration or other embeddings")
         log, outcome, untrained = [], "nothing to train", False
-        if any(p.requires_grad for p in adaptor.parameters()):
+        if trains(adaptor):
             data = pairs.to(device, adaptor.pooled)
-            with interrupts_wait() as stops:
-                log, kept, untrained = fit(adaptor, optimizer, *data, rows, held_out, run, stops, args.quiet)
+            with interrupts_wait(insist=ranks.world == 1) as stops:
+                quiet = args.quiet or not ranks.first
+                log, kept, untrained = fit(adaptor, optimizer, *data, rows, held_out, run, ranks, stops, quiet)
             outcome = f"trained, loss {log[-1]['loss']:.4f}"
             if held_out and kept:
                 outcome += f", epoch {kept} kept"
@@ -309,6 +338,8 @@ def main(argv=None):
             adaptor.given_scale.fill_(temperature)
             of = "" if config.score == "log_likelihood" else ", that of eval.py's --score log_likelihood"
             outcome += f", posterior calibrated{of}"
+        if not ranks.first:
+            return
         if learned is not None:
             outcome += f", prepared with {len(learned['image_id']):,} images"
         write_log(run.folder / "log.csv", log)
@@ -318,6 +349,19 @@ def main(argv=None):
         start_kept = bool(log and held_out) and not kept
         run.finish(adaptor, all_seen(pairs.seen(images), learned), bank, untrained, start_kept)
     print(f"{run.folder}: {outcome}")
+
+
+def trains(adaptor):
+    """Whether an adaptor has anything to train."""
+    return any(p.requires_grad for p in adaptor.parameters())
+
+
+@exits_cleanly(interrupted=GOES_ON)
+@reported
+def main(argv=None):
+    args, config = parse(argv)
+    with Ranks() as ranks:
+        train(args, config, ranks)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from models.shares import ENDED, Lost, Share
 from utils.errors import UserError
 
 NOTICE, MEETING = 10, 600  # seconds until a process says that it waits for the others to start, and gives up
-WAIT = 12 * 3600  # seconds for another to list or encode its share
+WAIT = 12 * 3600  # seconds for another to list or encode its share, or to do what one alone does
+STEP = 50  # seconds for another to reach the same place of a training step
 
 
 def reported(main):
@@ -38,8 +41,9 @@ def reported(main):
 class Ranks:
     """This process among those that torchrun started; rank 0 of 1 without torchrun.
 
-    rank: 0 .. world - 1. local, neighbors: rank and number of processes on this machine. Only small Python objects are
-    exchanged, by gloo.
+    rank: 0 .. world - 1. local, neighbors: rank and number of processes on this machine. Small Python objects are
+    exchanged by gloo, tensors by a `share`. As a context manager: of the processes that an error reaches, the first
+    alone reports it, and if one ends without a report, as by a kill, another says so.
     """
 
     def __init__(self):
@@ -48,14 +52,17 @@ class Ranks:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         self.neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.first = self.rank == 0
-        self.group = None
+        self.group = self.steps = self.store = None
         if self.world > 1:
             waiting = f"waiting for {self.world} processes, as WORLD_SIZE says"
             notice = threading.Timer(NOTICE, print, [waiting], {"file": sys.stderr})
             notice.start()
             try:
-                dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=MEETING))
-                self.group = dist.new_group(timeout=datetime.timedelta(seconds=WAIT))
+                limits = [datetime.timedelta(seconds=seconds) for seconds in (MEETING, WAIT, STEP)]
+                self.store, *_ = next(dist.rendezvous("env://", timeout=limits[0]))
+                options = {"store": dist.PrefixStore("group", self.store), "timeout": limits[0]}
+                dist.init_process_group("gloo", rank=self.rank, world_size=self.world, **options)
+                self.group, self.steps = (dist.new_group(timeout=limit) for limit in limits[1:])
             except (ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200].rstrip(".")
                 raise UserError(
@@ -83,14 +90,62 @@ class Ranks:
                 dist.barrier(group=self.group)
             except RuntimeError:
                 if time.monotonic() - started < WAIT:  # the connection is lost: another rank failed, which reports why
-                    raise SystemExit(1) from None
+                    raise Lost(ENDED) from None
                 hint = "see what they do, and run the same command again, which goes on from the finished blocks"
                 raise UserError(
                     f"process {self.rank} of {self.world} has waited {WAIT // 3600} hours for the others: {hint}."
                 ) from None
         return values[0]
 
-    def close(self):
-        """Leave the process group. If a rank has failed, torchrun ends the others."""
-        if self.world > 1:
+    def from_first(self, call):
+        """Return on every rank what `call()` returns on rank 0, which alone calls it."""
+        return self.broadcast(call() if self.first else None)
+
+    def any(self, flag):
+        """Whether `flag` is true on any rank."""
+        if self.world == 1:
+            return flag
+        share = Share(self.rank, self.world, self.steps, STEP)
+        return bool(share.sum(torch.tensor(float(flag)))[0])
+
+    def must_agree(self, value, what):
+        """Raise UserError, which says `what` differs, unless the value is that of rank 0."""
+        if self.broadcast(value) != value:
+            raise UserError(
+                f"process {self.rank} of {self.world} has {what} than the first: give all the same files and version."
+            )
+
+    def share(self, device):
+        """Return the Share of training steps on `device`: by NCCL if each has a GPU of its own, else by gloo."""
+        if self.world == 1:
+            return Share()
+        self.broadcast(None)  # they read their data for longer than a step may last
+        cuda = device.type == "cuda" and torch.cuda.device_count() >= self.neighbors and dist.is_nccl_available()
+        if self.any(not cuda):
+            return Share(self.rank, self.world, self.steps, STEP, staged=device.type != "cpu")
+        torch.cuda.set_device(device)
+        group = dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=STEP))
+        return Share(self.rank, self.world, group, STEP)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.world == 1:
+            return
+        if error is None:
             dist.destroy_process_group()
+        elif not self._reports():
+            raise SystemExit(130 if kind is KeyboardInterrupt else 1) from None
+        elif kind is Lost:
+            raise UserError(
+                f"another of the {self.world} processes {error.reason}; the same command goes on from what was last"
+                " saved."
+            ) from None
+
+    def _reports(self):
+        """Whether this process is the first that asks, and so reports an error."""
+        try:
+            return self.store.add("reported", 1) == 1
+        except RuntimeError:  # the process that has the store is lost
+            return self.local == 0

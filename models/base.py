@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.pair_loss import PairScore, cross_entropies, info_nce, mean_of
 from models.precision import Perceptron
+from models.shares import current_share
 from utils.config import MEANS
 from utils.errors import one_of
 
@@ -106,10 +107,17 @@ class Adaptor(nn.Module):
         image, text = self.adapt_image(image), self.adapt_text(text)
         score = self.pair_score(image, text)
         if score is None:
-            losses = cross_entropies(self.temperature * self.log_likelihood(image, text))
+            losses = cross_entropies(self.temperature * self._scores(image, text))
         else:
             losses = score.scaled(self.temperature).losses()
         return mean_of(losses) + self.auxiliary_loss(image, text, losses)
+
+    def _scores(self, image, text):
+        """`log_likelihood` (N, M), by processes that share a training step each for its rows."""
+        share, count = current_share(), len(image.mean)
+        if share is None:
+            return self.log_likelihood(image, text)
+        return share.gather(self.log_likelihood(image.rows(share.rows(count)), text), count)
 
     def auxiliary_loss(self, image: Embedding, text: Embedding, losses: tuple[Tensor, Tensor]) -> Tensor | float:
         """Term () that the unified objective adds to InfoNCE, of B adapted pairs and their losses.

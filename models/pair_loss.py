@@ -3,7 +3,8 @@
 A score is slope_j h(x_i . y_j) + column_j + row_i, with unit means x and y and a kernel h, an elementwise function that
 may have a parameter per image and per caption. Forward and backward compute it for a tile of rows at a time, whose
 intermediate results fit a processor's cache. Of the B x B matrices, the backward pass keeps the dot products and h, and
-none beyond KEPT pairs. Gradients are exact. `PairScore.dense` is the same score as a matrix.
+none beyond KEPT pairs. Gradients are exact. Processes that share a step share the rows. `PairScore.dense` is the
+same score as a matrix.
 """
 
 from dataclasses import dataclass, replace
@@ -16,12 +17,14 @@ from torch.autograd.function import once_differentiable
 from models.distributions import PowerSpherical
 from models.distributions.power_spherical import LEAST_COSINE
 from models.distributions.sphere import log1p
+from models.shares import Share, current_share
 
 KEPT = 4096  # pairs up to which the dot products of the forward pass are kept for the backward pass
 # Scores in a tile, which stays in a CPU's cache, or needs few kernel launches on a device.
 CPU_TILE, DEVICE_TILE = 2**16, 2**24
 # float32 exp is 70 to 170 times slower where it underflows (performance on Xeon and EPYC); e^-80 adds nothing to a sum.
 LEAST = -80.0
+ALONE = Share()
 
 
 class Linear:
@@ -104,9 +107,9 @@ class PairScore:
 
 
 class Tiles:
-    """The scores of B pairs in tiles of rows, and the sums of their gradients."""
+    """The scores of B pairs in tiles of this process's rows, and the sums of their gradients."""
 
-    def __init__(self, kernel, image, text, slope, column, row, row_parameter, column_parameter):
+    def __init__(self, share, kernel, image, text, slope, column, row, row_parameter, column_parameter):
         if len(image) != len(text):
             raise ValueError(f"{len(image):,} images and {len(text):,} captions are not matched pairs")
         self.kernel, self.image, self.text = kernel, image.contiguous(), text.contiguous()
@@ -115,6 +118,7 @@ class Tiles:
         self.column_parameter = column_parameter
         tile = CPU_TILE if image.device.type == "cpu" else DEVICE_TILE
         count, dim = image.shape
+        self.mine = share.rows(count)
         self.height = min(count, max(tile // count, self.least_rows(dim)))
         # Reused from tile to tile: a new tensor of this size is a page fault for every 4 kB.
         self.buffers = slope.new_empty(2, self.height, count)
@@ -125,8 +129,8 @@ class Tiles:
         return max(1, dim // 2)
 
     def __iter__(self):
-        for start in range(0, len(self.image), self.height):
-            yield slice(start, min(start + self.height, len(self.image)))
+        for start in range(self.mine.start, self.mine.stop, self.height):
+            yield slice(start, min(start + self.height, self.mine.stop))
 
     def parameters(self, rows):
         return None if self.row_parameter is None else self.row_parameter[rows], self.column_parameter
@@ -187,7 +191,8 @@ class CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, *tensors):
-        tiles = Tiles(kernel, *tensors)
+        share = current_share() or ALONE
+        tiles = Tiles(share, kernel, *tensors)
         count, like = len(tiles.image), tiles.slope
         keeps = any(ctx.needs_input_grad) and count <= KEPT
         kept = like.new_empty(count, count) if keeps else None
@@ -210,7 +215,13 @@ class CrossEntropies(torch.autograd.Function):
             column_others *= (column_top - higher).exp_()
             column_others += without_match(score.sub_(higher), rows).sum(dim=0)
             column_top = higher
-        ctx.kernel = kernel
+        if share.world > 1:
+            of_rows = torch.stack((matched, row_top, row_others), dim=1)
+            matched, row_top, row_others = share.gather(of_rows[tiles.mine], count).unbind(dim=1)
+            tops, others = share.stack(torch.stack((column_top, column_others))).unbind(dim=1)
+            column_top = tops.amax(dim=0)
+            column_others = (others * (tops - column_top).exp_()).sum(dim=0)
+        ctx.kernel, ctx.share = kernel, share
         ctx.save_for_backward(*tensors, matched, row_top, row_others, column_top, column_others, kept, kept_value)
         return loss_of(matched, row_top, row_others), loss_of(matched, column_top, column_others)
 
@@ -218,7 +229,8 @@ class CrossEntropies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_rows, by_columns):
         *tensors, matched, row_top, row_others, column_top, column_others, kept, kept_value = ctx.saved_tensors
-        kernel, tiles = ctx.kernel, Tiles(ctx.kernel, *tensors)
+        kernel, tiles = ctx.kernel, Tiles(ctx.share, ctx.kernel, *tensors)
+        by_rows, by_columns = ctx.share.sum(by_rows, by_columns)
         grads = tiles.gradients(ctx.needs_input_grad[1:])
         # The gradient is p of its row and p of its column, times those of the losses, and minus these for a match: of a
         # match as p - 1 = -(sum of the others), which keeps its digits where the loss is small.
@@ -256,7 +268,8 @@ class PairwiseSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, group, *tensors):
-        tiles = Tiles(kernel, *tensors)
+        share = current_share() or ALONE
+        tiles = Tiles(share, kernel, *tensors)
         grads = tiles.gradients(ctx.needs_input_grad[2:])
         total = tiles.slope.new_zeros(len(tiles.image))
         for rows in tiles:
@@ -269,11 +282,13 @@ class PairwiseSigmoid(torch.autograd.Function):
             total[rows] = (score.clamp_min(0) - score * match + log1p(small)).sum(dim=1)
             tiles.accumulate(grads, rows, dot, value, score.clamp_min_(LEAST).sigmoid_().sub_(match))
         ctx.save_for_backward(*grads)
-        return total.sum()
+        ctx.share = share
+        return share.sum(total.sum())[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        (grad,) = ctx.share.sum(grad)
         return None, None, *(None if x is None else x * grad for x in ctx.saved_tensors)
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.shares import current_share
 from utils.errors import UserError
 
 # Largest error of a float32 product, relative to its largest entry. float32 has 5e-7, TF32 4e-4, bfloat16 3e-3.
@@ -41,16 +42,28 @@ def product_error(device: torch.device) -> float:
 class Perceptron(nn.Sequential):
     """Layers that train in bfloat16 if that is set, with weights, inputs and outputs in float32.
 
-    Outside of training they always compute in float32, so validation and evaluation do not change.
+    Outside of training they always compute in float32, so validation and evaluation do not change. Processes that share
+    a training step share the rows.
     """
 
     bfloat16 = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share = current_share() if self.training else None
+        if share and all(map(_is_by_rows, self)):
+            return share.gather(self._compute(x[share.rows(len(x))]), len(x))
+        return self._compute(x)
+
+    def _compute(self, x):
         if not (self.bfloat16 and self.training):
             return super().forward(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             return super().forward(x).to(x.dtype)
+
+
+def _is_by_rows(layer):
+    """Whether a layer computes each row alone. Dropout does not: it draws for all rows, as one process does."""
+    return isinstance(layer, nn.Linear | nn.ReLU) or (isinstance(layer, nn.Dropout) and layer.p == 0)
 
 
 def train_in_bfloat16(adaptor: nn.Module) -> None:

@@ -1,9 +1,12 @@
 """Fixtures that several tests share: a small cached world, the real files of the workplace, refusals."""
 
+import contextlib
 import functools
 import gc
+import multiprocessing
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -74,6 +77,31 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("../shared is absent here")
     return SHARED
+
+
+def forked_ranks(world, main, *arguments):
+    """Call `main` in forked processes with what torchrun sets: (exit code, stdout, stderr) of each rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+
+    def run(rank):
+        os.environ.update({name: str(value) for name, value in (address | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+        with (
+            open(f"{rank}.out", "w") as out, contextlib.redirect_stdout(out),
+            open(f"{rank}.err", "w") as err, contextlib.redirect_stderr(err),
+        ):  # fmt: skip
+            main(*arguments)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    texts = [[Path(f"{rank}.{end}").read_text() for end in ("out", "err")] for rank in range(world)]
+    return [(process.exitcode, *text) for process, text in zip(processes, texts)]
 
 
 def made_once(tmp_path_factory, name, make):

@@ -229,7 +229,7 @@ def follow(words, needs):
         return  # of the environment: tests/test_machines.py compares them with the Makefile
     if words[0] == "torchrun":
         assert needs
-        words = ["python", *words[words.index("cache_embeddings.py") :]]
+        words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
     assert words[0] == "python"
     name, words = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
     script = importlib.import_module(name)

@@ -1,6 +1,5 @@
 """What a cache must survive: kills at any moment, several processes, and any files in a folder of images."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -25,6 +24,7 @@ import PIL.ImageOps
 import pytest
 import torch
 from check_method import SMALL_WORLD
+from conftest import forked_ranks
 
 import cache_embeddings
 from datasets import blocks, ranks
@@ -91,30 +91,6 @@ def torchrun(ranks, *command):
                           env=environment, timeout=300)  # fmt: skip
 
 
-def forked_ranks(world, command):
-    """Run the script in forked processes with what torchrun sets: (exit code, stdout, stderr) of each rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-
-    def run(rank):
-        os.environ.update({name: str(value) for name, value in (address | {"RANK": rank, "LOCAL_RANK": rank}).items()})
-        with (
-            open(f"{rank}.out", "w") as out, contextlib.redirect_stdout(out),
-            open(f"{rank}.err", "w") as err, contextlib.redirect_stderr(err),
-        ):  # fmt: skip
-            cache_embeddings.main(command)
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    texts = [[Path(f"{rank}.{end}").read_text() for end in ("out", "err")] for rank in range(world)]
-    return [(process.exitcode, *text) for process, text in zip(processes, texts)]
-
-
 @pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_ranks_write_the_bytes_of_one(empty_world):
@@ -127,7 +103,9 @@ def test_two_ranks_write_the_bytes_of_one(empty_world):
     picture = sorted(empty_world.glob("data/shapes/*96px/val/*.jpg"))[190]
     good = picture.read_bytes()
     picture.write_bytes(b"")
-    (code, _, error), (other_code, _, other_error) = sorted(forked_ranks(2, command), reverse=True)
+    (code, _, error), (other_code, _, other_error) = sorted(
+        forked_ranks(2, cache_embeddings.main, command), reverse=True
+    )
     picture.write_bytes(good)
     assert (code, other_code) == (2, 1)
     assert "000190.jpg cannot be read" in error and error.count("\n") == 1 and not other_error
@@ -136,7 +114,7 @@ def test_two_ranks_write_the_bytes_of_one(empty_world):
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("200 images, 1,000 captions") == 1
     assert content(folder) == alone
-    (code, first, _), (other_code, second, _) = forked_ranks(2, command)
+    (code, first, _), (other_code, second, _) = forked_ranks(2, cache_embeddings.main, command)
     assert code == other_code == 0 and (first + second).count("already there") == 1
 
 

@@ -72,15 +72,16 @@ def _handled(handler, *numbers):
 
 
 @contextlib.contextmanager
-def interrupts_wait():
+def interrupts_wait(insist=True):
     """Yield a function that tells whether Ctrl-C or SIGTERM has come; the first of them does nothing else in the block.
 
-    The block looks when it can stop, and raises KeyboardInterrupt. A second one raises it at once.
+    The block looks when it can stop, and raises KeyboardInterrupt. A second one raises it at once, if `insist`: under
+    torchrun, which passes signals on, a second one need not mean more than the first.
     """
     came = []
 
     def keep(*_):
-        if came:
+        if came and insist:
             raise KeyboardInterrupt
         came.append(True)
 
