@@ -173,7 +173,8 @@ def search(args, run, config, identity, embeddings, adaptor, device):
     pairs.must_fit(identity, run.folder)
     if pairs.classes is not None:
         raise UserError(f"{pairs.folder} has classes and no captions: name a --gallery of pairs.")
-    results = learned(run, config, data, args.learned_on or args.gallery)
+    taught = args.learned_on or args.gallery
+    results = learned(run, config, data, taught)
     known = results["conformal"]["alphas"]
     if f"{args.alpha:g}" not in known:
         raise UserError(
@@ -183,9 +184,9 @@ def search(args, run, config, identity, embeddings, adaptor, device):
     for kind, (places, embedding) in embeddings.items():
         direction, other = ("text_to_image", "image") if kind == "text" else ("image_to_text", "text")
         sets, rejection = (results[task][direction] for task in ("conformal", "unanswerable"))
-        count, taught = len(getattr(pairs, other)), max(sets["taught_by"]["galleries"])
-        if not 0.9 < count / taught < 1.1:
-            print(f"what was learned is of galleries of {taught:,}, and this has {count:,}: no probability or set is"
+        count, usual = len(getattr(pairs, other)), max(sets["taught_by"]["galleries"])
+        if not 0.9 < count / usual < 1.1:
+            print(f"what was learned is of galleries of {usual:,}, and this has {count:,}: no probability or set is"
                   " certain to hold.", file=sys.stderr)  # fmt: skip
         scores = answers.gallery_scores(adaptor, pairs, kind, embedding, results["conformal"]["score"], device)
         part = answers.answers(scores, embedding, sets, rejection, args.alpha, args.unanswerable)
@@ -196,6 +197,11 @@ def search(args, run, config, identity, embeddings, adaptor, device):
             rows[place] = {"item": args.items[place], "kind": kind, "alpha": args.alpha} | row
             if embedding.uncertainty is not None:
                 rows[place]["uncertainty"] = float(embedding.uncertainty[places.index(place)])
+    teaching = pairs if taught == args.gallery else Pairs(config.dataset, config.backbone, taught)
+    prompts = [row for row in rows if row["kind"] == "text"]
+    unseen = answers.unseen_words([row["item"] for row in prompts], teaching.items["text"])
+    for row, words in zip(prompts, unseen, strict=True):
+        row["unseen_words"] = words
     return rows
 
 
@@ -203,6 +209,8 @@ def print_answers(rows):
     for row in rows:
         print(row["item"])
         print(f"  the first answer is right: {row['right']:.2f}; nothing fits: {row['nothing_fits']:.2f}")
+        if row.get("unseen_words"):
+            print(f"  no caption that taught this has the word {', '.join(row['unseen_words'])}: it need not hold here")
         print(f"  the first {row['set_size']:,} hold a right answer, if there is one: {1 - row['alpha']:g}")
         for best in row["best"]:
             print(f"  {best['probability']:6.3f}  {best['answer']}")

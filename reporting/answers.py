@@ -21,7 +21,7 @@ def page(rows):
     for row in rows:
         of_query, of_answer = (("text", "image"), ("image", "text"))[row["kind"] == "image"]
         best = [each | {"shown": _shown(of_answer, each["answer"], pictures)} for each in row["best"]]
-        shown.append(row | {"query": _shown(of_query, row["item"], pictures), "best": best})
+        shown.append({"unseen_words": []} | row | {"query": _shown(of_query, row["item"], pictures), "best": best})
     return environment.get_template("answers.html.j2").render(rows=shown, pictures=pictures)
 
 

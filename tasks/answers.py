@@ -3,6 +3,8 @@
 What turns scores into these was learned by the tasks `conformal` and `unanswerable`, whose results hold it.
 """
 
+import re
+
 import numpy as np
 import torch
 
@@ -59,6 +61,16 @@ def answers(scores, query: Embedding, sets, rejection, alpha, share, best=5):
         }
         for row in range(len(scores))
     ]  # fmt: skip
+
+
+def unseen_words(texts, captions):
+    """Words of each text that occur in no caption, whatever their case: a list for each text, in its order."""
+    seen = {word for caption in captions for word in _words(caption)}
+    return [[word for word in dict.fromkeys(_words(text)) if word not in seen] for text in texts]
+
+
+def _words(text):
+    return re.findall(r"\w+", text.casefold())
 
 
 def _limits(values, query, fitted, alpha):

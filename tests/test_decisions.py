@@ -485,6 +485,15 @@ def test_answers_from_files(searched, capsys):
     assert "the first answer is right: " in printed and "nothing fits: " in printed
 
 
+def test_words_that_nothing_was_learned_from_are_named(searched, capsys):
+    prompts = ["a photo of a Dog, a red DOG on a teapot", "a photo of a red circle"]
+    uncertainty.main([*SEARCH, *prompts])
+    assert "no caption that taught this has the word dog, teapot: it need not hold" in capsys.readouterr().out
+    uncertainty.main([*SEARCH, "--json", "--html", "page.html", *prompts])
+    assert [row["unseen_words"] for row in json.loads(capsys.readouterr().out)] == [["dog", "teapot"], []]
+    assert Path("page.html").read_text().count("has the word dog, teapot: it need not hold here.") == 1
+
+
 def test_captions_of_what_no_image_shows(searched):
     side = json.loads(Path(LEARNED.format("unanswerable")).read_text())["text_to_image"]
     arrays = np.load(Path(LEARNED.format("unanswerable")).with_suffix(".npz"))
