@@ -8,11 +8,11 @@ one (Ctrl-C, SIGTERM) at the same step; on a CPU to the same weights. Several pr
 the weights of one up to rounding.
 """
 
-import os
-
 import utils.interrupt  # noqa: F401
 
 # isort: split
+import os
+
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.config import FEW, PRODUCTS, make_adaptor, needs_pooled
 from utils.errors import GOES_ON, UserError, exits_cleanly, interrupts_wait, one_of
