@@ -142,7 +142,9 @@ class PairsFile(Described):
         row, starts = int(image.name.rpartition(" ")[2]), self._starts(image.path)
         group = int(np.searchsorted(starts, row, side="right")) - 1
         value = self._group(image.path, group)[row - starts[group]].as_py()
-        data, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is None and path is None:
+            raise OSError("its cell in the table is empty")
         return PIL.Image.open(self.folder / path if data is None else io.BytesIO(data))
 
     @lru_cache  # noqa: B019

@@ -505,6 +505,13 @@ def test_images_inside_a_parquet_file_are_read(tmp_path):
         for row in (0, 5, 3, 2):
             assert color(source.open(listed[row])) == color(sent.open(listed[row])) == 10 * row
         assert len(list_split(source, "test").captions) == 12
+    for empty in (None, {"bytes": None, "path": None}):
+        cells = [images[0] if isinstance(empty, dict) else jpeg(0), empty]
+        table = sys.modules["pyarrow"].table({"image": cells, "caption": ["a", "b"], "split": ["test"] * 2})
+        parquet.write_table(table, tmp_path / "e.parquet")
+        source = source_of("pairs", tmp_path / "e.parquet")
+        with pytest.raises(OSError, match="its cell in the table is empty"):  # found by fuzzing: a TypeError
+            source.open(source.images("test")[1])
 
 
 def test_a_folder_of_parquet_files_is_one_table(tmp_path):
