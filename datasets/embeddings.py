@@ -291,6 +291,7 @@ class Pairs:
             values = [value for of_kind in items.values() for value in of_kind]
             if tuple(map(len, items.values())) != counts or not all(isinstance(value, str) for value in values):
                 raise ValueError("it does not name each row of the arrays")
+            "".join(values).encode()  # half a character cannot be written into a result
             return items
 
         items = self._read("items.jsonl", read)

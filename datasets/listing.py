@@ -138,7 +138,7 @@ def _names(folder):
     """Return the names in a folder by their composed spelling."""
     try:
         return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
-    except OSError:
+    except (OSError, ValueError):  # no path holds a null byte
         return {}
 
 

@@ -126,6 +126,8 @@ def read_run(path):
         value = torch.load(path, map_location="cpu", weights_only=True)
         if any(name not in value["identity"] for name in ("dim", "encoder", "encoder_fingerprint")):
             raise KeyError("identity")
+        if "seen" in value and not {"id_space", "image_id"} <= set(value["seen"]):
+            raise KeyError("seen")
         return value
     except UNREADABLE:
         raise UserError(f"{path} is damaged or truncated: delete {Path(path).parent} and train again.") from None
