@@ -62,12 +62,14 @@ def read_meta(folder):
 def _is_whole(meta):
     """Whether metadata of this layout hold all entries, each of its type and in its range."""
     Encoder(**meta["encoder"])
+    targets = ("image_of_text",) if meta.get("classes") is None else ("class_of_text", "label")
     lists = [meta["files"], *(meta[name] for name in ("classes", "classes_without_images") if name in meta)]
     return (
         all(isinstance(meta[name], str) for name in STRINGS)
         and all(type(meta[name]) is int and meta[name] >= 0 for name in COUNTS)
         and all(isinstance(values, list) and all(isinstance(value, str) for value in values) for values in lists)
         and {"image.npy", "text.npy", "image_id.npy", "text_id.npy", "items.jsonl"} <= set(meta["files"])
+        and {f"{name}.npy" for name in targets} <= set(meta["files"])
         and type(meta["logit_scale"]) in (int, float) and 0 < meta["logit_scale"] < math.inf
         and isinstance(meta["logit_bias"], int | float | None)
     )  # fmt: skip
