@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metrics.score_tiles import Columns, Positives, tiles
+from metrics.score_tiles import Columns, read, tiles
 
 NAMES = ("top", "margin", "energy", "entropy", "probability")
 
@@ -34,7 +34,6 @@ def uncertainties(scores, scale):
     return values | {"probability": total - scale * top}, item[:, 0]
 
 
-@torch.inference_mode()
 def with_and_without(score, gallery, query_of_positive, item_of_positive, scale=1.0):
     """Uncertainties of each query in the whole gallery and in the one without its items: {name: (Q, 2)}.
 
@@ -46,20 +45,21 @@ def with_and_without(score, gallery, query_of_positive, item_of_positive, scale=
     >>> with_and_without(lambda rows: scores[rows], 3, [0], [0])["top"].tolist()
     [[-0.5, -0.25]]
     """
-    positives = Positives(query_of_positive, item_of_positive)
-    columns = Columns(positives.queries)
-    for rows, scores in tiles(score, positives.queries, gallery, share=4):
+
+    def ask_twice(tile):
+        scores = tile.scores
         if not torch.isfinite(scores).all():
             raise FloatingPointError("a score is not finite")
-        row, column = positives.among(rows, scores.device)
         whole, best = uncertainties(scores, scale)
         right = torch.zeros_like(scores, dtype=torch.bool)
-        right[row, column] = True
+        right[tile.targets] = True
         hit = right.gather(1, best[:, None])[:, 0]
         left = gallery - right.sum(dim=1)
         without, other = uncertainties(scores.masked_fill(right, -torch.inf), scale)
         pairs = [torch.stack([whole[name], without[name].where(left > 1, torch.nan)], dim=1) for name in NAMES]
-        columns.put(rows, *pairs, torch.stack([best, other], dim=1), hit.float(), left)
+        return *pairs, torch.stack([best, other], dim=1), hit.float(), left
+
+    (columns,) = read(score, gallery, query_of_positive, item_of_positive, ask_twice, share=4)
     return dict(zip((*NAMES, "best", "hit", "left"), columns))
 
 

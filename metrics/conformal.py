@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 import torch
 
-from metrics.score_tiles import Columns, Positives, tiles
+from metrics.score_tiles import Columns, read, tiles
 
 KINDS = ("score", "lac", "aps", "raps")
 PENALTY, FREE_RANKS = 0.01, 5  # of raps
@@ -40,7 +40,6 @@ def nonconformity(scores, scale):
     return {"score": -ordered, "lac": 1 - probability, "aps": total, "raps": penalized}, item
 
 
-@torch.inference_mode()
 def of_answers(score, gallery, query_of_positive, item_of_positive, scale=1.0):
     """Nonconformity of each query's least and most conforming answer: {kind: (Q, 2)}, least nonconformity first.
 
@@ -50,21 +49,22 @@ def of_answers(score, gallery, query_of_positive, item_of_positive, scale=1.0):
     >>> of_answers(lambda rows: torch.tensor([[0.5, 0.25, 0.0]])[rows], 3, [0, 0], [0, 2])["score"].tolist()
     [[-0.5, -0.0]]
     """
-    positives = Positives(query_of_positive, item_of_positive)
-    columns = Columns(positives.queries)
-    for rows, scores in tiles(score, positives.queries, gallery, share=4):
-        if not torch.isfinite(scores).all():
+
+    def ends_of(tile):
+        if not torch.isfinite(tile.scores).all():
             raise FloatingPointError("a score is not finite")
-        row, column = positives.among(rows, "cpu")
-        values, item = nonconformity(scores, scale)
+        row, column = (x.cpu() for x in tile.targets)
+        values, item = nonconformity(tile.scores, scale)
         place = torch.empty_like(item).scatter_(1, item, torch.arange(gallery).expand_as(item))
         ends = []
         for kind in KINDS:
             value = values[kind][row, place[row, column]]
             for end, infinite in (("amin", torch.inf), ("amax", -torch.inf)):
-                start = value.new_full((len(scores),), infinite)
+                start = value.new_full((len(item),), infinite)
                 ends.append(start.scatter_reduce(0, row, value, end))
-        columns.put(rows, *ends)
+        return ends
+
+    (columns,) = read(score, gallery, query_of_positive, item_of_positive, ends_of, share=4)
     return {kind: np.stack(columns[2 * i : 2 * i + 2], axis=1) for i, kind in enumerate(KINDS)}
 
 

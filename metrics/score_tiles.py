@@ -159,11 +159,11 @@ class Tile:
 
 
 @torch.inference_mode()
-def read(score, gallery, query_of_positive, item_of_positive, *readers):
+def read(score, gallery, query_of_positive, item_of_positive, *readers, share=1):
     """Give every Tile to every reader: a list of the arrays (Q, ...) of each.
 
     query_of_positive, item_of_positive: (P,) rows, with every query 0 .. Q-1 present. reader: a function from a Tile to
-    tensors (q, ...).
+    tensors (q, ...). share: as in `tiles`, of readers that take much memory.
 
     >>> score, top = torch.eye(2).__getitem__, lambda tile: [tile.scores.amax(dim=1)]
     >>> read(score, 2, [0, 1], [0, 1], top)[0][0].tolist()
@@ -171,7 +171,7 @@ def read(score, gallery, query_of_positive, item_of_positive, *readers):
     """
     positives, buffers = Positives(query_of_positive, item_of_positive), {}
     columns = [Columns(positives.queries) for _ in readers]
-    for rows, scores in tiles(score, positives.queries, gallery):
+    for rows, scores in tiles(score, positives.queries, gallery, share):
         tile = Tile(rows, scores, positives, buffers)
         for reader, column in zip(readers, columns, strict=True):
             column.put(rows, *reader(tile))
