@@ -17,12 +17,11 @@ import utils.interrupt  # noqa: F401
 # isort: split
 from pathlib import Path
 
+from reporting.runs import DECISIONS, OF_EVAL  # modules of tasks/
 from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
 from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
-DECISIONS = ("matching", "conformal", "unanswerable", "correctness")
-TASKS = ("retrieval", "classification", "hierarchy", *DECISIONS)  # modules of tasks/
 FEW_LEVELS, ALPHAS = 5, (0.05, 0.1, 0.2)  # of decisions
 FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",)}
 
@@ -39,7 +38,7 @@ def parse(argv=None):
     which = "which score ranks; by default the method's choice, which comes first with both"
     parser.add_argument("--score", choices=[*SCORES, "both"], help=which)
     task = "by default classification where images have classes, else retrieval; retrieval includes chains of prompts"
-    parser.add_argument("--task", choices=TASKS, help=task)
+    parser.add_argument("--task", choices=OF_EVAL, help=task)
     correct = "correct scores for gallery items that are near any query, retrieval; auto takes the kind, or none, that"
     correct += " cross-validation of the training queries of the run prefers; by default the method's choice"
     parser.add_argument("--hubs", choices=HUBS, help=correct)
