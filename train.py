@@ -56,6 +56,7 @@ from tqdm import tqdm
 from datasets.bank import draw
 from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, cache_folder, hold_out, name_rows
 from datasets.ranks import Ranks, reported
+from datasets.streaming import InMemory, OnDisk, must_stay_on_disk
 from models.base import Adaptor, best_temperature
 from models.finite import all_finite, first_fault
 from models.pair_loss import cross_entropies, info_nce
@@ -68,13 +69,14 @@ from utils.seed import random_state, seed_everything, set_random_state
 LEAST_BATCH = 32  # pairs: fewer give too little contrast
 
 
-def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, ranks, stops, quiet):
+def fit(adaptor, optimizer, data, rows, held_out, run, ranks, stops, quiet):
     """Run the training loop: returns a dict of figures per epoch, the epoch that is kept, and whether it is untrained.
 
-    There is no DataLoader: all embeddings lie on the device, and an epoch is one permutation of the captions cut into
-    batches. rows: captions (M,) to train on. held_out: blocks of captions that pick the epoch, or 0, the start; without
-    any the last epoch is kept. ranks: the processes that share each batch, of which the first judges epochs and writes
-    files. stops: function that tells after a step whether to save the state and stop there.
+    There is no DataLoader: an epoch is one order of the captions cut into batches. data: InMemory, where all embeddings
+    lie on the device and the order is a permutation, or OnDisk. rows: captions (M,) to train on. held_out: blocks of
+    captions that pick the epoch, or 0, the start; without any the last epoch is kept. ranks: the processes that share
+    each batch, of which the first judges epochs and writes files. stops: function that tells after a step whether to
+    save the state and stop there.
     """
     config = run.config
     batch = min(config.train.batch_size, max(LEAST_BATCH, math.ceil(len(rows) / config.train.min_steps)))
@@ -84,22 +86,24 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, ran
     steps, epochs = math.ceil(len(rows) / batch), config.train.epochs  # the last batch of an epoch may be smaller
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs, eta_min=config.optim.min_lr)
     objective = adaptor.loss if config.objective == "native" else adaptor.unified_loss
-    share = ranks.share(image.device)
+    share = ranks.share(data.device)
     share.align(adaptor)
     shared = compiled = share.of(objective)  # compiled: for batches of one shape
     if config.train.compile:  # as CUDA graphs, where there are any
-        compiled = torch.compile(objective, mode="reduce-overhead" if image.is_cuda else "default", fullgraph=True)
+        mode = "reduce-overhead" if data.device.type == "cuda" else "default"
+        compiled = torch.compile(objective, mode=mode, fullgraph=True)
     log, best, state = [], {"val_loss": math.inf, "epoch": epochs, "adaptor": None}, ranks.from_first(run.resume)
 
     def judge():
-        return ranks.from_first(lambda: validate(adaptor, image, text, image_of_text, held_out, native))
+        return ranks.from_first(lambda: validate(adaptor, data, held_out, native))
 
     if held_out and not state:
         best = snapshot(adaptor, 0, *judge())
     parts = {"adaptor": adaptor, "optimizer": optimizer, "schedule": schedule}
 
     def states():
-        return {name: part.state_dict() for name, part in parts.items()} | {"log": log, "best": best}
+        others = {"log": log, "best": best, "in_memory": data.in_memory}
+        return {name: part.state_dict() for name, part in parts.items()} | others
 
     def finite(total):
         moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -129,19 +133,18 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, ran
         epoch = len(log)
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + epoch) % 2**32)
-        batches = rows[torch.randperm(len(rows))].to(image.device).split(batch)
+        order = data.order(rows, batch)
         adaptor.train()
-        total = torch.zeros((), device=image.device)
+        total = torch.zeros((), device=data.device)
         first = 0
         if inside:
-            first, total = inside["step"], inside["total"].to(image.device)
+            first, total = inside["step"], inside["total"].to(data.device)
             set_random_state(inside["random"])
             bar.update(first)
             inside = None
-        for step, chosen in enumerate(batches[first:], first + 1):
-            pairs = image.index_select(0, image_of_text[chosen]).float(), text.index_select(0, chosen).float()
+        for step, (chosen, pairs) in enumerate(data.batches(order, batch, first), first + 1):
             if epoch <= suspect:
-                before = copy.deepcopy(adaptor.state_dict()), random_state(image.device)
+                before = copy.deepcopy(adaptor.state_dict()), random_state(data.device)
             loss = (compiled if len(chosen) == batch else shared)(*pairs)
             optimizer.zero_grad()
             loss.backward()
@@ -156,7 +159,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, ran
             bar.update()
             if ranks.any(stops()):
                 if finite(total):
-                    inside = {"step": step, "total": total, "random": random_state(image.device)}
+                    inside = {"step": step, "total": total, "random": random_state(data.device)}
                     ranks.from_first(lambda: run.save_state(**states(), inside=inside))  # noqa: B023
                 raise KeyboardInterrupt
         if not finite(total):
@@ -186,7 +189,7 @@ def fit(adaptor, optimizer, image, text, image_of_text, rows, held_out, run, ran
                 f"{run.folder}: no epoch gives held-out pairs finite scores: try a lower learning rate with"
                 " --set optim.lr=..."
             )
-        sample = image[image_of_text[held_out[0]]], text[held_out[0]]
+        sample = data.take(held_out[0])
         last = uncertainties(adaptor, *sample)
         adaptor.load_state_dict(best["adaptor"])
         # That of the start is, unless training leaves it as it is: then no weight enters it, as with a closed form.
@@ -229,18 +232,19 @@ def snapshot(adaptor, epoch, val_loss, temperature):
 def uncertainties(adaptor, image, text):
     """The uncertainties (N,) and (M,) of images (N, D) and captions (M, D), without those that the method lacks."""
     adaptor.eval()
-    sides = adaptor.adapt_image(image.float()), adaptor.adapt_text(text.float())
+    sides = adaptor.adapt_image(image), adaptor.adapt_text(text)
     return [side.uncertainty for side in sides if side.uncertainty is not None]
 
 
 @torch.no_grad()
-def validate(adaptor, image, text, image_of_text, blocks, native=False):
+def validate(adaptor, data, blocks, native=False):
     """The loss of held-out pairs, and the temperature that suits them best.
 
-    native: the method's own loss; by default the unified one at that temperature.
+    data: InMemory or OnDisk. blocks: of captions. native: the method's own loss; by default the unified one at that
+    temperature.
     """
     adaptor.eval()
-    inputs = [(image[image_of_text[rows]].float(), text[rows].float()) for rows in blocks]
+    inputs = [data.take(rows) for rows in blocks]
     pairs = [(adaptor.adapt_image(images), adaptor.adapt_text(texts)) for images, texts in inputs]
     scores = [adaptor.log_likelihood(*pair) for pair in pairs]
     if not torch.stack([torch.isfinite(score).all() for score in scores]).all():
@@ -323,18 +327,21 @@ def train(args, config, ranks):
         job = dataclasses.asdict(config), pairs.identity, trains(adaptor)
         ranks.must_agree(job, "another configuration or other embeddings")
         log, outcome, untrained = [], "nothing to train", False
+        if ranks.from_first(lambda: keeps_in_memory(run, pairs, device, adaptor)):
+            data = InMemory(*pairs.to(device, adaptor.pooled))
+        else:
+            data = OnDisk(pairs, device, adaptor.pooled)
         if trains(adaptor):
-            data = pairs.to(device, adaptor.pooled)
             with interrupts_wait(insist=ranks.world == 1) as stops:
                 quiet = args.quiet or not ranks.first
-                log, kept, untrained = fit(adaptor, optimizer, *data, rows, held_out, run, ranks, stops, quiet)
-            outcome = f"trained, loss {log[-1]['loss']:.4f}"
+                log, kept, untrained = fit(adaptor, optimizer, data, rows, held_out, run, ranks, stops, quiet)
+            outcome = f"trained{'' if data.in_memory else ' from disk'}, loss {log[-1]['loss']:.4f}"
             if held_out and kept:
                 outcome += f", epoch {kept} kept"
             elif held_out:
                 outcome += "; the untrained start is kept, as the best on held-out pairs"
         elif held_out:
-            _, temperature = validate(adaptor, *pairs.to(device, adaptor.pooled), held_out)
+            _, temperature = validate(adaptor, data, held_out)
             adaptor.given_scale.fill_(temperature)
             of = "" if config.score == "log_likelihood" else ", that of eval.py's --score log_likelihood"
             outcome += f", posterior calibrated{of}"
@@ -346,9 +353,23 @@ def train(args, config, ranks):
         # A method without training has seen only the images that it was prepared with or calibrated on.
         captions = torch.cat([rows if log else rows[:0], *held_out]).numpy()
         images = pairs.image_of_text[captions] if len(captions) else captions
-        start_kept = bool(log and held_out) and not kept
-        run.finish(adaptor, all_seen(pairs.seen(images), learned), bank, untrained, start_kept)
+        choices = {"untrained": untrained, "start_kept": bool(log and held_out) and not kept}
+        choices["from_disk"] = bool(log) and not data.in_memory
+        run.finish(adaptor, all_seen(pairs.seen(images), learned), bank, **choices)
     print(f"{run.folder}: {outcome}")
+
+
+def keeps_in_memory(run, pairs, device, adaptor):
+    """Whether a run copies the embeddings of `pairs` to its device.
+
+    It is decided once a run, as the order of the pairs depends on it.
+    """
+    chosen, state = run.config.train.in_memory, run.resume()
+    if chosen is not None:
+        return chosen
+    if state:
+        return state.get("in_memory", True)
+    return trains(adaptor) and not must_stay_on_disk(pairs, device, adaptor.pooled)
 
 
 def trains(adaptor):

@@ -27,7 +27,9 @@ import cache_embeddings
 import train
 from datasets.bank import Bank, draw
 from datasets.embeddings import Pairs
+from datasets.ranks import Ranks
 from datasets.shapes import ATTRIBUTES, NAMES, UNNAMED, VALUES
+from datasets.streaming import InMemory
 from metrics.retrieval import ambiguity
 from metrics.uncertainty import auroc, auroc_of_draws, false_positive_rates, spearman
 from models.backbones import make_backbone
@@ -93,9 +95,9 @@ def fitted(method, rows, seed, quiet):
     if any(p.requires_grad for p in adaptor.parameters()):
         optimizer = train.make_optimizer(adaptor, config.optim)
         config.train.save_every = math.inf  # there is no run on disk
-        data, run = pairs.to("cpu"), Run(config)
+        data, run = InMemory(*pairs.to("cpu")), Run(config)
         run.resume = lambda: None
-        train.fit(adaptor, optimizer, *data, torch.as_tensor(rows), [], run, lambda: False, quiet)
+        train.fit(adaptor, optimizer, data, torch.as_tensor(rows), [], run, Ranks(), lambda: False, quiet)
     return adaptor.eval(), time.process_time() - started
 
 

@@ -15,6 +15,7 @@ import torch
 import eval as evaluation
 import train
 from datasets.embeddings import Pairs, hold_out
+from datasets.streaming import InMemory
 from models.asymvlm import AsymVLM
 from models.base import best_temperature
 from models.pair_loss import info_nce
@@ -386,8 +387,7 @@ def test_the_epoch_with_the_least_validation_loss_is_kept(world):
     assert config.train.val_fraction == 0.1  # 1,500 captions are few
     pairs = Pairs("shapes", "shapes-tiny", "train")
     _, blocks = hold_out(pairs.image_of_text, 0.1, seed=3)
-    image, text, image_of_text = pairs.to("cpu")
-    loss, temperature = train.validate(adaptor, image, text, image_of_text, blocks)
+    loss, temperature = train.validate(adaptor, InMemory(*pairs.to("cpu")), blocks)
     assert loss == pytest.approx(min(losses), rel=1e-5) and loss < losses[-1]
     assert adaptor.posterior_scale == pytest.approx(temperature, rel=1e-3)
 
@@ -429,7 +429,7 @@ def test_validation_is_without_dropout(world):
     pairs = Pairs("shapes", "shapes-tiny", "train")
     adaptor = ProbVLM(pairs.dim, width=16, dropout=0.5).train()
     _, blocks = hold_out(pairs.image_of_text, 0.2, seed=0)
-    first, second = (train.validate(adaptor, *pairs.to("cpu"), blocks) for _ in range(2))
+    first, second = (train.validate(adaptor, InMemory(*pairs.to("cpu")), blocks) for _ in range(2))
     assert first == second
 
 

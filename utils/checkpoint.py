@@ -72,16 +72,16 @@ class Run:
         """Save the state from which a killed run resumes."""
         _save(self.state_file, state | {"identity": self.identity})
 
-    def finish(self, adaptor, seen, bank, untrained=False, start_kept=False):
+    def finish(self, adaptor, seen, bank, **choices):
         """Save the trained weights. seen: which images they were trained on (`Pairs.seen`).
 
-        bank: NamedTuple of training queries. start_kept: whether held-out pairs chose the start. untrained: whether its
-        uncertainty is that of random weights, then.
+        bank: NamedTuple of training queries. choices: what is true of the run and mostly is not: `start_kept`, whether
+        held-out pairs chose the start; `untrained`, whether its uncertainty is that of random weights, then;
+        `from_disk`, whether embeddings stayed there, which changes the order of the pairs.
         """
         state = {name: value.detach().cpu() for name, value in adaptor.state_dict().items()}
         saved = {"state_dict": state, "identity": self.identity, "seen": seen, "bank": bank._asdict()}
-        chosen = {"untrained": untrained, "start_kept": start_kept}
-        _save(self.adaptor_file, saved | {name: True for name, holds in chosen.items() if holds})
+        _save(self.adaptor_file, saved | {name: True for name, holds in choices.items() if holds})
         self.state_file.unlink(missing_ok=True)
 
     def load(self, device):

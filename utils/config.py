@@ -85,6 +85,7 @@ class Train:
     patience: int = 50  # training stops after so many epochs without a better held-out loss
     precision: str = "float32"  # of matrix products: tf32; bfloat16: of perceptrons alone
     compile: bool = False  # the loss by torch.compile, on CUDA as graphs; rounds differently
+    in_memory: bool | None = None  # false: read from disk in shuffled blocks; none: if half the memory is too small
     save_every: float = 5.0  # seconds between saved states, from which a killed run resumes
 
 
@@ -408,7 +409,7 @@ def _build(cls, values, where):
             continue
         if kind in (float, float | None) and type(value) is int:
             value = float(value)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        if not isinstance(value, kind) or (kind not in (bool, bool | None) and isinstance(value, bool)):
             raise UserError(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, not {value!r}.")
         filled[name] = value
     return cls(**filled)
