@@ -30,12 +30,14 @@ from scipy import sparse
 
 from datasets import Caption, Classes, Image, Source, check_folds, fold_splits
 from datasets.embeddings import name_rows
+from datasets.parts import Parts, choose
 from utils.errors import UserError
 from utils.files import UNREADABLE, is_name
 
 IDS = ("image_id", "coco_image_id")
 STRINGS = ("caption", "class_name", "split")
 KEYS = ("image", "text", "image_of_text", "match", *IDS, "label", "class_of_text", "human", *STRINGS)
+BLOCK = 2**16  # rows that are read at once
 ROUNDING = 1e-3  # largest rounding error relative to a row's norm: twice that of float16 in its normal range
 
 
@@ -60,7 +62,7 @@ class Arrays(Source):
             raise self._error(f"'image' has {sizes}: give embeddings of one model, after its projections.")
         images, texts = len(self.image), len(self.text)
         self.labeled = {"label", "class_of_text"} & arrays.keys()
-        self.caption = self._read_column(arrays, "caption", "U", "strings", texts)
+        self.caption = self._read_column(arrays, "caption", "UO", "strings", texts)
         if self.labeled:
             self._read_classes(arrays, images, texts)
         else:
@@ -69,8 +71,10 @@ class Arrays(Source):
         self.ids = self._read_ids(arrays, images)
         names = self._read_column(arrays, "split", "U", "strings", images)
         self.splits = fold_splits(images, folds, seed, self.file) if names is None else self._named(names)
-        content = hashlib.sha256(self.image)
-        content.update(self.text)
+        content = hashlib.sha256()
+        for array in (self.image, self.text):
+            for start in range(0, len(array), BLOCK):
+                content.update(array[start : start + BLOCK])
         self.version = f"{content.hexdigest()} {logit_scale}"
         self.space = "coco" if "coco_image_id" in arrays and "image_id" not in arrays else f"embeddings {self.version}"
 
@@ -105,7 +109,7 @@ class Arrays(Source):
     def embeddings(self, split):
         """Return the float16 embeddings of what `images` and `captions` list."""
         images, texts = self._rows(split)
-        return self.image[images], self.text[texts]
+        return choose(self.image, images), choose(self.text, texts)
 
     def _rows(self, split):
         """Return the rows of the images and of the texts of `split`."""
@@ -190,26 +194,29 @@ class Arrays(Source):
         if key not in arrays:
             raise self._error(f"it has no key '{key}': name the embeddings 'image' and 'text'.")
         array = arrays[key]
-        if array.ndim != 2 or array.dtype.kind != "f" or not array.size:
-            actual = f"not {array.dtype} of shape {array.shape}"
-            raise self._error(f"'{key}' must hold one embedding per row, floats of shape (rows, D), {actual}.")
-        with np.errstate(all="ignore"):  # overflow raises an error below
-            half = array.astype(np.float16, order="C")
-            lost = np.linalg.norm(half - array, axis=1) > ROUNDING * np.linalg.norm(array, axis=1)
+        files = [array.opened(number) for number in range(len(array.parts))] if isinstance(array, Parts) else [array]
+        for part in files:
+            if part.ndim != 2 or part.dtype.kind != "f" or not part.size or part.shape[1] != files[0].shape[1]:
+                actual = f"not {part.dtype} of shape {part.shape}"
+                raise self._error(f"'{key}' must hold one embedding per row, floats of shape (rows, D), {actual}.")
+        blocks = [part[start : start + BLOCK] for part in files for start in range(0, len(part), BLOCK)]
+        faults = [np.concatenate(of_kind) for of_kind in zip(*map(_faults, blocks), strict=True)]
         again = "encode these items again, or leave them out"
-        widely = f"{again}; float16 ends at 65,504, so encode in float32" if array.dtype == np.float16 else again
+        is_half = files[0].dtype == np.float16
+        widely = f"{again}; float16 ends at 65,504, so encode in float32" if is_half else again
         scale = "multiply all rows by one number, which changes no cosine"
-        for wrong, problem, hint in (
-            (np.isnan(array).any(axis=1), "NaN", again),
-            (~np.isfinite(array).all(axis=1), "infinity", widely),
-            (~array.any(axis=1), "nothing but zeros", again),
-            (~np.isfinite(half).all(axis=1), "numbers too large for float16, whose maximum is 65,504,", scale),
-            (lost, "numbers too small for float16, whose smallest step is 6e-8,", scale),
-        ):
+        problems = (
+            ("NaN", again),
+            ("infinity", widely),
+            ("nothing but zeros", again),
+            ("numbers too large for float16, whose maximum is 65,504,", scale),
+            ("numbers too small for float16, whose smallest step is 6e-8,", scale),
+        )
+        for wrong, (problem, hint) in zip(faults, problems, strict=True):
             if wrong.any():
                 rows = name_rows(np.flatnonzero(wrong))
                 raise self._error(f"'{key}' holds {problem} in {rows} of {len(array):,}: {hint}.")
-        return half
+        return array if isinstance(array, Parts) else array.astype(np.float16, order="C")
 
     def _read_column(self, arrays, key, kinds, values, length):
         """Read one value per row, or None if the key is absent; kinds: NumPy's letters for the types allowed."""
@@ -247,6 +254,15 @@ class Arrays(Source):
         return ids
 
 
+def _faults(block):
+    """Rows (n,) of embeddings (n, D) with NaN, with infinity, of zeros, too large and too small for float16."""
+    with np.errstate(all="ignore"):  # overflow is one of them
+        half = block.astype(np.float16)
+        lost = np.linalg.norm(half - block, axis=1) > ROUNDING * np.linalg.norm(block, axis=1)
+    nan, finite, finite_half = np.isnan(block), np.isfinite(block), np.isfinite(half)
+    return nan.any(axis=1), ~finite.all(axis=1), ~block.any(axis=1), ~finite_half.all(axis=1), lost
+
+
 def _read_npz(file):
     key = ""
     try:
@@ -280,10 +296,10 @@ def _read_safetensors(file):
         raise UserError(f"{file}: it is not a .safetensors of plain arrays ({message}): write it again.") from None
 
 
-def _load(path):
-    """Read one .npy."""
+def _load(path, mode=None):
+    """Read one .npy; mode: "r" to open it as a memory map."""
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
     except UNREADABLE as error:
         message = " ".join(str(error).split())
         raise UserError(f"{path} is not an .npy of plain numbers ({message}): write it again.") from None
@@ -294,25 +310,30 @@ def _read_folder(folder):
 
 
 def _read_clip_retrieval(folder):
-    """Read what `clip-retrieval inference` writes, part by part; returns {} if the folder has another layout."""
+    """Open what `clip-retrieval inference` writes, where it is; returns {} if the folder has another layout."""
     image_files = _numbered(folder, "img_emb", ".npy")
     text_files, metadata_files = _numbered(folder, "text_emb", ".npy"), _numbered(folder, "metadata", ".parquet")
-    arrays = {"image": [], "text": [], "caption": []}
+    files = {"image": [], "text": []}
+    captions, counts = [], []
     for number, image in sorted(image_files.items()):
         if number not in text_files:
             raise UserError(f"{folder}: {image.name} has no text_emb_{number}.npy beside it: embed the captions, too.")
-        arrays["image"].append(_load(image))
-        arrays["text"].append(_load(text_files[number]))
+        files["image"].append(image.absolute())
+        files["text"].append(text_files[number].absolute())
         if number in metadata_files:
-            arrays["caption"].append(_captions(metadata_files[number]))
-        lengths = {len(rows[-1]) for rows in arrays.values() if rows}
+            captions.append(_captions(metadata_files[number]))
+        counts.append(len(_load(image, "r")))
+        lengths = {counts[-1], len(_load(files["text"][-1], "r")), *(len(part) for part in captions[-1:])}
         if len(lengths) > 1:
             raise UserError(
                 f"{folder}: part {number} has {' and '.join(map(str, sorted(lengths)))} rows: embed it again."
             )
-    if len(arrays["caption"]) not in (0, len(image_files)):
+    if len(captions) not in (0, len(image_files)):
         raise UserError(f"{folder}: some parts have a metadata_*.parquet and some have none: complete them.")
-    return {key: np.concatenate(rows) for key, rows in arrays.items() if rows}
+    if not image_files:
+        return {}
+    arrays = {side: Parts(paths, counts) for side, paths in files.items()}
+    return arrays | ({"caption": np.concatenate(captions)} if captions else {})
 
 
 def _numbered(folder, name, suffix):
@@ -332,5 +353,7 @@ def _captions(file):
         message = " ".join(str(error).split())
         raise UserError(f"{file} is not a Parquet file ({message}): write it again.") from None
     if "caption" not in table.column_names:
-        return np.array([f"text {row} of {file.name}" for row in range(len(table))])
-    return np.array([str(caption or "") for caption in table["caption"].to_pylist()])
+        captions = [f"text {row} of {file.name}" for row in range(len(table))]
+    else:
+        captions = [str(caption or "") for caption in table["caption"].to_pylist()]
+    return np.array(captions, dtype=object)  # as strings of one length they would take the memory of the longest

@@ -58,9 +58,12 @@ class Blocks:
         with atomic(self._file(kind, number)) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
 
-    def parts(self, kind, size, count):
-        """Yield the blocks of `count` rows in order, (rows, dict of arrays); raises UserError if one is missing."""
-        for number, rows in enumerate(_cut(count, size)):
+    def parts(self, kind, size, count, chosen=slice(None)):
+        """Yield the blocks of `count` rows in order, (rows, dict of arrays); raises UserError if one is missing.
+
+        chosen: which of them.
+        """
+        for number, rows in list(enumerate(_cut(count, size)))[chosen]:
             block = self.read(kind, number, len(rows))
             if block is None:
                 raise UserError(
@@ -168,9 +171,9 @@ class BlockEncoder:
         hidden = True if self.quiet or not self.ranks.first else None
         return todo, tqdm(total=total, initial=total - left, desc=title, unit=kind, disable=hidden)
 
-    def parts(self, kind, count):
-        """Yield the blocks of all ranks in order, (rows, dict of arrays); raises UserError if one is missing."""
-        return self.blocks.parts(kind, self.sizes[kind], count)
+    def parts(self, kind, count, chosen=slice(None)):
+        """Yield the blocks of all ranks in order, as `Blocks.parts`."""
+        return self.blocks.parts(kind, self.sizes[kind], count, chosen)
 
     def images(self, source, images):
         """Encode images that `source` opens; with on_error="stop", raises UserError at one that cannot be read."""

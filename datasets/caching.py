@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
+import math
 import shutil
 
 import numpy as np
@@ -11,7 +12,8 @@ from scipy import sparse
 
 from datasets import listing as listings
 from datasets.blocks import BlockEncoder, Blocks
-from datasets.embeddings import LAYOUT, META, encoder_fingerprint
+from datasets.embeddings import LAYOUT, META, encoder_fingerprint, stamp_of
+from datasets.parts import PART, Parts
 from utils.errors import UserError
 from utils.files import atomic, save_array, save_arrays, write_json, write_lines
 
@@ -82,14 +84,17 @@ def write_cache(folder, identity, source, listing, backbone, ranks, **options):
     encoder.texts("prompt", prompts)
     encoder.images(source, listing.images)
     ranks.broadcast(None)
+    _join(folder, identity, listing, backbone, encoder, prompts, ranks)
     if ranks.first:
-        _join(folder, identity, listing, backbone, encoder, prompts)
         shutil.rmtree(blocks.folder)
     ranks.broadcast(None)
 
 
-def _join(folder, identity, listing, backbone, encoder, prompts):
-    """Write the cache from all blocks, without the images that could not be read and their captions."""
+def _join(folder, identity, listing, backbone, encoder, prompts, ranks):
+    """Write the cache from all blocks, without the images that could not be read and their captions.
+
+    Embeddings of more than PART rows become several files, of which every rank writes some; the first writes the rest.
+    """
     counts = {"image": len(listing.images), "text": len(listing.captions), "prompt": len(prompts)}
     error, cut, unreadable = {"image": 0.0, "text": 0.0}, 0, {}
     for kind in counts:
@@ -103,26 +108,45 @@ def _join(folder, identity, listing, backbone, encoder, prompts):
     keep_image, keep_text = _kept(listing, unreadable)
     keep = {"image": keep_image, "text": keep_text, "prompt": np.full(len(prompts), True)}
 
-    def arrays(kind, name):
-        return (block[name][keep[kind][rows.start : rows.stop]] for rows, block in encoder.parts(kind, counts[kind]))
+    def arrays(kind, name, chosen=slice(None)):
+        blocks = encoder.parts(kind, counts[kind], chosen)
+        return (block[name][keep[kind][rows.start : rows.stop]] for rows, block in blocks)
 
-    def write(kind, name, file):
-        """Copy the kept rows of all blocks into one .npy, block by block, as they may not fit into memory."""
-        parts = arrays(kind, name)
-        first = next(parts)
-        header = {"descr": "<f2", "fortran_order": False, "shape": (int(keep[kind].sum()), first.shape[1])}
-        with atomic(folder / file) as partial, open(partial, "wb") as npy:
-            np.lib.format.write_array_header_1_0(npy, header)
-            for part in itertools.chain([first], parts):
-                npy.write(part.astype("<f2").tobytes())
+    written = {}
 
-    _clear(folder)
-    write("image", "embedding", "image.npy")
-    write("text", "embedding", "text.npy")
+    def write(kind, name, stem):
+        """Copy the kept rows of all blocks into .npy files, block by block, as they may not fit into memory."""
+        size = encoder.sizes[kind]
+        each = max(1, PART // size)  # blocks of a file
+        starts = range(0, math.ceil(counts[kind] / size), each)
+        for number, start in enumerate(starts):
+            file = f"{stem}-{number:05d}.npy" if len(starts) > 1 else f"{stem}.npy"
+            kept = int(keep[kind][start * size : (start + each) * size].sum())
+            if kept:
+                written.setdefault(stem, []).append([file, kept, None])
+            if not kept or number % ranks.world != ranks.rank:
+                continue
+            blocks = arrays(kind, name, slice(start, start + each))
+            first = next(blocks)
+            header = {"descr": "<f2", "fortran_order": False, "shape": (kept, first.shape[1])}
+            with atomic(folder / file) as partial, open(partial, "wb") as npy:
+                np.lib.format.write_array_header_1_0(npy, header)
+                for block in itertools.chain([first], blocks):
+                    npy.write(block.astype("<f2").tobytes())
+
+    if ranks.first:
+        _clear(folder)
+    ranks.broadcast(None)
+    for name, stem in [("embedding", "{}"), ("pooled", "{}_pooled")][: 1 + (identity["features"] == "pooled")]:
+        for kind in ("image", "text"):
+            write(kind, name, stem.format(kind))
+    ranks.broadcast(None)
+    if not ranks.first:
+        return
+    in_parts = {stem: files for stem, files in written.items() if files[0][0] != f"{stem}.npy"}
+    identity = identity | ({"parts": in_parts} if in_parts else {})
     encoded_prompts = {}
     if identity["features"] == "pooled":
-        write("image", "pooled", "image_pooled.npy")
-        write("text", "pooled", "text_pooled.npy")
         projection = {
             f"{side}_{name}": value.cpu().numpy()
             for side in ("image", "text")
@@ -149,8 +173,16 @@ def write_given(folder, identity, source, listing):
     source: has the logit_scale and logit_bias of the model that made them.
     """
     _clear(folder)
-    for name, rows in zip(("image", "text"), listing.embeddings, strict=True):
-        save_array(folder / f"{name}.npy", rows)
+    in_place = {}
+    for name, array in zip(("image", "text"), listing.embeddings, strict=True):
+        if not isinstance(array, Parts):
+            save_array(folder / f"{name}.npy", array)
+            continue
+        lengths = np.diff(array.ends, prepend=0).tolist()
+        in_place[name] = [[str(path), rows, stamp_of(path)] for path, rows in zip(array.parts, lengths, strict=True)]
+        if array.rows is not None:
+            save_array(folder / f"{name}_rows.npy", array.rows)
+    identity = identity | ({"parts": in_place} if in_place else {})
     dim = listing.embeddings[0].shape[1]
     identity = identity | {"precision": GIVEN, "dim": dim, "captions_cut": 0, "unreadable": 0}
     keep_image, keep_text = _kept(listing, {})

@@ -16,7 +16,12 @@ If the images have classes, image_of_text.npy is replaced by
     label.npy (N,), class_of_text.npy (M,)   class numbers; texts are prompts, every class in every template
     human.npy (N, C)                    shares of human answers, if known
 
-and --features pooled adds
+In a large cache, image.npy and text.npy are several files, image-00000.npy and so on. Embeddings in parts that were
+computed elsewhere stay where they are: meta.json has their paths, and
+
+    image_rows.npy (N,), text_rows.npy (M,)   which rows of all parts the split has
+
+--features pooled adds
 
     image_pooled.npy, text_pooled.npy   float16, the inputs of the model's last projections
     projection.npz                      their weights (D, P) and biases (D,): embedding = weight @ pooled + bias, plus a
@@ -35,6 +40,7 @@ import torch
 from scipy import sparse
 
 from datasets.folds import fold_of, mask
+from datasets.parts import Parts, choose
 from models.backbones.last_map import Joined
 from utils.config import HOME, Encoder, load_backbone
 from utils.errors import UserError
@@ -68,11 +74,20 @@ def _is_whole(meta):
         all(isinstance(meta[name], str) for name in STRINGS)
         and all(type(meta[name]) is int and meta[name] >= 0 for name in COUNTS)
         and all(isinstance(values, list) and all(isinstance(value, str) for value in values) for values in lists)
-        and {"image.npy", "text.npy", "image_id.npy", "text_id.npy", "items.jsonl"} <= set(meta["files"])
+        and {"image_id.npy", "text_id.npy", "items.jsonl"} <= set(meta["files"])
+        and all(f"{name}.npy" in meta["files"] or name in meta["parts"] for name in ("image", "text"))
+        and all(_is_part(part) for parts in meta.get("parts", {}).values() for part in [*parts, parts[0]])
         and {f"{name}.npy" for name in targets} <= set(meta["files"])
         and type(meta["logit_scale"]) in (int, float) and 0 < meta["logit_scale"] < math.inf
         and isinstance(meta["logit_bias"], int | float | None)
     )  # fmt: skip
+
+
+def _is_part(part):
+    """Whether an entry of meta.json is a part: its path, its rows, and None or what the file was like, `stamp_of`."""
+    path, rows, stamp = part
+    is_stamp = stamp is None or (isinstance(stamp, list) and all(type(value) is int for value in stamp))
+    return isinstance(path, str) and type(rows) is int and rows > 0 and is_stamp
 
 
 def cached_as(split):
@@ -147,7 +162,7 @@ class Pairs:
             raise UserError(f"{self.folder} was made by another version of this suite: {again}.")
         images, captions, dim = (self.meta[name] for name in ("images", "captions", "dim"))
         self._sizes = images, captions  # of the files
-        self.image, self.text = self._array("image", (images, dim)), self._array("text", (captions, dim))
+        self.image, self.text = self._embeddings("image", (images, dim)), self._embeddings("text", (captions, dim))
         self.image_id, self.text_id = self._numbers("image_id", images), self._numbers("text_id", captions)
         self.image_of_text = self.class_of_text = self.label = None  # label: class numbers of the images (N,)
         if self.classes is None:
@@ -175,8 +190,8 @@ class Pairs:
         texts = np.full(len(self.text), True) if self.image_of_text is None else images[self.image_of_text]
         self._rows = {"image": np.flatnonzero(images), "text": np.flatnonzero(texts)}
         del self.matches  # read again, of these rows
-        self.image, self.image_id = self.image[images], self.image_id[images]
-        self.text, self.text_id = self.text[texts], self.text_id[texts]
+        self.image, self.image_id = choose(self.image, images), self.image_id[images]
+        self.text, self.text_id = choose(self.text, texts), self.text_id[texts]
         if self.image_of_text is None:
             self.label = self.label[images]
         else:
@@ -187,7 +202,7 @@ class Pairs:
 
     def _read(self, name, read):
         """Read a file of the cache, or return None if meta.json does not list it."""
-        if name not in self.meta["files"]:
+        if name not in (*self.meta["files"], META):
             return None
         try:
             return read(self.folder / name)
@@ -206,6 +221,26 @@ class Pairs:
             return array
 
         return self._read(f"{name}.npy", read)
+
+    def _embeddings(self, name, shape=None):
+        """Open embeddings (N, D), in one file or in parts; raises UserError if a part is missing or has changed."""
+        listed = self.meta.get("parts", {}).get(name)
+        if listed is None:
+            return self._array(name, shape)
+        paths = [self.folder / path for path, *_ in listed]
+        for path, (_, _, stamp) in zip(paths, listed, strict=True):
+            if not path.is_file() or stamp not in (None, stamp_of(path)):
+                state = "has changed since" if path.is_file() else "is missing, and"
+                raise UserError(f"{path} {state} {self.folder} was made from it: run `{self.command} --overwrite`.")
+        rows = self._array(f"{name}_rows", None, "i8")
+
+        def read(_):
+            array = Parts(paths, [count for _, count, _ in listed], rows)
+            if shape not in (None, array.shape) or (rows is not None and rows.max() >= array.ends[-1]):
+                raise ValueError(f"it holds rows of shape {array.shape}")
+            return array
+
+        return self._read(META, read)
 
     def _numbers(self, name, count, below=None):
         """Read ids, or numbers from 0 to `below`; raises UserError for others."""
@@ -313,16 +348,16 @@ class Pairs:
         embedding = self.chains["text"] if side == "prompt" else getattr(self, side)
         if not pooled:
             return embedding
-        phi = self.chains["pooled"] if side == "prompt" else self._array(f"{side}_pooled")
+        phi = self.chains["pooled"] if side == "prompt" else self._embeddings(f"{side}_pooled")
         if side in self._rows:
-            phi = phi[self._rows[side]]
+            phi = choose(phi, self._rows[side])
         tower = "image" if side == "image" else "text"
         return Joined(embedding, phi, f"{tower}_bias" in self.projection)
 
     def must_be_finite(self, pooled=False):
         """Raise UserError, which names the rows, if the embeddings, or the pooled features, hold NaN or infinity."""
         for name in ("image", "text", *(("image_pooled", "text_pooled") if pooled else ())):
-            array = self._array(name)
+            array = self._embeddings(name)
             wrong = np.flatnonzero(~finite_rows(array))
             if len(wrong):
                 raise UserError(
@@ -334,6 +369,12 @@ class Pairs:
         """Copy to `device`: inputs of images and of captions (see `fed`), float16, and image_of_text (M,), int64."""
         arrays = (self.fed("image", pooled)[:], self.fed("text", pooled)[:], self.image_of_text)
         return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
+
+
+def stamp_of(path):
+    """Size of a file in bytes and when it was written, in ns, by which a change is noticed."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def finite_rows(array, block=2**16):

@@ -14,6 +14,7 @@ from scipy import sparse
 
 from datasets import Caption, Classes, Image, is_id
 from datasets.captions import spelled_list
+from datasets.parts import choose
 from utils.errors import UserError
 
 SAMPLE = 16  # files whose content is hashed, to detect other pictures under the same names
@@ -104,7 +105,9 @@ def list_split(source, split, on_error="stop"):
         captions=[caption for caption, keep in zip(captions, keep_text) if keep],
         id_space=source.id_space(split),
         classes=classes,
-        embeddings=None if embeddings is None else (embeddings[0][keep_image], embeddings[1][keep_text]),
+        embeddings=None
+        if embeddings is None
+        else (choose(embeddings[0], keep_image), choose(embeddings[1], keep_text)),
         matches=None if matches is None else matches[keep_image][:, keep_text],
         chains=chains,
         skipped=skipped,

@@ -92,7 +92,8 @@ def test_a_fold_has_the_rows_of_its_images(pairs, refusal):
         assert part.items["text"] == pairs["caption"][part.text_id].tolist()
         assert part.items["image"] == [f"image {row}" for row in part.image_id]
         assert all(
-            torch.equal(a, torch.tensor(b)) for a, b in zip(part.to("cpu"), (part.image, part.text, part.image_of_text))
+            torch.equal(a, torch.tensor(np.array(b)))
+            for a, b in zip(part.to("cpu"), (part.image, part.text, part.image_of_text))
         )
     message = refusal(reproduce.main, "--datasets", "embeddings", "--methods", "clip", "--folds", "1", *CACHE)
     assert "--folds takes 2 or more" in message

@@ -1,0 +1,61 @@
+"""Embeddings in parts: files one after another, or chosen rows of them, opened as one array."""
+
+from pathlib import Path
+
+import numpy as np
+
+PART = 2**20  # rows of a file in a cache of more: 1 GB at D = 512
+
+
+class Parts:
+    """Embeddings (N, D), float16, of which only the rows that are asked for are read; indexed like an array.
+
+    parts: arrays (n, D), or the paths of .npy with floats, one after another. lengths: n of each. rows: those of all of
+    them, in order, that it has (N,); by default every one. A file is opened when it is read: some systems let a process
+    have no more than a thousand open.
+    """
+
+    ndim, dtype = 2, np.dtype(np.float16)
+
+    def __init__(self, parts, lengths, rows=None):
+        self.parts, self.rows = parts, rows
+        self.ends = np.cumsum(lengths)
+        self.shape = (int(self.ends[-1]) if rows is None else len(rows), self.opened(0).shape[1])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def opened(self, number):
+        """The part of a number, as it is."""
+        part = self.parts[number]
+        return np.load(part, mmap_mode="r", allow_pickle=False) if isinstance(part, Path) else part
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            rows = np.arange(*index.indices(len(self)))
+        else:
+            rows = np.asarray(index)
+            rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        if self.rows is not None:
+            rows = self.rows[rows]
+        part = np.searchsorted(self.ends, rows, side="right")
+        result = np.empty((len(rows), self.shape[1]), self.dtype)
+        for number in np.unique(part):
+            here = part == number
+            start = self.ends[number - 1] if number else 0
+            result[here] = self.opened(number)[rows[here] - start]
+        return result
+
+    def __array__(self, dtype=None, copy=None):
+        return self[:] if dtype is None else self[:].astype(dtype)
+
+
+def choose(array, rows):
+    """Rows (n,), numbers or a mask, of an array (N, D): of a memory map or of Parts without reading them."""
+    if isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+        return array[rows]
+    rows = np.asarray(rows)
+    rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+    if not isinstance(array, Parts):
+        return Parts([array], [len(array)], rows)
+    return Parts(array.parts, np.diff(array.ends, prepend=0), rows if array.rows is None else array.rows[rows])
