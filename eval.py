@@ -4,6 +4,7 @@
     python eval.py --dataset cifar10 --train-dataset coco --method asymvlm-psd --seed 0
     python eval.py --dataset shapes-objects --train-dataset shapes --method bayesvlm --split shifted-test --val val
     python eval.py --dataset hierarcaps --train-dataset coco --method asymvlm-psd --seed 0 --task hierarchy
+    torchrun --nproc-per-node 4 eval.py --dataset coco --method asymvlm-psd --seed 0
 
 Pairs are retrieved in both directions; images with classes are classified zero-shot by prompts; chains of prompts show
 whether uncertainty falls from general to specific; the tasks of docs/decisions.md say which pairs match, which answers
@@ -15,6 +16,7 @@ query.
 import utils.interrupt  # noqa: F401
 
 # isort: split
+import os
 from pathlib import Path
 
 from reporting.runs import DECISIONS, OF_EVAL  # modules of tasks/
@@ -69,7 +71,7 @@ def parse(argv=None):
     return args, config, load_config(args.dataset, backbone=config.backbone).data
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
     parse()  # --help and wrong flags end here, before the seconds in which torch loads
 
 import csv
@@ -82,7 +84,8 @@ import torch
 from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from datasets.folds import fold_of
-from metrics import hubs
+from datasets.ranks import Ranks, reported
+from metrics import hubs, score_tiles
 from models.precision import set_deterministic, set_precision
 from reporting import evaluations
 from reporting.terminal import result_text
@@ -266,11 +269,10 @@ def repeated(pairs):
     return sum(len(owners[caption]) > 1 for caption in pairs.items["text"])
 
 
-@exits_cleanly()
-def main(argv=None):
-    args, config, data = parse(argv)
+def evaluate(args, config, data, ranks):
+    """Evaluate the run of a Config, as one of the processes `ranks`, of which the first writes and prints."""
     run = Run(config)
-    device = pick_device(args.device)
+    device = pick_device(args.device, ranks.local)
     set_precision(device)
     split = args.split or data.eval_split
     pairs = Pairs(args.dataset, run.config.backbone, split, needs_pooled(run.config))
@@ -291,7 +293,8 @@ def main(argv=None):
     scores = [first, *(name for name in SCORES if name != first and args.score == "both")]
     evaluated_on = evaluated_as(args.dataset, split, data.eval_split)
     path = config.result(evaluated_on, task)
-    must_write(path.parent)  # known before it computes
+    if ranks.first:
+        must_write(path.parent)  # known before it computes
     val = open_val(args, pairs, run, task, identity) if args.val else None
     kind, correction, bank = choose_hubs(args, run, pairs, val, task, identity)
     by, absent = column_of(args.by) if args.by else None, None
@@ -299,14 +302,18 @@ def main(argv=None):
         if pairs.classes is not None or correction:
             raise UserError("--absent is for captions and their scores as they are: leave it out, or --hubs none.")
         absent = open_absent(args.absent, config, identity, run.folder, adaptor.pooled, device)
-    choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank,
+    quiet = args.quiet or not ranks.first
+    choices = Choices(scores, count, args.levels_by, args.drop_remainder, quiet, val, correction, bank,
                       args.prior, tuple(args.alpha or ALPHAS), by, absent)  # fmt: skip
     try:
         chosen_task = importlib.import_module(f"tasks.{task}")
-        figures, arrays = chosen_task.evaluate(adaptor, pairs, choices, device)
+        with score_tiles.divided(ranks.rank, ranks.world, ranks.gather):
+            figures, arrays = chosen_task.evaluate(adaptor, pairs, choices, device)
     except FloatingPointError as error:
         pairs.must_be_finite(adaptor.pooled)
         raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
+    if not ranks.first:
+        return
     fold = fold_of(split)
     metadata = {
         "task": task, "evaluated_on": evaluated_on, "split": split, "uncer_levels": count,
@@ -332,6 +339,14 @@ def main(argv=None):
         values = metadata | made | figures
         print(evaluations.as_text(path, values) if task in DECISIONS else result_text(values))
     print(path)
+
+
+@exits_cleanly()
+@reported
+def main(argv=None):
+    args, config, data = parse(argv)
+    with Ranks() as ranks:
+        evaluate(args, config, data, ranks)
 
 
 if __name__ == "__main__":

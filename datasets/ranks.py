@@ -85,19 +85,30 @@ class Ranks:
 
     def broadcast(self, value):
         """Broadcast: return rank 0's `value` on every rank, once all ranks have called this."""
-        values, started = [value], time.monotonic()
+        values = [value]
         if self.world > 1:
-            try:
-                dist.broadcast_object_list(values, group=self.group)
-                dist.barrier(group=self.group)
-            except RuntimeError:
-                if time.monotonic() - started < WAIT:  # the connection is lost: another rank failed, which reports why
-                    raise Lost(ENDED) from None
-                hint = "see what they do, and run the same command again, which goes on from the finished blocks"
-                raise UserError(
-                    f"process {self.rank} of {self.world} has waited {WAIT // 3600} hours for the others: {hint}."
-                ) from None
+            self._exchange(dist.broadcast_object_list, values)
         return values[0]
+
+    def gather(self, value):
+        """Return the list of every rank's `value` on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            self._exchange(dist.all_gather_object, values, value)
+        return values
+
+    def _exchange(self, operation, *values):
+        started = time.monotonic()
+        try:
+            operation(*values, group=self.group)
+            dist.barrier(group=self.group)
+        except RuntimeError:
+            if time.monotonic() - started < WAIT:  # the connection is lost: another rank failed, which reports why
+                raise Lost(ENDED) from None
+            hint = "see what they do, and run the same command again, which goes on from the finished blocks"
+            raise UserError(
+                f"process {self.rank} of {self.world} has waited {WAIT // 3600} hours for the others: {hint}."
+            ) from None
 
     def from_first(self, call):
         """Return on every rank what `call()` returns on rank 0, which alone calls it."""

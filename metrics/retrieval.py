@@ -139,7 +139,7 @@ def top(score, queries, gallery, k):
     if not 1 <= k <= gallery:
         raise ValueError(f"{k} items cannot be listed of a gallery of {gallery}")
     columns = Columns(queries)
-    for rows, scores in tiles(score, queries, gallery):
+    for rows, scores in tiles(score, queries, gallery, mine=True):
         value, item = scores.topk(k, dim=1)
         if not torch.isfinite(value).all():
             raise FloatingPointError("a score is not finite")
@@ -150,7 +150,7 @@ def top(score, queries, gallery, k):
         item = item.gather(1, order)
         item[crowded] = scores[crowded].argsort(dim=1, descending=True, stable=True)[:, :k]
         columns.put(rows, item)
-    return columns[0]
+    return columns.complete()[0]
 
 
 class AtR(NamedTuple):
@@ -176,7 +176,7 @@ def at_r(score, matches):
     if not np.diff(matches.indptr).all():
         raise ValueError("a query has no positive")
     columns = Columns(matches.shape[0])
-    for rows, scores in tiles(score, *matches.shape, share=8):  # some ten numbers per score are in memory
+    for rows, scores in tiles(score, *matches.shape, share=8, mine=True):  # some ten numbers per score are in memory
         true = torch.from_numpy(matches[rows].toarray() != 0).to(scores.device)
         positives = true.sum(dim=1, keepdim=True).cpu()
         depth = int(positives.max())
@@ -205,7 +205,7 @@ def at_r(score, matches):
         chance = tied_hits / size * (place < positives)
         precision = (before + 1 + above) / (place + 1)
         columns.put(rows, *((x.sum(dim=1) / positives[:, 0]) for x in (chance * precision, chance)))
-    return AtR(*columns)
+    return AtR(*columns.complete())
 
 
 def ambiguity(matches):

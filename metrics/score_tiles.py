@@ -4,6 +4,7 @@ Q queries, G gallery items, P positives: pairs of a query and an item that answe
 slice of queries to their scores (q, G), so that only tiles of the score matrix are in memory.
 """
 
+import contextlib
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,6 +15,26 @@ TILE = 2**22  # scores that are read at once: 16 MB in float32, part of which st
 ROWS = 128  # queries whose scores are computed at once at least: a matrix product of fewer rows is slower
 # Least logit below the top: e^-80 adds nothing to a sum, and float32 exp is a hundred times slower where it underflows.
 LEAST = -80.0
+_processes = 0, 1, None  # that `divided` names
+
+
+@contextlib.contextmanager
+def divided(rank, world, gather):
+    """Divide the tiles of `read`, `top` and `at_r` in the block among `world` processes, of which this is `rank`.
+
+    Every process computes whole tiles, so the figures of all have the bits of one. gather: function that returns the
+    list of what all processes call it with.
+
+    >>> with divided(0, 1, lambda value: [value]):
+    ...     read(torch.eye(2).__getitem__, 2, [0, 1], [0, 1], lambda tile: [tile.scores.amax(dim=1)])[0][0].tolist()
+    [1.0, 1.0]
+    """
+    global _processes
+    before, _processes = _processes, (rank, world, gather)
+    try:
+        yield
+    finally:
+        _processes = before
 
 
 class Positives:
@@ -35,15 +56,18 @@ class Positives:
         return (self.query[first:last] - rows.start).to(device), self.item[first:last].to(device)
 
 
-def tiles(score, queries, gallery, share=1):
+def tiles(score, queries, gallery, share=1, mine=False):
     """Yield slices of the Q queries with their scores (q, G), at most TILE / share scores each, but one query at least.
+
+    mine: only the slices of this process, see `divided`.
 
     >>> [(rows, len(scores)) for rows, scores in tiles(lambda rows: torch.zeros(3, 2)[rows], 3, 2)]
     [(slice(0, 3, None), 3)]
     """
     part = max(1, TILE // gallery // share)
     step = max(TILE // gallery, min(ROWS, queries))
-    for start in range(0, queries, step):
+    rank, world, _ = _processes if mine else (0, 1, None)
+    for start in range(0, queries, step)[rank::world]:
         stop = min(start + step, queries)
         scores = score(slice(start, stop))
         for first in range(start, stop, part):
@@ -75,7 +99,7 @@ class Columns(list):
     """
 
     def __init__(self, queries):
-        self.queries = queries
+        self.queries, self.filled = queries, []
 
     def put(self, rows, *values):
         """Fill in tensors (q, ...) for the queries in the slice `rows`."""
@@ -83,6 +107,16 @@ class Columns(list):
             self.extend(np.empty((self.queries, *x.shape[1:]), x.cpu().numpy().dtype) for x in values)
         for column, value in zip(self, values, strict=True):
             column[rows] = value.cpu().numpy()
+        self.filled.append(rows)
+
+    def complete(self):
+        """Fill in the slices of the other processes, see `divided`; returns itself."""
+        rank, world, gather = _processes
+        if world > 1:
+            parts = gather([(rows, [column[rows] for column in self]) for rows in self.filled])
+            for rows, values in [item for part in parts[:rank] + parts[rank + 1 :] for item in part]:
+                self.put(rows, *map(torch.from_numpy, values))
+        return self
 
 
 class Posterior(NamedTuple):
@@ -171,8 +205,8 @@ def read(score, gallery, query_of_positive, item_of_positive, *readers, share=1)
     """
     positives, buffers = Positives(query_of_positive, item_of_positive), {}
     columns = [Columns(positives.queries) for _ in readers]
-    for rows, scores in tiles(score, positives.queries, gallery, share):
+    for rows, scores in tiles(score, positives.queries, gallery, share, mine=True):
         tile = Tile(rows, scores, positives, buffers)
         for reader, column in zip(readers, columns, strict=True):
             column.put(rows, *reader(tile))
-    return columns
+    return [column.complete() for column in columns]
