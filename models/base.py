@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.memory import empty
 from models.pair_loss import PairScore, cross_entropies, info_nce, mean_of
 from models.precision import Perceptron
 from models.shares import current_share
@@ -146,13 +147,19 @@ def cosine(image: Embedding, text: Embedding) -> Tensor:
 
 @torch.inference_mode()
 def adapt_all(adapt, embeddings, device, block: int = 8192) -> Embedding:
-    """Apply `adaptor.adapt_image` or `.adapt_text` to the array of `Pairs.fed` block by block, on `device`."""
-    blocks = [
-        adapt(torch.as_tensor(embeddings[start : start + block].copy()).to(device).float())
-        for start in range(0, len(embeddings), block)
-    ]
-    whole = Embedding(*(None if field[0] is None else torch.cat(field) for field in zip(*blocks, strict=True)))
-    return whole._replace(direction=F.normalize(whole.mean, dim=-1))
+    """Apply `adaptor.adapt_image` or `.adapt_text` to the array of `Pairs.fed` block by block, on `device`.
+
+    What would take half of the free memory is put into a file, see `memory.empty`.
+    """
+    whole = None
+    for start in range(0, len(embeddings), block):
+        part = adapt(torch.as_tensor(embeddings[start : start + block].copy()).to(device).float())
+        part = part._replace(direction=F.normalize(part.mean, dim=-1))
+        whole = whole or Embedding(*empty([None if field is None else field[0] for field in part], len(embeddings)))
+        for field, values in zip(whole, part, strict=True):
+            if field is not None:
+                field[start : start + block] = values
+    return whole
 
 
 def best_temperature(scores: list[Tensor]) -> float:

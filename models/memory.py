@@ -51,14 +51,19 @@ def _left_to_group():
     return left
 
 
-def empty(shape, dtype, device):
-    """An empty tensor on a device; on a CPU without the memory for it, in a file without a name, in the working folder.
+def empty(rows, count):
+    """Empty tensors (count, ...) for rows like these tensors, or None; on a CPU without the memory, in unnamed files.
 
-    shape: of the tensor. dtype: of torch.
+    The files lie in the working folder, which has the disk of results, and last as long as the tensors.
     """
-    size = int(np.prod(shape)) * dtype.itemsize
-    if torch.device(device).type != "cpu" or fits(size, device):
-        return torch.empty(shape, dtype=dtype, device=device)
+    size = count * sum(row.nbytes for row in rows if row is not None)
+    device = next(row.device for row in rows if row is not None)
+    make = torch.empty if device.type != "cpu" or fits(size, device) else _in_file
+    shapes = [None if row is None else (count, *row.shape) for row in rows]
+    return [shape and make(shape, dtype=row.dtype, device=device) for row, shape in zip(rows, shapes, strict=True)]
+
+
+def _in_file(shape, dtype, device):
     with tempfile.TemporaryFile(dir=".") as file:
-        content = np.memmap(file, dtype=np.uint8, mode="w+", shape=(size,))
+        content = np.memmap(file, dtype=np.uint8, mode="w+", shape=(int(np.prod(shape)) * dtype.itemsize,))
     return torch.from_numpy(content).view(dtype).view(shape)

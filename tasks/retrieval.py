@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import sparse
 
 from metrics import eccv, retrieval, summary
@@ -32,6 +33,7 @@ from tasks import (
     without_correction,
 )
 
+GALLERY = 2**17  # items that are scored at once: methods need memory for each beside the score
 COCO_5K = 5000  # images of the test split, whose fifths are COCO 1K
 
 
@@ -67,10 +69,12 @@ def sides(compute, image, text, image_of_text, scale):
     caption = np.arange(texts)
 
     def to_text(rows):
-        return compute(image.rows(rows), text)
+        part = image.rows(rows)
+        return torch.cat([compute(part, text.rows(block)) for block in _blocks(texts)], dim=1)
 
     def to_image(rows):
-        return compute(image, text.rows(rows)).T
+        part = text.rows(rows)
+        return torch.cat([compute(image.rows(block), part).T for block in _blocks(images)], dim=1)
 
     if images * texts <= STORED_SCORES:
         scores = all_scores(to_text, images, texts)
@@ -78,6 +82,11 @@ def sides(compute, image, text, image_of_text, scale):
     text_side = Side(to_image, images, caption, image_of_text, scale)
     image_side = Side(to_text, texts, image_of_text, caption, scale)
     return {"text_to_image": text_side, "image_to_text": image_side}
+
+
+def _blocks(count):
+    """Slices of `count` items of a gallery that are scored at once."""
+    return [slice(start, start + GALLERY) for start in range(0, count, GALLERY)]
 
 
 def truths(pairs):

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import train
 from datasets import streaming
 from datasets.embeddings import Pairs
 from datasets.streaming import InMemory, OnDisk
 from models import memory
+from models.base import Embedding, cosine
 from models.pcmepp import PCMEPP
+from tasks import retrieval
 from utils.checkpoint import Run
 from utils.config import load_config
 
@@ -102,8 +105,38 @@ def test_free_memory_is_what_system_and_job_leave(tmp_path, monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": 8 * gigabyte}))
     assert memory.fits(1.5 * gigabyte, "cpu") and not memory.fits(1.6 * gigabyte, "cpu")
     monkeypatch.chdir(tmp_path)
-    small, large = (memory.empty((1, size), torch.float32, "cpu") for size in (4, 2**20))
     monkeypatch.setattr(memory, "_left_to_group", lambda: [gigabyte // 512])
-    on_disk = memory.empty((2**10, 2**10), torch.float32, "cpu").fill_(2.0)
-    assert on_disk.sum() == 2**21 and small.shape == (1, 4) and large.shape == (1, 2**20)
-    assert not list(tmp_path.iterdir())  # its file has no name
+    row, nothing, number = memory.empty([torch.zeros(2**10), None, torch.tensor(0)], 2**10)
+    assert row.fill_(2.0).sum() == 2**21 and nothing is None and number.shape == (2**10,)
+    assert number.dtype == torch.int64 and not list(tmp_path.iterdir())  # its file has no name
+
+
+def test_evaluation_without_memory_has_the_same_bytes(world, monkeypatch):
+    """Adapted embeddings lie in files then; the gallery is scored in blocks, which rounds differently at most."""
+    command = [*COMMAND[:2], "--method", "asymvlm-psd", "--quiet", "--device", "cpu"]
+    train.main([*command, "--set", "train.epochs=1", "model.width=16"])
+    evaluation.main(command)
+    results = [
+        world / f"results/shapes/shapes-tiny/asymvlm-psd/seed0/shapes-retrieval.{end}" for end in ("json", "npz")
+    ]
+    expected = [path.read_bytes() for path in results]
+    in_file, files = memory._in_file, []
+    monkeypatch.setattr(memory, "SHARE", 0.0)
+    monkeypatch.setattr(
+        memory, "_in_file", lambda *shape, **options: (files.append(shape), in_file(*shape, **options))[1]
+    )
+    evaluation.main(command)
+    assert [path.read_bytes() for path in results] == expected and len(files) >= 6
+
+
+def test_a_gallery_scored_in_blocks_has_the_same_scores(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    image, text = (Embedding(torch.randn(count, 4, generator=generator)) for count in (50, 90))
+    monkeypatch.setattr(retrieval, "STORED_SCORES", 0)
+    whole, parted = [], []
+    for scores, size in ((whole, 1000), (parted, 16)):
+        monkeypatch.setattr(retrieval, "GALLERY", size)
+        both = retrieval.sides(cosine, image, text, np.arange(90) % 50, 1.0)
+        scores += [side.score(slice(3, 40)) for side in both.values()]
+    assert [score.shape for score in parted] == [(37, 50), (37, 90)]
+    torch.testing.assert_close(parted, whole, rtol=0, atol=1e-6)
