@@ -24,6 +24,9 @@ from utils.arguments import add_data_flags, add_run_flags, make_parser, run_conf
 from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
+INTERRUPTED = "interrupted."
+if os.environ.get("WORLD_SIZE", "1") != "1":
+    INTERRUPTED = "interrupted, as by torchrun where another of the processes has ended: its report says which."
 FEW_LEVELS, ALPHAS = 5, (0.05, 0.1, 0.2)  # of decisions
 FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",)}
 
@@ -341,7 +344,7 @@ def evaluate(args, config, data, ranks):
     print(path)
 
 
-@exits_cleanly()
+@exits_cleanly(interrupted=INTERRUPTED)
 @reported
 def main(argv=None):
     args, config, data = parse(argv)

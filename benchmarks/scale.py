@@ -2,12 +2,14 @@
 
     python -m benchmarks.scale size --pairs 100000 1000000 12000000 --figure docs/scale.png
     python -m benchmarks.scale shuffle
-    python -m benchmarks.scale evaluation --pairs 4000 12000 36000
+    python -m benchmarks.scale evaluation --pairs 4000 8000 16000
+    python -m benchmarks.scale parts --pairs 40000 400000
 
 `size` writes caches of random embeddings (2 kB a pair at D = 512, deleted afterwards), and measures steps of train.py:
 CPU seconds, pairs a second, and the peak of anonymous memory, which unlike the page cache cannot be given up. `shuffle`
 trains on drawn pairs that are sorted by class, by a full shuffle and in blocks, and judges all on the same held-out
-pairs. `evaluation` times eval.py. All work in the folder --folder. RESULTS.md and docs/scale.md record results.
+pairs. `evaluation` times eval.py. `parts` caches 400 files in clip-retrieval's layout, as LAION-400M has, where they
+are, and reads an epoch of them. All work in the folder --folder. RESULTS.md and docs/scale.md record results.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import cache_embeddings
 import eval as evaluation
 import train
 from datasets import streaming
@@ -190,7 +193,12 @@ def draw(results, path):
         for in_memory, look in ((True, "o--"), (False, "s-")):
             points = [(count, value(of[in_memory])) for count, of in results.items() if in_memory in of]
             panel.plot(*zip(*points), look, label="in memory" if in_memory else "from disk", ms=4)
-        panel.set(xscale="log", xlabel="pairs, D = 512", ylabel=label, ylim=(0, None))
+        panel.set(xscale="log", xlabel="pairs, D = 512", ylabel=label)
+    counts = list(results)
+    panels[0].plot(counts, [2048 * count / 1e9 for count in counts], ":", color="gray", label="embeddings on disk")
+    panels[0].set(yscale="log")
+    panels[1].set(ylim=(0, None))
+    panels[2].set(yscale="log")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -271,10 +279,31 @@ def evaluations(counts):
         print(f"{count:,} pairs: {time.process_time() - start:.1f} CPU s, {memory.peak / 1e9:.2f} GB", flush=True)
 
 
+def parts(counts):
+    """Cache folders of 400 parts in clip-retrieval's layout, and read all their training pairs, shuffled."""
+    for count in counts:
+        rows = count // 400
+        for kind, array in zip(("img_emb", "text_emb"), next(random_parts(rows, 512)), strict=True):
+            Path("laion", kind).mkdir(parents=True)
+            for number in range(400):
+                np.save(f"laion/{kind}/{kind}_{number:03d}.npy", np.roll(array, number, axis=1))
+        start = time.perf_counter(), time.process_time(), anonymous()
+        with Watched() as memory, contextlib.redirect_stdout(io.StringIO()):
+            cache_embeddings.main(["--dataset", "embeddings", "--root", "laion", "--splits", "train0", "--quiet"])
+        cpu, peak = time.process_time() - start[1], memory.peak - start[2]
+        wall = time.perf_counter() - start[0]
+        pairs, folder = Pairs("embeddings", "given", "train0"), Path("embeddings/embeddings/given/train0")
+        disk = sum(path.stat().st_size for path in folder.iterdir())
+        figures = {"cached": len(pairs.text), "wall": wall, "cpu": cpu, "peak": peak, "disk": disk}
+        print(count, json.dumps(figures | reader("train0", windows=10)), flush=True)
+        shutil.rmtree("laion")
+        shutil.rmtree("embeddings")
+
+
 @exits_cleanly()
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=["size", "shuffle", "evaluation", "one"])
+    parser.add_argument("what", choices=["size", "shuffle", "evaluation", "parts", "one"])
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--folder", type=Path, default=Path("scale"), help="where to write caches")
     parser.add_argument("--largest-in-memory", type=int, default=1_000_000, help="of the sizes also trained in memory")
@@ -291,8 +320,8 @@ def main(argv=None):
         print(json.dumps(one_size(args.split, args.in_memory)))
     elif args.what == "shuffle":
         shuffles(args.pairs[0], args.seeds, args.epochs)
-    elif args.what == "evaluation":
-        evaluations(args.pairs)
+    elif args.what in ("evaluation", "parts"):
+        {"evaluation": evaluations, "parts": parts}[args.what](args.pairs)
     else:
         results = sizes(args.pairs, args.largest_in_memory)
         if figure:

@@ -28,6 +28,7 @@ EXCEPTIONS = {  # names and templates of ImageNet's classes; the figures of stud
     ("datasets.classification", "open_clip.zero_shot_metadata"),
     ("benchmarks.few_pairs", "matplotlib.figure"),
     ("benchmarks.densities", "matplotlib.figure"),
+    ("benchmarks.scale", "matplotlib.figure"),
 }
 
 
