@@ -58,9 +58,10 @@ from tqdm import tqdm
 from datasets.bank import draw
 from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, cache_folder, hold_out, name_rows
 from datasets.ranks import Ranks, reported
-from datasets.streaming import InMemory, OnDisk, must_stay_on_disk
+from datasets.streaming import InMemory, OnDisk, bytes_of
 from models.base import Adaptor, best_temperature
 from models.finite import all_finite, first_fault
+from models.memory import fits
 from models.pair_loss import cross_entropies, info_nce
 from models.precision import set_deterministic, set_precision, train_in_bfloat16
 from utils.checkpoint import Run
@@ -330,7 +331,7 @@ def train(args, config, ranks):
         job = dataclasses.asdict(config), pairs.identity, trains(adaptor)
         ranks.must_agree(job, "another configuration or other embeddings")
         log, outcome, untrained = [], "nothing to train", False
-        if ranks.from_first(lambda: keeps_in_memory(run, pairs, device, adaptor)):
+        if ranks.from_first(lambda: keeps_in_memory(run, pairs, device, adaptor, ranks.neighbors)):
             data = InMemory(*pairs.to(device, adaptor.pooled))
         else:
             data = OnDisk(pairs, device, adaptor.pooled)
@@ -362,8 +363,8 @@ def train(args, config, ranks):
     print(f"{run.folder}: {outcome}")
 
 
-def keeps_in_memory(run, pairs, device, adaptor):
-    """Whether a run copies the embeddings of `pairs` to its device.
+def keeps_in_memory(run, pairs, device, adaptor, neighbors):
+    """Whether a run copies the embeddings of `pairs` to its device, or on a CPU each of its `neighbors` processes does.
 
     It is decided once a run, as the order of the pairs depends on it.
     """
@@ -372,7 +373,8 @@ def keeps_in_memory(run, pairs, device, adaptor):
         return chosen
     if state:
         return state.get("in_memory", True)
-    return trains(adaptor) and not must_stay_on_disk(pairs, device, adaptor.pooled)
+    copies = 1 if device.type == "cuda" else neighbors
+    return trains(adaptor) and fits(copies * bytes_of(pairs, adaptor.pooled), device)
 
 
 def trains(adaptor):

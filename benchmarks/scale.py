@@ -15,6 +15,7 @@ are, and reads an epoch of them. All work in the folder --folder. RESULTS.md and
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -236,9 +237,10 @@ def shuffles(pairs, seeds, epochs):
         write_pairs(split, dim, [(image[mask].half().numpy(), text[mask].half().numpy())], int(mask.sum()))
     held_out = Pairs("embeddings", "given", "held")
     streaming.WINDOW = pairs // 12
-    orders = {"full shuffle": None} | {f"blocks of {size}": size for size in (4, 32, 256, 2048)}
+    orders = {"full shuffle": None} | {f"blocks of {size}": size for size in (8, 256, 2048)}
     orders["none: in the order of the file"] = pairs
     print(f"{pairs:,} pairs in {classes} classes, windows of {streaming.WINDOW:,}, batches of {batch}")
+    full = None
     for title, block in orders.items():
         values = []
         for seed in range(seeds):
@@ -257,11 +259,12 @@ def shuffles(pairs, seeds, epochs):
             with contextlib.redirect_stdout(io.StringIO()):
                 train.main([*FLAGS, "--tag", tag, "--seed", str(seed), "--set", *settings])
             values.append(judged(tag, seed, held_out))
-        cells = [
-            f"{statistics.mean(of):.4f} ± {statistics.stdev(of):.4f}"
-            for of in ([value[name] for value in values] for name in ("loss", "recall"))
-        ]
-        print(f"| {title} | {cells[0]} | {cells[1]} |", flush=True)
+        full, cells = full or values, []
+        for name in ("loss", "recall"):
+            of, less = [value[name] for value in values], [b[name] - a[name] for a, b in zip(full, values, strict=True)]
+            cells += [f"{statistics.mean(of):.3f} ± {statistics.stdev(of):.3f}"]
+            cells += [f"{statistics.mean(less):+.3f} ± {statistics.stdev(less) / math.sqrt(seeds):.3f}"]
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 
 def evaluations(counts):

@@ -1,5 +1,6 @@
 """Embeddings in parts: files one after another, or chosen rows of them, opened as one array."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,15 @@ class Parts:
             rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         if self.rows is not None:
             rows = self.rows[rows]
-        part = np.searchsorted(self.ends, rows, side="right")
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.ends[-1]:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.ends[-1]}")
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows, [0, *self.ends], sorter=order)
         result = np.empty((len(rows), self.shape[1]), self.dtype)
-        for number in np.unique(part):
-            here = part == number
-            start = self.ends[number - 1] if number else 0
-            result[here] = self.opened(number)[rows[here] - start]
+        for number, (first, last) in enumerate(pairwise(bounds)):
+            if first < last:
+                here, start = order[first:last], self.ends[number - 1] if number else 0
+                result[here] = self.opened(number)[rows[here] - start]
         return result
 
     def __array__(self, dtype=None, copy=None):

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from models.memory import fits
-
 BLOCK = 256  # captions that are read at once: 256 kB in float16 at D = 512
 WINDOW = 2**18  # captions that are in memory at once, and from which batches are drawn: 256 MB
 
@@ -93,6 +91,6 @@ def _window(batch):
     return max(1, WINDOW // batch) * batch
 
 
-def must_stay_on_disk(pairs, device, pooled=False):
-    """Whether the embeddings of an opened Pairs are too large for the memory of a device."""
-    return not fits(sum(2 * np.prod(pairs.fed(side, pooled).shape) for side in ("image", "text")), device)
+def bytes_of(pairs, pooled=False):
+    """Bytes of the embeddings of an opened Pairs in memory."""
+    return sum(2 * int(np.prod(pairs.fed(side, pooled).shape)) for side in ("image", "text"))
