@@ -140,7 +140,7 @@ def test_folds_of_images_with_classes(pairs):
     assert sorted(result["fold"] for result in results) == [[1, 2], [2, 2]]
     assert sum(result["images"] for result in results) == IMAGES
     with open("results/embeddings/table.csv", encoding="utf-8") as file:
-            lines = [line for line in csv.DictReader(file) if line["column"] == "acc"]
+        lines = [line for line in csv.DictReader(file) if line["column"] == "acc"]
     accuracy = [100 * result["image_to_class"]["recall"]["1"] for result in results]
     assert lines
     for line in lines:
