@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-BLOCK = 256  # captions that are read at once: 256 kB in float16 at D = 512
+BLOCK = 64  # captions that are read at once: 64 kB in float16 at D = 512
 WINDOW = 2**18  # captions that are in memory at once, and from which batches are drawn: 256 MB
 
 
