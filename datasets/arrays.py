@@ -194,15 +194,17 @@ class Arrays(Source):
         if key not in arrays:
             raise self._error(f"it has no key '{key}': name the embeddings 'image' and 'text'.")
         array = arrays[key]
-        files = [array.opened(number) for number in range(len(array.parts))] if isinstance(array, Parts) else [array]
-        for part in files:
-            if part.ndim != 2 or part.dtype.kind != "f" or not part.size or part.shape[1] != files[0].shape[1]:
+        faults, sizes = [], set()
+        for number in range(len(array.parts) if isinstance(array, Parts) else 1):
+            part = array.opened(number) if isinstance(array, Parts) else array
+            sizes.add(part.shape[1:])
+            if part.ndim != 2 or part.dtype.kind != "f" or not part.size or len(sizes) > 1:
                 actual = f"not {part.dtype} of shape {part.shape}"
                 raise self._error(f"'{key}' must hold one embedding per row, floats of shape (rows, D), {actual}.")
-        blocks = [part[start : start + BLOCK] for part in files for start in range(0, len(part), BLOCK)]
-        faults = [np.concatenate(of_kind) for of_kind in zip(*map(_faults, blocks), strict=True)]
+            faults += [_faults(part[start : start + BLOCK]) for start in range(0, len(part), BLOCK)]
+        faults = [np.concatenate(of_kind) for of_kind in zip(*faults, strict=True)]
         again = "encode these items again, or leave them out"
-        is_half = files[0].dtype == np.float16
+        is_half = part.dtype == np.float16
         widely = f"{again}; float16 ends at 65,504, so encode in float32" if is_half else again
         scale = "multiply all rows by one number, which changes no cosine"
         problems = (

@@ -123,7 +123,7 @@ def _join(folder, identity, listing, backbone, encoder, prompts, ranks):
             file = f"{stem}-{number:05d}.npy" if len(starts) > 1 else f"{stem}.npy"
             kept = int(keep[kind][start * size : (start + each) * size].sum())
             if kept:
-                written.setdefault(stem, []).append([file, kept, None])
+                written.setdefault(stem, []).append((file, kept))
             if not kept or number % ranks.world != ranks.rank:
                 continue
             blocks = arrays(kind, name, slice(start, start + each))
@@ -143,7 +143,11 @@ def _join(folder, identity, listing, backbone, encoder, prompts, ranks):
     ranks.broadcast(None)
     if not ranks.first:
         return
-    in_parts = {stem: files for stem, files in written.items() if files[0][0] != f"{stem}.npy"}
+    in_parts = {  # without the time, which a copy of the folder may change
+        stem: [[file, kept, stamp_of(folder / file)[:1]] for file, kept in files]
+        for stem, files in written.items()
+        if files[0][0] != f"{stem}.npy"
+    }
     identity = identity | ({"parts": in_parts} if in_parts else {})
     encoded_prompts = {}
     if identity["features"] == "pooled":

@@ -84,10 +84,9 @@ def _is_whole(meta):
 
 
 def _is_part(part):
-    """Whether an entry of meta.json is a part: its path, its rows, and None or what the file was like, `stamp_of`."""
+    """Whether an entry of meta.json is a part: its path, its rows, and what the file was like, from `stamp_of`."""
     path, rows, stamp = part
-    is_stamp = stamp is None or (isinstance(stamp, list) and all(type(value) is int for value in stamp))
-    return isinstance(path, str) and type(rows) is int and rows > 0 and is_stamp
+    return isinstance(path, str) and isinstance(stamp, list) and type(rows) is int and rows > 0
 
 
 def cached_as(split):
@@ -229,7 +228,7 @@ class Pairs:
             return self._array(name, shape)
         paths = [self.folder / path for path, *_ in listed]
         for path, (_, _, stamp) in zip(paths, listed, strict=True):
-            if not path.is_file() or stamp not in (None, stamp_of(path)):
+            if not path.is_file() or stamp != stamp_of(path)[: len(stamp)]:
                 state = "has changed since" if path.is_file() else "is missing, and"
                 raise UserError(f"{path} {state} {self.folder} was made from it: run `{self.command} --overwrite`.")
         rows = self._array(f"{name}_rows", None, "i8")

@@ -21,7 +21,7 @@ class Parts:
     def __init__(self, parts, lengths, rows=None):
         self.parts, self.rows = parts, rows
         self.ends = np.cumsum(lengths)
-        self.shape = (int(self.ends[-1]) if rows is None else len(rows), self.opened(0).shape[1])
+        self.shape = (int(self.ends[-1]) if rows is None else len(rows), self.opened(0).shape[-1])
 
     def __len__(self):
         return self.shape[0]

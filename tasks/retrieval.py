@@ -70,11 +70,11 @@ def sides(compute, image, text, image_of_text, scale):
 
     def to_text(rows):
         part = image.rows(rows)
-        return torch.cat([compute(part, text.rows(block)) for block in _blocks(texts)], dim=1)
+        return _joined([compute(part, text.rows(block)) for block in _blocks(texts)])
 
     def to_image(rows):
         part = text.rows(rows)
-        return torch.cat([compute(image.rows(block), part).T for block in _blocks(images)], dim=1)
+        return _joined([compute(image.rows(block), part).T for block in _blocks(images)])
 
     if images * texts <= STORED_SCORES:
         scores = all_scores(to_text, images, texts)
@@ -87,6 +87,11 @@ def sides(compute, image, text, image_of_text, scale):
 def _blocks(count):
     """Slices of `count` items of a gallery that are scored at once."""
     return [slice(start, start + GALLERY) for start in range(0, count, GALLERY)]
+
+
+def _joined(scores):
+    """Scores (q, G) of blocks of the gallery (q, g); a single one is not copied."""
+    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
 
 
 def truths(pairs):
