@@ -237,7 +237,7 @@ def shuffles(pairs, seeds, epochs):
         write_pairs(split, dim, [(image[mask].half().numpy(), text[mask].half().numpy())], int(mask.sum()))
     held_out = Pairs("embeddings", "given", "held")
     streaming.WINDOW = pairs // 12
-    orders = {"full shuffle": None} | {f"blocks of {size}": size for size in (8, 256, 2048)}
+    orders = {"full shuffle": None} | {f"blocks of {size}": size for size in (2, 8, 256, 2048)}
     orders["none: in the order of the file"] = pairs
     print(f"{pairs:,} pairs in {classes} classes, windows of {streaming.WINDOW:,}, batches of {batch}")
     full = None
