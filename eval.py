@@ -23,7 +23,8 @@ from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_conf
 from utils.errors import UserError, exits_cleanly
 
 FEW_LEVELS, ALPHAS = 5, (0.05, 0.1, 0.2)  # of decisions
-FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",)}
+FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",),
+         "predictors": ("correctness",)}  # fmt: skip
 
 
 @exits_cleanly()
@@ -63,6 +64,8 @@ def parse(argv=None):
     parser.add_argument("--by", metavar="FILE:COLUMN", help=by)
     absent = "unanswerable: a file of captions, a line each, of what no image shows; the backbone encodes them"
     parser.add_argument("--absent", metavar="FILE", type=Path, help=absent)
+    predictors = "correctness: names of predictors, such as vilu or 'vilu, official'; by default all"
+    parser.add_argument("--predictors", metavar="NAME", nargs="+", help=predictors)
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
     args = parser.parse_args(argv)
     config = run_config(args, args.train_dataset or args.dataset)
@@ -299,7 +302,7 @@ def main(argv=None):
             raise UserError("--absent is for captions and their scores as they are: leave it out, or --hubs none.")
         absent = open_absent(args.absent, config, identity, run.folder, adaptor.pooled, device)
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank,
-                      args.prior, tuple(args.alpha or ALPHAS), by, absent)  # fmt: skip
+                      args.prior, tuple(args.alpha or ALPHAS), by, absent, args.predictors)  # fmt: skip
     try:
         chosen_task = importlib.import_module(f"tasks.{task}")
         figures, arrays = chosen_task.evaluate(adaptor, pairs, choices, device)

@@ -188,7 +188,10 @@ def search(args, run, config, identity, embeddings, adaptor, device):
         if not 0.9 < count / usual < 1.1:
             print(f"what was learned is of galleries of {usual:,}, and this has {count:,}: no probability or set is"
                   " certain to hold.", file=sys.stderr)  # fmt: skip
-        scores = answers.gallery_scores(adaptor, pairs, kind, embedding, results["conformal"]["score"], device)
+        score, place = results["conformal"]["score"], evaluated_as(config.dataset, args.gallery, data.eval_split)
+        terms = config.result(place, f"gallery-{other}-{score}").with_suffix(".npz")
+        kept = terms, f"{run.weights_hash()} {pairs.meta['fingerprint']}"
+        scores = answers.gallery_scores(adaptor, pairs, kind, embedding, score, device, kept)
         part = answers.answers(scores, embedding, sets, rejection, args.alpha, args.unanswerable)
         for place, row in zip(places, part, strict=True):
             for best in row["best"]:
