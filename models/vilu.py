@@ -40,7 +40,7 @@ class ViLU(nn.Module):
 
 
 def inputs(query: Tensor, items: Tensor, logit: Tensor) -> Tensor:
-    """What a ViLU reads, (Q, 3 D + 2): queries (Q, D), the mean of the items (G, D) under their posterior, their answers.
+    """What a ViLU reads, (Q, 3 D + 2): queries (Q, D), the mean of the items (G, D) by their posterior, the answers.
 
     logit: (Q, G), whose softmax is the posterior. The maps of the published code stay the identity by default, and so
     are left out. Last come the log probability of the answer and its margin to the second.

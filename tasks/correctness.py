@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from metrics import answering, calibration, correctness
 from metrics.comparison import PairedBootstrap, interval, paired_difference
 from metrics.score_tiles import read
-from metrics.uncertainty import auroc, false_positive_rates, selective
+from metrics.uncertainty import false_positive_rates, selective
 from models import icpe, vilu
 from tasks import decisions
 from utils.errors import UserError
 
 RANKS = 10  # best answers by whose probabilities `rel-u, ranks` compares queries of any gallery
 FREE, RIVALS = "probability", ("linear", "probe")  # with which the others are compared
+OF_CLASSES = "vilu, official"  # a recipe for few images with classes: of many captions its 800 epochs take hours
 FOLDS = 3  # of a linear model's penalty
 LEAST_CLASSES = 4  # two halves with something to choose in each
 
@@ -54,9 +55,11 @@ def evaluate(adaptor, pairs, choices, device):
     for name in choices.predictors or ():
         if name not in PREDICTORS:
             raise UserError(f"there is no predictor '{name}': name some of {', '.join(map(repr, PREDICTORS))}.")
+        if PREDICTORS[name].needs and pairs.classes is None:
+            raise UserError(f"'{name}' needs images with classes, and {pairs.folder} has captions: leave it out.")
     classes = pairs.classes is not None
-    names = choices.predictors or tuple(PREDICTORS)
-    names = [name for name in PREDICTORS if name in (*names, FREE) and (classes or not PREDICTORS[name].needs)]
+    asked = choices.predictors or [name for name in PREDICTORS if classes or name != OF_CLASSES]
+    names = [name for name in PREDICTORS if name in (*asked, FREE) and (classes or not PREDICTORS[name].needs)]
     directions = decisions.measured(adaptor, pairs, choices, device, partial(_read, whole=classes))
     result, arrays = {"score": choices.scores[0]}, {}
     for direction, measured in directions.items():
@@ -74,7 +77,8 @@ def evaluate(adaptor, pairs, choices, device):
             raise UserError("all answers that are judged are right, or all are wrong: name a larger --split.")
         figures, side = _judge(trials, part.group, names, choices.quiet)
         seen = classes or choices.val is None
-        result[direction] = measured.facts | {"candidates": "seen" if seen else "held out"} | figures
+        facts = {"candidates": "seen" if seen else "held out", "labels": "own" if part.true is None else "true"}
+        result[direction] = measured.facts | facts | figures
         arrays |= {f"{direction}_{name}": values for name, values in side.items()}
         other = {"text_to_image": "image_to_text", "image_to_text": "text_to_image"}.get(direction)
         trials = _held_out(measured, other and directions[other].parts[0].group) if seen else []
@@ -86,7 +90,7 @@ def evaluate(adaptor, pairs, choices, device):
 
 
 def _read(part, whole=False):
-    """What predictors read of the queries of a part: {name: (Q, ...)}. whole: the logits (Q, G), and the labels, too."""
+    """What predictors read of the queries of a part, {name: (Q, ...)}; whole: also the logits (Q, G) and labels."""
     side, positives = part.side, part.matches
 
     def reader(tile):
@@ -97,9 +101,10 @@ def _read(part, whole=False):
         right[tile.targets] = True
         ranks = posterior.topk(min(RANKS, side.gallery), dim=1).values
         features = torch.stack([values[name] for name in answering.NAMES], dim=1)
-        read = [vilu.inputs(part.query[tile.rows], part.items, logit), features, right.gather(1, best[:, None])[:, 0]]
-        read += [F.pad(ranks, (0, RANKS - ranks.shape[1])), correctness.doctor(posterior)]
-        return [*read, logit] if whole else read
+        inputs = vilu.inputs(part.query[tile.rows], part.items, logit)
+        values = [inputs, features, right.gather(1, best[:, None])[:, 0]]
+        values += [F.pad(ranks, (0, RANKS - ranks.shape[1])), correctness.doctor(posterior)]
+        return [*values, logit] if whole else values
 
     (columns,) = read(side.score, side.gallery, *positives, reader, share=8)
     names = ("inputs", "uncertainties", "hit", "ranks", "doctor", "logit")
@@ -197,7 +202,7 @@ def _judge(trials, group, names, quiet):
 
 
 def _figures(name, predicted, hit, over_trials, statistics):
-    """Figures of one predictor; `less`: its AUROC less that of others, on the same draws. statistics: AUROCs (1 + B,)."""
+    """Figures of one predictor; `less`: its AUROC less others', by the same draws. statistics: AUROCs (1 + B,)."""
     statistic, figures = statistics[name], {"less": {}}
     figures |= {"auroc": float(statistic[0]), "interval": interval(statistic[np.isfinite(statistic)])}
     for other in (FREE, *RIVALS):
