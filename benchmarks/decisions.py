@@ -77,17 +77,22 @@ def mean(values, digits=3):
 
 
 def matching_table(results, direction):
-    lines = ["| by | ECE, all pairs | ECE, best answers (by chance) | AUROC | AUPR |", "|:--|--:|--:|--:|--:|"]
+    lines = [
+        "| by | ECE, all pairs | ECE, best answers (by chance, its mean to its 95 % quantile) | AUROC | AUPR |",
+        "|:--|--:|--:|--:|--:|",
+    ]
     sides = [result["matching"][0][direction]["matching"] for result in results]
     for basis in ("score", "posterior"):
-        for kind in ("platt", "isotonic"):
+        for kind in ("platt", "isotonic", "answer"):
             records = [side[basis][kind] for side in sides]
             columns = [f"{direction}_{basis}_{kind}_confidence", f"{direction}_{basis}_hit"]
             # Of all parts together: 100 queries have an ECE of .1 by chance.
             confidence, hit = (np.concatenate([r["matching"][1][column] for r in results]) for column in columns)
             best = calibration_error(reliability(confidence, hit))
-            cells = [mean([r["ece"] for r in records], 5), f"{best:.3f} ({expected_error(confidence)[0]:.3f})"]
-            cells += [mean([r[key] for r in records]) for key in ("auroc", "aupr")]
+            chance = "{:.3f} to {:.3f}".format(*expected_error(confidence))
+            of_pairs = {key: mean([r[key] for r in records], digits) if kind != "answer" else NONE
+                        for key, digits in (("ece", 5), ("auroc", 3), ("aupr", 3))}  # fmt: skip
+            cells = [of_pairs["ece"], f"{best:.3f} ({chance})", of_pairs["auroc"], of_pairs["aupr"]]
             lines.append(f"| {basis}, {kind} | {' | '.join(cells)} |")
     lines += ["", "| precision asked for | basis | precision | recall | queries answered |", "|--:|:--|--:|--:|--:|"]
     for number in range(5):

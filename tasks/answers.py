@@ -140,13 +140,16 @@ def answers(scores, query: Embedding, sets, rejection, alpha, share, best=5):
 
 
 def unseen_words(texts, captions):
-    """Words of each text that occur in no caption, whatever their case: a list for each text, in its order."""
+    """Words of each text that occur in no caption, whatever their case: a list for each text, in its order.
+
+    A text without a word, such as "?!", is itself one.
+    """
     seen = {word for caption in captions for word in _words(caption)}
     return [[word for word in dict.fromkeys(_words(text)) if word not in seen] for text in texts]
 
 
 def _words(text):
-    return re.findall(r"\w+", text.casefold())
+    return re.findall(r"\w+", text.casefold()) or [text.strip()]
 
 
 def _limits(values, query, fitted, alpha):

@@ -56,18 +56,24 @@ def test_answers_from_files(searched, capsys):
 
 
 def test_words_that_nothing_was_learned_from_are_named(searched, capsys):
-    prompts = ["a photo of a Dog, a red DOG on a teapot", "a photo of a red circle"]
+    prompts = ["a photo of a Dog, a red DOG on a teapot", "a photo of a red circle", "?!"]
     uncertainty.main([*SEARCH, *prompts])
     assert "no caption that taught this has the word dog, teapot: it need not hold" in capsys.readouterr().out
     uncertainty.main([*SEARCH, "--json", "--html", "page.html", *prompts])
-    assert [row["unseen_words"] for row in json.loads(capsys.readouterr().out)] == [["dog", "teapot"], []]
+    assert [row["unseen_words"] for row in json.loads(capsys.readouterr().out)] == [["dog", "teapot"], [], ["?!"]]
     assert Path("page.html").read_text().count("has the word dog, teapot: it need not hold here.") == 1
 
 
 def test_what_cannot_be_searched_is_refused(searched, refusal):
-    assert "--html shows the answers of a --gallery" in refusal(
+    assert "--html is for the answers of a --gallery" in refusal(
         uncertainty.main, *SEARCH[:-2], "--html", "a", "a photo"
     )
+    assert "--html . is a folder" in refusal(uncertainty.main, *SEARCH, "--html", ".", "a photo")
+    for flag, value in (("--learned-on", "val"), ("--alpha", "0.1"), ("--unanswerable", "0.1")):
+        message = refusal(uncertainty.main, *SEARCH[:-2], flag, value, "a photo")
+        assert f"{flag} is for the answers of a --gallery" in message
+    assert "not 10: it is a share, not a percentage" in refusal(uncertainty.main, *SEARCH, "--alpha", "10", "a photo")
+    assert "is a link: download the image" in refusal(uncertainty.main, *SEARCH, "https://example.com/cat.jpg")
     assert "--alpha 0.3 is none of 0.05, 0.1, 0.2" in refusal(uncertainty.main, *SEARCH, "--alpha", "0.3", "a photo")
     assert "--unanswerable must lie" in refusal(uncertainty.main, *SEARCH, "--unanswerable", "1", "a photo")
     assert "is missing: run" in refusal(uncertainty.main, *SEARCH[:-1], "test", "a photo")

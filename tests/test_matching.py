@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import eval as evaluation
 import train
 from metrics import matching
+from metrics.calibration import calibration_error, reliability
 from metrics.comparison import PairedBootstrap
+from tasks.matching import _answer
 
 
 def test_a_small_gallery_is_scored_whole(problem):
@@ -146,11 +149,49 @@ def test_matching_from_files(pairs):
     slope, intercept = side["matching"]["score"]["fitted"]["platt"]
     best = special.expit(slope * scores.max(axis=1) + intercept)
     assert arrays["text_to_image_score_platt_confidence"] == pytest.approx(best, abs=2e-3)
+    for basis in ("score", "posterior"):
+        answer, hit = side["matching"][basis]["answer"], arrays[f"text_to_image_{basis}_hit"]
+        stated = arrays[f"text_to_image_{basis}_answer_confidence"]
+        assert answer["best_answer"]["ece"] == pytest.approx(calibration_error(reliability(stated, hit)))
+        assert answer["chosen"][0].split(", ")[0] in ("platt", "isotonic")
     with open(Path(RESULT.format("matching")).with_suffix(".csv"), newline="") as lines:
         table = list(csv.DictReader(lines))
     assert len(table) == 2 * 2 * 5 and table[0]["basis"] == "score"
     listed = [float(row["threshold"]) if row["threshold"] else None for row in table[:5]]
     assert listed == [row["threshold"] for row in side["matching"]["score"]["thresholds"]]
+
+
+def test_the_fit_for_best_answers_is_chosen_by_their_likelihood():
+    """Best answers that are right far more often than pairs of their score: the fit to them alone is chosen and right.
+
+    Labels of judged queries change no probability.
+    """
+    rng = np.random.default_rng(0)
+    queries = 400
+    top = rng.normal(size=queries)
+    right = (rng.random(queries) < special.expit(2 * top + 1)).astype(float)
+    others = rng.normal(size=(queries, 20)) - 3 + np.minimum(top, 0)[:, None]
+    score = np.concatenate([top[:, None], others], axis=1)
+    match = np.zeros_like(score)
+    match[:, 0] = right
+    match[right == 0, 1] = 1
+    query = np.repeat(np.arange(queries), 21)
+    first = np.arange(queries) < queries // 2
+
+    def answer(match):
+        scored = matching.Scored(score.ravel(), match.ravel(), np.ones(score.size), query)
+        part = SimpleNamespace(group=np.arange(queries))
+        folds = [SimpleNamespace(taught_by=first, judged=~first), SimpleNamespace(taught_by=~first, judged=first)]
+        measured = SimpleNamespace(parts=[part], group=part.group, folds=folds)
+        return _answer(scored, measured, scored.base_rate, scored.base_rate)
+
+    figures, confidence = answer(match)
+    assert all(name.endswith("best answers") for name in figures["chosen"])
+    assert figures["best_answer"]["ece"] < figures["best_answer"]["by_chance"][1]
+    assert abs(confidence - special.expit(2 * top + 1)).mean() < 0.06
+    turned = match.copy()
+    turned[~first] = turned[~first][:, [1, 0, *range(2, 21)]]
+    assert np.array_equal(answer(turned)[1][~first], confidence[~first])
 
 
 def test_a_method_with_a_match_probability_stands_beside(pairs):

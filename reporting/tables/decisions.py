@@ -42,13 +42,15 @@ def matching(block):
 
     def rows(runs):
         parts = runs[0].values[block.directions[0]]["matching"]
+        kinds = ("platt", "isotonic", "model", "answer")
         return [(f", {basis} by {kind}", Selector(probabilities=f"{basis}/{kind}"))
-                for basis in parts for kind in ("platt", "isotonic", "model") if kind in parts[basis]]  # fmt: skip
+                for basis in parts for kind in kinds if kind in parts[basis]]  # fmt: skip
 
     first = block.first[block.directions[0]]
     note = (
         f"A pair matches with a prior of {first['prior']:.3g}. Each probability was learned from other images. By the"
-        " score of the pair alone, or by its posterior over the gallery, which knows the rivals."
+        " score of the pair alone, or by its posterior over the gallery, which knows the rivals. By answer:"
+        " that of best answers alone, whose likelihood on the images that teach chose the fit."
     )
     return make("matching", "Probability of a match", columns, rows_of(block, columns, rows), note)
 
