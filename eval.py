@@ -190,11 +190,14 @@ def check(args, run, pairs, task, count):
     for flag, tasks in FLAGS.items():
         if getattr(args, flag) is not None and task not in tasks:
             raise UserError(f"--{flag} is for --task {' or '.join(tasks)}: leave it out of --task {task}.")
-    for alpha in args.alpha or ():
-        if not 0 < alpha < 1:
-            raise UserError(f"--alpha must lie between 0 and 1, not {alpha:g}.")
-    if args.prior is not None and not 0 < args.prior < 1:
-        raise UserError(f"--prior must lie between 0 and 1, not {args.prior:g}.")
+    for flag, shares in (("alpha", args.alpha), ("prior", [args.prior])):
+        for share in shares or ():
+            if share is not None and not 0 < share < 1:
+                raise UserError(f"--{flag} must lie between 0 and 1, not {share:g}: it is a share, not a percentage.")
+    for flag in ("uncer_levels", "levels_by", "drop_remainder"):
+        has_none = task in DECISIONS and (task != "conformal" or flag == "drop_remainder")
+        if has_none and getattr(args, flag) not in (None, False):
+            raise UserError(f"--task {task} would not follow --{flag}: leave it out.")
     if task in DECISIONS and args.score == "both":
         raise UserError(f"--task {task} judges one score: name it with --score.")
     seen = pairs.shared_with(run.seen)
@@ -220,13 +223,17 @@ def column_of(place):
     Raises UserError if the file, the column or an image is missing.
     """
     file, _, column = place.rpartition(":")
+    if not file:
+        raise UserError(f"--by {place} names no column: name FILE:COLUMN.")
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.DictReader(lines, delimiter="\t" if file.endswith((".tsv", ".tab")) else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--by {place}: {file or 'no file'} cannot be read ({error}): name FILE:COLUMN.") from None
+        raise UserError(f"--by {place}: {file} cannot be read ({error}): name FILE:COLUMN.") from None
+    if not rows:
+        raise UserError(f"{file} has no row: --by needs one for each image.")
     for name in ("image", column):
-        if not rows or rows[0].get(name) is None:
+        if rows[0].get(name) is None:
             raise UserError(f"{file} has no column '{name}': --by needs FILE:COLUMN, and a column `image` in the file.")
     groups = {row["image"]: row[column] for row in rows}
 

@@ -72,7 +72,7 @@ def evaluate(adaptor, pairs, choices, device):
             for fold in measured.folds
         ]
         if any(np.ptp(trial.taught["hit"]) == 0 for trial in trials):
-            raise UserError("all answers that teach are right, or all are wrong: name another --val split.")
+            raise UserError("all answers that teach are right, or all are wrong: name a --val split that has both.")
         if any(np.ptp(trial.asked["hit"]) == 0 for trial in trials):
             raise UserError("all answers that are judged are right, or all are wrong: name a larger --split.")
         figures, side = _judge(trials, part.group, names, choices.quiet)

@@ -94,6 +94,12 @@ def test_what_cannot_be_decided_is_refused(pairs, refusal):
     assert "alpha 0.01 takes at least 99 images that teach, and here are 30" in message
     for prior in ("0", "1", "2"):
         assert "--prior must lie between 0 and 1" in refusal(evaluation.main, *run, "matching", "--prior", prior)
+    for flag in (["--uncer_levels", "3"], ["--levels_by", "query"], ["--drop_remainder"]):
+        message = refusal(evaluation.main, *run, "matching", *flag)
+        assert f"--task matching would not follow {flag[0]}: leave it out" in message
+    Path("empty.csv").write_text("image,room\n")
+    assert "empty.csv has no row" in refusal(evaluation.main, *run, "conformal", "--by", "empty.csv:room")
+    assert "names no column: name FILE:COLUMN" in refusal(evaluation.main, *run, "conformal", "--by", "empty.csv")
     assert "--alpha is for --task conformal" in refusal(evaluation.main, *run, "matching", "--alpha", "0.1")
     assert "--prior is for --task matching" in refusal(evaluation.main, *run, "retrieval", "--prior", "0.1")
     assert "judges one score" in refusal(evaluation.main, *run, "matching", "--score", "both")
