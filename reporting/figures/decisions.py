@@ -173,7 +173,7 @@ def labels_worth(block, looks, width=style.WIDE):
                 less, labels = find(records, name, "less", "probability"), find(records, name, "labels")
                 if less is None:
                     continue
-                y, is_square = place + 0.3 * number, bool(setting) or alone
+                y, is_square = place + 0.3 * (number - (len(settings[direction]) - 1) / 2), bool(setting) or alone
                 axes.plot([less["low"], less["high"]], [y, y], color=colors[labels], linewidth=1.2)
                 [handle] = axes.plot(less["mean"], y, "os"[is_square], color=colors[labels], markersize=4,
                                      markerfacecolor=style.LIGHT["paper"] if is_square else colors[labels],

@@ -224,7 +224,7 @@ def correctness(block):
         return [(f", {name}", Selector(probabilities=name)) for name in names]
 
     side = block.first[block.directions[0]]
-    note = f"{side['taught_by']['images']:,} labeled images teach."
+    note = f"{side['taught_by']['images']:,} labeled images (or scenes) teach."
     if "probe_accuracy" in side:
         note += (
             f" CLIP answers {100 * side['accuracy']:.1f} % right, the linear probe of the same labels"
