@@ -16,6 +16,7 @@ from metrics import answering, conformal
 from metrics.matching import shifted
 from models.base import Adaptor, Embedding
 from models.pair_loss import PairScore
+from utils.errors import UserError
 from utils.files import UNREADABLE, save_arrays
 
 KIND = "lac"  # of the sets: the smallest on average; a threshold for each level makes up for its uneven coverage
@@ -43,9 +44,8 @@ def gallery_scores(adaptor, pairs, kind, queries, score, device, kept=None):
     form = _pair_score(adaptor, score, *in_order(adapt(frozen(0)[:1])))
     terms = None if form is None or kept is None else _read_terms(*kept, len(rows))
     computed = []
-    for start in tqdm(
-        range(0, len(rows), BLOCK), unit="block", desc="gallery", disable=None if terms is None else True
-    ):
+    silent = None if terms is None else True  # a product alone takes no second
+    for start in tqdm(range(0, len(rows), BLOCK), unit="block", desc="gallery", disable=silent):
         block = frozen(start)
         if terms is None:
             items = adapt(block)
@@ -104,7 +104,7 @@ def _read_terms(path, of, count):
 
 
 def _write_terms(path, of, terms):
-    with contextlib.suppress(OSError):  # a full disk, or a folder to read: the next search takes as long
+    with contextlib.suppress(OSError, UserError):  # a full disk, or a folder to read: the next search takes as long
         save_arrays(path, of=np.array(of), **terms)
 
 
