@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metrics.score_tiles import Columns, read, tiles
+from metrics.score_tiles import Columns, read, tiles, two_highest
 
 NAMES = ("top", "margin", "energy", "entropy", "probability")
 
@@ -24,7 +24,7 @@ def uncertainties(scores, scale):
     >>> values["top"].tolist(), values["margin"].tolist(), best.tolist()
     ([-0.5], [-0.25], [0])
     """
-    value, item = scores.topk(2, dim=1)
+    value, item = two_highest(scores)
     logit = scale * scores
     total = logit.logsumexp(dim=1)
     log_probability = logit - total[:, None]
