@@ -96,17 +96,16 @@ def per_epoch(method, tag, seed=0):
 
 
 def trained(size, method, device, tag, *settings):
-    """Train, and print how long 200 epochs take; returns the seconds of one, None where the device cannot."""
+    """Train, and print how long 200 epochs take, or why the device cannot."""
     try:
         # No --quiet after --set, which would take it for a setting.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             train.main(["--quiet", *flags_of(size, method, device, tag, settings)])
     except SystemExit:  # for example a GPU without TF32
         print(f"| {method} | {tag} | {errors.getvalue().strip()} | |", flush=True)
-        return None
+        return
     taken = per_epoch(method, tag)
     print(f"| {method} | {tag} | {1000 * taken:,.0f} ms | {EPOCHS * taken:,.0f} s |", flush=True)
-    return taken
 
 
 def textbook(size, device):
@@ -145,7 +144,6 @@ def textbook(size, device):
 def side_by_side(size, device, seeds):
     """Seconds of an epoch of one process, and the longest of as many as there are seeds at once."""
     settings = ("train.precision=bfloat16",) if device.type == "cuda" else ()
-
     longest = []
     for tag, count in (("alone", 1), ("together", seeds)):
         runs = [flags_of(size, "asymvlm-psd", device, tag, settings, seed) for seed in range(count)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 TILE, DEVICE_TILE = 2**18, 2**24  # scores that are read at once: in a CPU's cache, or with few launches on a device
-ROWS = 256  # queries whose scores are computed at once at least: a matrix product of fewer rows is slower
+COMPUTED, ROWS = 2**22, 256  # scores, and queries, that are computed at once at least: smaller products are slower
 BLOCK = 64  # items of whose scores the highest is taken first to find the two highest of all
 # Least logit below the top: e^-80 adds nothing to a sum, and float32 exp is a hundred times slower where it underflows.
 LEAST = -80.0
@@ -37,12 +37,12 @@ class Positives:
 
 
 def tiles(score, queries, gallery):
-    """Yield slices of the Q queries with their scores (q, G), at most TILE scores each, but one query at least.
+    """Yield slices of the Q queries with their scores (q, G), at most a tile of scores each, but one query at least.
 
     >>> [(rows, len(scores)) for rows, scores in tiles(lambda rows: torch.zeros(3, 2)[rows], 3, 2)]
     [(slice(0, 3, None), 3)]
     """
-    step = max(TILE // gallery, min(ROWS, queries))
+    step = max(COMPUTED // gallery, min(ROWS, queries))
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         scores = score(slice(start, stop))
