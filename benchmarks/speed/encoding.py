@@ -19,9 +19,9 @@ def captions(device):
         with torch.inference_mode():
             return backbone.model.encode_text(backbone.tokenizer(texts).to(device))
 
-    # Weights of the linear maps of the tower: those of embeddings are looked up.
-    tower = backbone.model.transformer.named_parameters()
-    weights = sum(p.numel() for _, p in tower if p.ndim == 2) + backbone.model.text_projection.numel()
+    # Weights of the tower's linear maps; those of embeddings are looked up.
+    tower = backbone.model.text.named_parameters()
+    weights = sum(p.numel() for name, p in tower if p.ndim == 2 and "embedding" not in name)
     longest = int((backbone.tokenizer(texts) != 0).sum(dim=1).max())
     return Case(lambda: backbone.encode_texts(texts), textbook, flops=2.0 * weights * longest * len(texts))
 
