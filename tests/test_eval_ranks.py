@@ -23,8 +23,8 @@ RESULT = "results/shapes/shapes-tiny/asymvlm-psd/seed0/shapes-retrieval"
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of some 40 queries, whose scores are not kept, and few bootstrap draws."""
-    monkeypatch.setattr(score_tiles, "TILE", 2**12)
-    monkeypatch.setattr(score_tiles, "ROWS", 32)
+    for name, size in (("TILE", 2**12), ("COMPUTED", 2**12), ("ROWS", 32)):
+        monkeypatch.setattr(score_tiles, name, size)
     monkeypatch.setattr(tasks.retrieval, "STORED_SCORES", 0)
     for module, name in ((tasks.retrieval, "PairedBootstrap"), (summary, "bootstrap")):  # quick
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), draws=20))
