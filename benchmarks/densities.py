@@ -27,6 +27,7 @@ import cache_embeddings
 import train
 from datasets.bank import Bank, draw
 from datasets.embeddings import Pairs
+from datasets.ranks import Ranks
 from datasets.shapes import ATTRIBUTES, NAMES, UNNAMED, VALUES
 from metrics.retrieval import ambiguity
 from metrics.uncertainty import auroc, auroc_of_draws, false_positive_rates, spearman
@@ -95,7 +96,8 @@ def fitted(method, rows, seed, quiet):
         config.train.save_every = math.inf  # there is no run on disk
         data, run = pairs.to("cpu"), Run(config)
         run.resume = lambda: None
-        train.fit(adaptor, optimizer, *data, torch.as_tensor(rows), [], run, lambda: False, quiet)
+        with Ranks() as ranks:
+            train.fit(adaptor, optimizer, *data, torch.as_tensor(rows), [], run, ranks, lambda: False, quiet)
     return adaptor.eval(), time.process_time() - started
 
 
