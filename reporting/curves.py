@@ -12,7 +12,11 @@ from reporting.words import LEVEL, REAL, SIGNIFICANT
 TITLES = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece": "ECE, %"}
 SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
-ORDER = ("random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center")  # others come after
+WEIGHTED = "-density"  # ends the name of a strategy that is weighted by density, after that of its plain rival
+ORDER = (  # others come after
+    "random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center",
+    "entropy-density", "entropy-targeted-density", "bald-density",
+)  # fmt: skip
 BASE = "random"  # the strategy that others are compared with
 MARKS = (  # what they mean
     f"{REAL}: it leaves 0 out (no mark where all seeds are alike). {SIGNIFICANT}: p < {LEVEL} also after Holm's"
