@@ -46,9 +46,9 @@ class Choice:
     reference: bool = False  # as BayesVLM's code: independent logits, EPIG uncorrected, A updated by one number
     candidates: int = 500  # images of the pool, nearest to targets, that EPIG considers
     targets: int = 200  # drawn anew for each of EPIG's picks
-    by_density: bool = False  # acquisitions of an item are multiplied by the density there
     weight: int = 10  # number of items that a pick counts as in EPIG's posterior
     tick: Callable[[], None] = lambda: None  # called after each of EPIG's picks
+    by_density: bool = False  # acquisitions of an item are multiplied by the density there
 
 
 def at_random(choice: Choice) -> Tensor:

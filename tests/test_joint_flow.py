@@ -1,21 +1,31 @@
 """The flow of pairs against Jacobians, means over the product of two spheres, and pairs whose density is known."""
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from test_vmf_mixture import unit
 
+import eval as evaluation
+import train
+from datasets.embeddings import Pairs
+from metrics.uncertainty import auroc
 from models.base import Embedding
 from models.density import SIDES
 from models.distributions import VonMisesFisher
 from models.distributions.sphere import log_surface_area
 from models.flow import log_density
 from models.joint_flow import MASKS, JointFlow
+from reporting.words import OF_CANDIDATES
+from utils.checkpoint import Run
+from utils.config import load_config
 
 NAMES, KAPPA = list(MASKS), 5.0
-PARTS = (slice(3), slice(3, None))  # of a pair on two spheres in three dimensions
+TASKS = ("retrieval", "unanswerable")
 
 
 def flow_of(dim, size=0.3):
@@ -151,3 +161,35 @@ def test_uncertainties_of_candidates_by_loop(side):
 def test_impossible_options(options):
     with pytest.raises(ValueError, match="must be a whole number above 0"):
         JointFlow(8, **options)
+
+
+def test_evaluations_have_rows_of_candidates(world):
+    """From files; in `unanswerable` of the best answers with the right items in the gallery and without."""
+    run = ["--dataset", "shapes", "--method", "joint-flow", "--device", "cpu", "--quiet"]
+    tiny = ["train.epochs=1", "train.batch_size=256", "model.width=8", "model.steps=2", "model.candidates=3"]
+    train.main([*run, "--val-fraction", "0", "--set", *tiny])
+    evaluation.main(run)
+    evaluation.main([*run, "--task", "unanswerable"])
+    adaptor, _, _ = Run(load_config("shapes", "joint-flow")).load("cpu")
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    image, text = (F.normalize(torch.tensor(np.array(rows)).float(), dim=-1) for rows in (pairs.image, pairs.text))
+    cosines = text @ image.T
+    folder = Path("results/shapes/shapes-tiny/joint-flow/seed0")
+    retrieval, unanswerable = (json.loads((folder / f"shapes-{task}.json").read_text()) for task in TASKS)
+    with torch.inference_mode():
+        best = image[cosines.topk(3, dim=1).indices]
+        values = adaptor.of_candidates(Embedding(text), Embedding(best), "text")
+    hit = cosines.argmax(dim=1).numpy() == pairs.image_of_text
+    for name in OF_CANDIDATES:
+        record = retrieval["text_to_image"]["uncertainty"][name]
+        assert record["family"] == "gallery-aware"
+        assert record["auroc"] == pytest.approx(auroc(values[name].double().numpy(), hit), abs=2e-3)
+    arrays = np.load(folder / "shapes-unanswerable.npz")
+    assert "auroc" in unanswerable["image_to_text"]["rejection"]["information"]
+    true = torch.from_numpy(pairs.matches.toarray().T > 0)
+    asked = true.sum(dim=1) < len(image) - 1  # of others, fewer than two items are left
+    without = image[cosines.masked_fill(true, -1).argmax(dim=1)][:, None]
+    with torch.inference_mode():
+        values["without"] = adaptor.of_candidates(Embedding(text), Embedding(without), "text")["information"]
+    for name, ours in (("with", values["information"]), ("without", values["without"])):
+        assert arrays[f"text_to_image_information_{name}"] == pytest.approx(ours[asked].numpy(), abs=1e-3)
