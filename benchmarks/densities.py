@@ -233,7 +233,7 @@ def of_pairs(quiet):
 
 
 def of_answers(seeds, quiet):
-    """Markdown: AUROC of wrong answers, Spearman with true ambiguity, means over seeds; the best rival less each."""
+    """Markdown: AUROC of wrong answers, Spearman with true ambiguity, means over seeds; knn less each."""
     test = split("test").pairs
     rows, scene = np.arange(len(split("train").pairs.text)), scenes(test)
     unit = {side: F.normalize(queries(side, test), dim=-1) for side in SIDES}

@@ -7,6 +7,7 @@ N items, D embedding size, W width.
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -134,13 +135,16 @@ def log_density(field: Velocity, x: Tensor, mask: int, steps: int, **options) ->
 class Flow(QueryOnly):
     """Uncertainty is the log density of a query given its modality, by flow matching; after arXiv 2601.21662.
 
-    width: of the velocity field's two hidden layers. steps: of the ODE.
+    width: of the velocity field's two hidden layers. steps: of the ODE. masks: what each number that the field is given
+    means, and whether its sides move.
     """
+
+    masks: ClassVar = dict.fromkeys(SIDES, (True,))
 
     def __init__(self, dim: int, width: int = 512, steps: int = 16):
         super().__init__(dim)
         self.require_positive(width=(width, int), steps=(steps, int))
-        self.field = Velocity(dim, width, masks=[[True], [True]])  # of images, of captions
+        self.field = Velocity(dim, width, list(self.masks.values()))
 
     def adapt_image(self, image: Tensor) -> Embedding:
         """Adapt images (N, D); without an uncertainty in training, where no loss needs the ODE."""
@@ -155,7 +159,7 @@ class Flow(QueryOnly):
 
     def log_density(self, query: Tensor, side: str) -> Tensor:
         """That of the flow."""
-        return log_density(self.field, F.normalize(query, dim=-1), list(SIDES).index(side), self.steps)
+        return log_density(self.field, F.normalize(query, dim=-1), list(self.masks).index(side), self.steps)
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Flow matching () of B pairs: each embedding is the end of an arc from a uniform point."""

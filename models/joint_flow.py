@@ -4,13 +4,15 @@ One velocity field, that of models/flow.py, is trained under five masks: of an i
 does while the other is given or unknown (the idea of arXiv 2605.13352). N items, D embedding size.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Embedding
 from models.density import SIDES
-from models.flow import Flow, Velocity, log_density
+from models.flow import Flow, log_density
 
 # Whether the image moves, whether the caption does.
 MASKS = {
@@ -28,10 +30,11 @@ class JointFlow(Flow):
     width, steps: as in Flow. candidates: best answers of a query that `of_candidates` compares.
     """
 
+    masks: ClassVar = MASKS
+
     def __init__(self, dim: int, width: int = 512, steps: int = 16, candidates: int = 8):
         super().__init__(dim, width, steps)
         self.require_positive(candidates=(candidates, int))
-        self.field = Velocity(dim, width, list(MASKS.values()))
 
     def log_density(self, query: Tensor, side: str) -> Tensor:
         """That of the flow whose other side is unknown."""
@@ -41,7 +44,7 @@ class JointFlow(Flow):
     def of_pairs(self, image: Tensor, text: Tensor, mask: str = "pair") -> Tensor:
         """Log density (N,), in nats above uniform, of pairs (N, D), (N, D), or of one side of them; mask: of MASKS."""
         pair = torch.cat([F.normalize(image, dim=-1), F.normalize(text, dim=-1)], dim=-1)
-        return log_density(self.field, pair, list(MASKS).index(mask), self.steps)
+        return log_density(self.field, pair, list(self.masks).index(mask), self.steps)
 
     def of_candidates(self, query: Embedding, answers: Embedding, side: str) -> dict[str, Tensor]:
         """Uncertainties (N,) of queries by their K best answers (N, K, D), best first; 1 + K solutions of the ODE each.
@@ -50,8 +53,8 @@ class JointFlow(Flow):
         answer). `information`: minus the pointwise mutual information of the query and its best answer, log p(query |
         answer) - log p(query).
         """
-        rows, count = query.mean.repeat_interleave(answers.mean.shape[1], dim=0), answers.mean.shape[1]
-        pairs = {side: rows, SIDES[side]: answers.mean.flatten(0, 1)}
+        count = answers.mean.shape[1]
+        pairs = {side: query.mean.repeat_interleave(count, dim=0), SIDES[side]: answers.mean.flatten(0, 1)}
         likelihood = self.of_pairs(**pairs, mask=f"{side} given {SIDES[side]}").unflatten(0, (-1, count))
         return {
             "conditional": torch.special.entr(likelihood.double().softmax(dim=-1)).sum(dim=-1),

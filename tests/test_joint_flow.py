@@ -90,7 +90,7 @@ def known(count):
 def trained():
     image, text, _ = known(3000)
     torch.manual_seed(0)
-    flow, steps = JointFlow(3, 48, steps=8), 300
+    flow, steps = JointFlow(3, 48, steps=8), 250
     optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
