@@ -110,7 +110,7 @@ def test_known_pairs(trained):
     values["information"] = values["text given image"] - trained.log_density(text, "text")
     for name, ours in values.items():
         assert abs((truth - ours).mean()) < 0.15, name
-        assert torch.corrcoef(torch.stack([truth, ours]))[0, 1] > 0.95, name
+        assert torch.corrcoef(torch.stack([truth, ours]))[0, 1] > 0.93, name
     for side, query in (("image", image), ("text", text)):
         assert trained.log_density(query, side).abs().mean() < 0.1
 
