@@ -135,8 +135,8 @@ def test_what_is_unknown_has_no_part():
     for side, other in SIDES.items():
         alone = pair | {other: torch.zeros(5, 8).double()}
         torch.testing.assert_close(flow.log_density(3 * pair[side], side), flow.of_pairs(**alone, mask=side))
-        given = flow.of_pairs(**pair, mask=f"{side} given {other}")
-        assert (given != flow.of_pairs(**alone, mask=f"{side} given {other}")).all()
+        likelihood = flow.of_pairs(**pair, mask=f"{side} given {other}")
+        assert (likelihood != flow.of_pairs(**alone, mask=f"{side} given {other}")).all()
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -146,15 +146,15 @@ def test_uncertainties_of_candidates_by_loop(side):
     values = flow.of_candidates(Embedding(query), Embedding(answers), side)
     for row in range(4):
         alone = flow.log_density(query[row : row + 1], side)
-        given = torch.cat(
+        likelihood = torch.cat(
             [
                 flow.of_pairs(**{side: query[None, row], SIDES[side]: answer[None]}, mask=f"{side} given {SIDES[side]}")
                 for answer in answers[row]
             ]
         )
-        share = given.softmax(0)
+        share = likelihood.softmax(0)
         torch.testing.assert_close(values["conditional"][row], -(share * share.log()).sum())
-        torch.testing.assert_close(values["information"][row], alone[0] - given[0])
+        torch.testing.assert_close(values["information"][row], alone[0] - likelihood[0])
 
 
 @pytest.mark.parametrize("options", [{"width": 0}, {"steps": 2.5}, {"candidates": 0}])
