@@ -32,7 +32,7 @@ FACTORS = (
 @exits_cleanly()
 def parse(argv=None):
     """The flags, and the Config of the data set that they name."""
-    strategies = (f"  {name:18}{sentence}" for name, sentence in STRATEGIES.items())
+    strategies = (f"  {name:26}{sentence}" for name, sentence in STRATEGIES.items())
     parser = make_parser("\n".join([__doc__, "strategies (what each chooses from the pool):", *strategies]))
     add_data_flags(parser, "a set of images with classes")
     add = parser.add_argument

@@ -3,8 +3,9 @@
     python -m benchmarks.densities --figure densities.png
 
 on the built-in `shapes`, which it caches in the current folder: Markdown tables of densities that are known, of
-densities in nats, of out-of-distribution detection and of cost. Parts that are named run alone: `known`, `scenes`,
-`outside`, `cost`. Everything is measured on test; nothing was chosen on it. Intervals of 95 % draw items.
+wrong answers, of out-of-distribution detection and of cost. Parts that are named run alone: `known`, `pairs`,
+`answers`, `scenes`, `outside`, `cost`. Everything is measured on test; nothing was chosen on it. Intervals of 95 % draw
+items; figures of several seeds are their means.
 """
 
 import contextlib
@@ -30,27 +31,33 @@ from datasets.embeddings import Pairs
 from datasets.ranks import Ranks
 from datasets.shapes import ATTRIBUTES, NAMES, UNNAMED, VALUES
 from datasets.streaming import InMemory
+from metrics.comparison import PairedBootstrap
 from metrics.retrieval import ambiguity
 from metrics.uncertainty import auroc, auroc_of_draws, false_positive_rates, spearman
 from models.backbones import make_backbone
 from models.backbones.last_map import join
-from models.base import adapt_all
+from models.base import Embedding, adapt_all
 from models.density import SIDES, kernel
 from models.distributions import PowerSpherical, VonMisesFisher
 from models.distributions.sphere import log_surface_area
 from models.distributions.von_mises_fisher import log_normalizer
 from models.flow import Flow
+from models.joint_flow import MASKS, JointFlow
 from models.vmf_mixture import Mixture, VMFMixture, log_density
+from reporting.words import NONE
+from tasks import few_words, of_candidates
+from tasks.retrieval import scenes
 from utils.arguments import make_parser
 from utils.checkpoint import Run
 from utils.config import load_config, make_adaptor, make_source, needs_pooled
 from utils.errors import exits_cleanly
 
-PARTS = ("known", "scenes", "outside", "cost")
+PARTS = ("known", "pairs", "answers", "scenes", "outside", "cost")
 DIMS, KNOWN = (3, 16, 64, 512), ("uniform", "von Mises-Fisher", "power spherical", "mixture")
 ITEMS, ASKED, STEPS = 4000, 1000, 500  # of a density that is known: fitted, asked, and steps that train a flow
 BANDWIDTHS = (5, 20, 80, 320, 1280, 5120)  # of kernels, chosen by held-out likelihood
-METHODS = ("typicality", "knn", "kde", "vmf-mixture", "flow")
+METHODS = ("typicality", "knn", "kde", "vmf-mixture", "flow", "joint-flow")
+FLOWS = ("flow", "joint-flow")  # which others are compared with
 DRAWS, NOISE, CAPTIONS = 500, 500, 2000  # of the bootstrap; images of noise; captions of absent things
 HIDDEN = tuple((shape, (3 * shape + 1) % 8) for shape in range(6))  # of shape and color, hidden from the training split
 FADING = 0.7  # each value of shape and of color is so many times as frequent as the one before, in `scenes`
@@ -97,7 +104,8 @@ def fitted(method, rows, seed, quiet):
         config.train.save_every = math.inf  # there is no run on disk
         data, run = InMemory(*pairs.to("cpu")), Run(config)
         run.resume = lambda: None
-        train.fit(adaptor, optimizer, data, torch.as_tensor(rows), [], run, Ranks(), lambda: False, quiet)
+        with Ranks() as ranks:
+            train.fit(adaptor, optimizer, data, torch.as_tensor(rows), [], run, ranks, lambda: False, quiet)
     return adaptor.eval(), time.process_time() - started
 
 
@@ -140,27 +148,31 @@ class Scale(NamedTuple):
     meta: dict
 
 
+def trained(flow, lr, *sides):
+    """Train a flow on random batches of images and captions (N, D), (N, D), in float32; ready to be asked."""
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        rows = torch.randint(len(sides[0]), (256,))
+        optimizer.zero_grad()
+        flow.loss(*(side[rows].float() for side in sides)).backward()
+        optimizer.step()
+        schedule.step()
+    return flow.eval()
+
+
 def estimates(x, asked):
     """Log densities (N,) at `asked` (N, D), in nats above uniform, of what learned from x: {method: values}."""
     torch.manual_seed(0)
     dim, pairs = x.shape[1], Scale({"logit_scale": 1.0})
     mixture = VMFMixture(dim)
     mixture.prepare(pairs, as_bank(x))
-    flow = Flow(dim, width=128 if dim < 512 else 512)
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=3e-3 if dim < 512 else 1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    rows = x.float()
-    for _ in range(STEPS):
-        chosen = rows[torch.randint(len(rows), (256,))]
-        optimizer.zero_grad()
-        flow.loss(chosen, chosen).backward()
-        optimizer.step()
-        schedule.step()
+    flow = trained(Flow(dim, width=128 if dim < 512 else 512), 3e-3 if dim < 512 else 1e-3, x, x)
     with torch.inference_mode():
         return {
             "kde": kernel_density(asked, x, bandwidth(x)),
             "vmf-mixture": mixture.log_density(asked, "image"),
-            "flow": flow.eval().log_density(asked.float(), "image").double(),
+            "flow": flow.log_density(asked.float(), "image").double(),
         }
 
 
@@ -178,6 +190,92 @@ def of_known(quiet):
                     cell += f", r = {torch.corrcoef(torch.stack([wanted, values]))[0, 1]:.3f}"
                 cells.append(cell)
             lines.append(f"| {dim} | {name} | {wanted.mean():.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def known_pairs(dim):
+    """Images that are uniform, captions von Mises-Fisher around them: samples, and log p(caption | image) of each.
+
+    It is the log density of the pair, too, and its pointwise mutual information: both marginals are uniform.
+    """
+    torch.manual_seed(dim)
+    count = ITEMS + ASKED
+    image = F.normalize(torch.randn(count, dim, dtype=torch.float64), dim=-1)
+    law = VonMisesFisher(image, torch.full((count,), 3.0 * dim, dtype=torch.float64))
+    text = law.sample()
+    return image, text, law.log_prob(text) + log_surface_area(dim)
+
+
+def of_pairs(quiet):
+    """Markdown: as `of_known`, of pairs by joint-flow: each density, and the pointwise mutual information."""
+    names = [*MASKS, "mutual information", "chain rule"]
+    lines = [f"| D | true, nats | {' | '.join(names)} |", "|--:|--:|" + "--:|" * len(names)]
+    for dim in tqdm([dim for dim in DIMS if dim < 512], disable=quiet or None):
+        image, text, truth = known_pairs(dim)
+        torch.manual_seed(0)
+        flow = trained(JointFlow(dim, width=128), 3e-3, image[:ITEMS], text[:ITEMS])
+        asked, wanted = (image[ITEMS:].float(), text[ITEMS:].float()), truth[ITEMS:]
+        with torch.inference_mode():
+            ours = {name: flow.of_pairs(*asked, name).double() for name in MASKS if name not in SIDES}
+            ours |= {side: flow.log_density(x, side).double() for side, x in zip(SIDES, asked, strict=True)}
+        ours["mutual information"] = ours["text given image"] - ours["text"]
+        cells = []
+        for name in names[:-1]:
+            gap = (0 if name in SIDES else wanted) - ours[name]
+            cells.append(f"{gap.mean():+.2f} ± {gap.std():.2f}")
+            if name not in SIDES:
+                cells[-1] += f", r = {torch.corrcoef(torch.stack([wanted, ours[name]]))[0, 1]:.3f}"
+        rule = ours["pair"] - ours["image"] - ours["text given image"]
+        lines.append(f"| {dim} | {wanted.mean():.2f} | {' | '.join(cells)} | {rule.abs().mean():.2f} |")
+    return "\n".join(lines)
+
+
+# Wrong answers before and after the search.
+
+
+def of_answers(seeds, quiet):
+    """Markdown: AUROC of wrong answers, Spearman with true ambiguity, means over seeds; knn less each."""
+    test = split("test").pairs
+    rows, scene = np.arange(len(split("train").pairs.text)), scenes(test)
+    unit = {side: F.normalize(queries(side, test), dim=-1) for side in SIDES}
+    cosines = unit["text"] @ unit["image"].T
+    best, owner = cosines.argmax(dim=1), test.image_of_text
+    hit = {
+        "text": best.numpy() == owner,
+        "image": owner[cosines.argmax(dim=0).numpy()] == np.arange(len(unit["image"])),
+    }
+    drawn = {"text": PairedBootstrap(scene[owner]), "image": PairedBootstrap(scene)}
+    entropy = torch.special.entr((test.meta["logit_scale"] * cosines).softmax(dim=1)).sum(dim=1)
+    values = {("few words", "text"): [few_words(test.items["text"])], ("entropy", "text"): [entropy.double().numpy()]}
+    for seed in seeds:
+        for method in METHODS:
+            adaptor, _ = fitted(method, rows, seed, quiet)
+            for side in SIDES:
+                values.setdefault((method, side), []).append(uncertainty(adaptor, side, queries(side, test)))
+            if method == "joint-flow":
+                text, image = Embedding(unit["text"]), Embedding(unit["image"])
+                information = of_candidates(adaptor, "text", text, image, best.numpy()[:, None], quiet)["information"]
+                values.setdefault((f"{method}, mutual information", "text"), []).append(information)
+    area = {key: np.mean([auroc(each, hit[key[1]]) for each in of_seeds]) for key, of_seeds in values.items()}
+    draws = {
+        key: np.mean([drawn[key[1]].auroc(each, hit[key[1]]) for each in of_seeds], axis=0)
+        for key, of_seeds in values.items()
+    }
+    truth = ambiguity(test.matches)
+    head = "| uncertainty | Spearman with ambiguity | text→image | image→text | knn less it, text→image | image→text |"
+    lines = [head, "|:--|--:|--:|--:|--:|--:|"]
+    for name in dict.fromkeys(name for name, _ in values):
+        correlation = [spearman(each, truth) for each in values[name, "text"]]
+        cells = [f"{np.mean(correlation):.3f} ± {np.std(correlation):.3f}"]
+        for side in ("text", "image"):
+            key = name, side
+            cells.append(f"{area[key]:.3f} {interval(draws[key])}" if key in area else NONE)
+        for side in ("text", "image"):
+            key, rival = (name, side), ("knn", side)
+            has = key in area and name != "knn"
+            gap = f"{area[rival] - area[key]:+.3f} {interval(draws[rival] - draws[key])}" if has else ""
+            cells.append(gap)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -203,6 +301,11 @@ def density_of(adaptor, side, rows):
         return (adaptor.uncertainty(rows, side) if values is None else values).numpy()
 
 
+def uncertainty(adaptor, side, rows):
+    """Uncertainties (N,) of queries (N, D)."""
+    return adapt_all(getattr(adaptor, f"adapt_{side}"), rows.numpy(), "cpu").uncertainty.double().numpy()
+
+
 def queries(side, pairs):
     """Queries (N, D) of a cache."""
     return torch.from_numpy(np.array(getattr(pairs, side)[:])).float()
@@ -214,16 +317,12 @@ def of_scenes(quiet):
     frequency = lambda scenes: FADING ** scenes[:, :2].sum(axis=1)  # noqa: E731
     kept = np.flatnonzero(rng.random(len(part.scenes)) < frequency(part.scenes))
     rows = np.flatnonzero(np.isin(part.pairs.image_of_text, kept))
-    test, plain = split("test"), np.arange(len(part.pairs.text))
-    matched = ambiguity(test.pairs.matches)
-    lines = ["| method | images: frequency of the scene | captions: true ambiguity |", "|:--|--:|--:|"]
+    test = split("test")
+    lines = ["| method | images: frequency of the scene |", "|:--|--:|"]
     for method in METHODS:
         skewed, _ = fitted(method, rows, 0, quiet)
         image = density_of(skewed, "image", queries("image", test.pairs))
-        adaptor, _ = fitted(method, plain, 0, quiet)
-        text = density_of(adaptor, "text", queries("text", test.pairs))
-        cells = drawn_spearman(image, frequency(test.scenes)), drawn_spearman(text, matched)
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| {method} | {drawn_spearman(image, frequency(test.scenes))} |")
     return "\n".join(lines)
 
 
@@ -365,15 +464,19 @@ def of_outside(seeds, quiet, figure):
         )
         drawn = {n: np.mean([auroc_of_draws(v, inside, times) for v in values[one.title, n]], axis=0) for n in names}
         title = f"{one.title} ({len(one.inside):,} inside, {len(one.outside):,} outside)"
-        lines = [f"| {title} | AUROC | FPR95 | flow less it, AUROC |", "|:--|--:|--:|--:|"]
+        heads = " | ".join(f"{flow} less it, AUROC" for flow in FLOWS)
+        lines = [f"| {title} | AUROC | FPR95 | {heads} |", "|:--|--:|--:|" + "--:|" * len(FLOWS)]
         point = {n: np.mean([auroc(v, inside) for v in values[one.title, n]]) for n in names}
         for name in names:
             of_seeds = values[one.title, name]
             rate = np.mean([false_positive_rates(v, inside)[0] for v in of_seeds])
-            gap = (
-                "" if name == "flow" else f"{point['flow'] - point[name]:+.3f} {interval(drawn['flow'] - drawn[name])}"
+            gaps = " | ".join(
+                "" if name == flow else f"{point[flow] - point[name]:+.3f} {interval(drawn[flow] - drawn[name])}"
+                for flow in FLOWS
             )
-            lines.append(f"| {name} | {point[name]:.3f} {interval(drawn[name])} | {rate:.3f} | {gap} |")
+            cell = f"{point[name]:.3f} {interval(drawn[name])}"
+            cell += f", s.d. over seeds {np.std([auroc(v, inside) for v in of_seeds]):.3f}"
+            lines.append(f"| {name} | {cell} | {rate:.3f} | {gaps} |")
             summary[one.title, name] = point[name], *np.quantile(drawn[name], [0.025, 0.975])
         tables.append("\n".join(lines))
     if figure:
@@ -390,8 +493,9 @@ def plot(asked, names, summary, flow, path):
     for (top, bottom), one in zip(axes.T, asked, strict=True):
         for row, name in enumerate(names):
             value, low, high = summary[one.title, name]
-            top.plot([low, high], [row, row], color="C1" if name == "flow" else "C0", lw=2)
-            top.plot(value, row, "o", color="C1" if name == "flow" else "C0", ms=4)
+            color = "C1" if name in FLOWS else "C0"
+            top.plot([low, high], [row, row], color=color, lw=2)
+            top.plot(value, row, "o", color=color, ms=4)
         top.set_yticks(range(len(names)), names)
         top.axvline(0.5, color="gray", lw=0.5)
         top.set(xlim=(0, 1.02), xlabel="AUROC")
@@ -421,35 +525,38 @@ def of_cost(quiet):
         started = time.process_time()
         density_of(adaptor, "text", text[:4000])
         lines.append(f"| {method} | {seconds:.0f} s | {10 * (time.process_time() - started):.0f} s |")
-    flow, x = Flow(512), F.normalize(torch.randn(2048, 512), dim=-1)
-    optimizer = torch.optim.AdamW(flow.parameters())
-    started = time.process_time()
-    for _ in range(3):
-        optimizer.zero_grad()
-        flow.loss(x, x).backward()
-        optimizer.step()
-    step = (time.process_time() - started) / 3
-    started = time.process_time()
-    density_of(flow.eval(), "text", x[:512])
-    item = (time.process_time() - started) / 512
-    epoch, split_seconds = 591_753 / 2048 * step, (5000 + 25_014) * item
-    text = (
-        f"`flow` at D = 512, width 512: {1000 * step:.0f} ms a step of 2,048 pairs, so {epoch:.0f} s an epoch of COCO"
-    )
-    text += f" train2017; {1000 * item:.1f} ms an item, so {split_seconds:.0f} s for val2017's images and captions."
-    return "\n".join(lines) + "\n\n" + text
+    lines += ["", "At D = 512, width 512:", "", "| method | a step of 2,048 pairs | so an epoch of COCO train2017 |"]
+    lines[-1] += " an item | so val2017's images and captions |"
+    lines.append("|:--|--:|--:|--:|--:|")
+    x = F.normalize(torch.randn(2048, 512), dim=-1)
+    for name, flow in zip(FLOWS, (Flow(512), JointFlow(512)), strict=True):
+        optimizer = torch.optim.AdamW(flow.parameters())
+        started = time.process_time()
+        for _ in range(3):
+            optimizer.zero_grad()
+            flow.loss(x, x).backward()
+            optimizer.step()
+        step = (time.process_time() - started) / 3
+        started = time.process_time()
+        density_of(flow.eval(), "text", x[:512])
+        item = (time.process_time() - started) / 512
+        cells = f"{step:.2f} s", f"{591_753 / 2048 * step:.0f} s", f"{1000 * item:.1f} ms", f"{30_014 * item:.0f} s"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 @exits_cleanly()
 def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"by default all: {', '.join(PARTS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `outside`")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `answers` and `outside`")
     parser.add_argument("--figure", type=Path, help="where to draw the figure of `outside`")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     parts = {
         "known": lambda: of_known(args.quiet),
+        "pairs": lambda: of_pairs(args.quiet),
+        "answers": lambda: of_answers(args.seeds, args.quiet),
         "scenes": lambda: of_scenes(args.quiet),
         "outside": lambda: of_outside(args.seeds, args.quiet, args.figure),
         "cost": lambda: of_cost(args.quiet),

@@ -34,7 +34,7 @@ from utils.errors import UserError, exits_cleanly
 
 SPLITS, DRAWS = 5, 500
 BASELINE = "clip"
-DENSITIES = ("knn", "kde", "typicality", "density", "vmf-mixture", "flow")
+DENSITIES = ("knn", "kde", "typicality", "density", "vmf-mixture", "flow", "joint-flow")
 ONE_SCORE = (BASELINE, *DENSITIES)
 COLUMNS = {  # figure: title
     "recall": "R@1", "aurc": "AURC", "probability": "AUROC of the probability", "entropy": "of the entropy",

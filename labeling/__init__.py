@@ -9,4 +9,7 @@ STRATEGIES = {
     "bald": "Nearest neighbors of the target images on which drawn weights disagree most (BALD).",
     "epig": "Images of the pool whose labels tell most about the target's (EPIG), one by one.",
     "k-center": "Images farthest from all that were chosen before, by direction of embedding (k-center).",
+    "entropy-density": "As entropy, each times the density of the pool at the image.",
+    "entropy-targeted-density": "As entropy-targeted, each times the density of the target at the image.",
+    "bald-density": "As bald, each times the density of the target at the image.",
 }

@@ -1,4 +1,4 @@
-"""Acquisition functions: entropy, BALD, EPIG, k-center, nearest neighbors, and the posterior's update by a new label.
+"""Acquisition functions: entropy, BALD, EPIG, density, k-center, neighbors, and the posterior's update by a new label.
 
 N items of the pool, T of the target, C classes, K draws of the posterior, D coordinates of an embedding. Entropies and
 information are in nats. Gaussian embeddings are a pair: means (N, D), not normalized, and variances (N, D), 0 where an
@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from models.density import kernel
 from models.distributions.sphere import at_least_float32
 from models.prob_cosine import Gaussians, cosine_mean
 from utils.errors import one_of
@@ -77,6 +78,15 @@ def select(score: Tensor, budget: int) -> Tensor:
     if score.isnan().any():
         raise ValueError(f"{int(score.isnan().sum())} of {len(score)} scores are NaN")
     return score.argsort(descending=True, stable=True)[:budget]
+
+
+def density(features: Tensor, kappa: float = 20.0) -> Tensor:
+    """Density (N,) of items (N, D) among themselves, by direction: the mean of exp(kappa (cosine - 1)).
+
+    A factor on acquisitions: the information density of Settles & Craven (EMNLP 2008, section 3.4), whose similarity
+    is here a von Mises-Fisher kernel.
+    """
+    return (kernel(features, features, kappa) - kappa).exp()
 
 
 def k_center(features: Tensor, budget: int) -> Tensor:

@@ -5,13 +5,23 @@ smaller budget gets the first of them. No strategy sees a label.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labeling.acquisition import bald, entropy, epig, k_center, neighbors, online_update, select, unique_neighbors
+from labeling.acquisition import (
+    bald,
+    density,
+    entropy,
+    epig,
+    k_center,
+    neighbors,
+    online_update,
+    select,
+    unique_neighbors,
+)
 from labeling.classifier import Classifier, Items, joined
 from models.laplace import Factors, Posterior, curvature
 from models.prob_cosine import cosine_mean, cosine_variance
@@ -38,6 +48,7 @@ class Choice:
     targets: int = 200  # drawn anew for each of EPIG's picks
     weight: int = 10  # number of items that a pick counts as in EPIG's posterior
     tick: Callable[[], None] = lambda: None  # called after each of EPIG's picks
+    by_density: bool = False  # acquisitions of an item are multiplied by the density there
 
 
 def at_random(choice: Choice) -> Tensor:
@@ -52,12 +63,13 @@ def next_to_random(choice: Choice) -> Tensor:
 
 def uncertain(choice: Choice) -> Tensor:
     """Images of the pool with the highest predictive entropy."""
-    return select(_entropy(choice.pool, choice), choice.budget)
+    return select(_weighted(_entropy(choice.pool, choice), choice.pool, choice), choice.budget)
 
 
 def next_to_uncertain(choice: Choice) -> Tensor:
     """Nearest neighbors of the target images with the highest predictive entropy."""
-    return _next_to(select(_entropy(choice.target, choice), len(choice.target.label)), choice)
+    score = _weighted(_entropy(choice.target, choice), choice.target, choice)
+    return _next_to(select(score, len(score)), choice)
 
 
 def next_to_disagreed(choice: Choice) -> Tensor:
@@ -66,6 +78,7 @@ def next_to_disagreed(choice: Choice) -> Tensor:
     parts = rows.split(max(1, IN_MEMORY // (choice.draws * len(choice.classifier.classes))))
     # BALD is of each image by itself, so parts may have different draws.
     score = torch.cat([bald(*probabilities(choice, choice.posterior, choice.target.rows(part))) for part in parts])
+    score = _weighted(score, choice.target, choice)
     return _next_to(select(score, len(score)), choice)
 
 
@@ -98,9 +111,27 @@ def spread_out(choice: Choice) -> Tensor:
     return k_center(F.normalize(choice.pool.embedding, dim=-1), choice.budget)
 
 
+def uncertain_and_dense(choice: Choice) -> Tensor:
+    """As entropy, each times the density of the pool at the image."""
+    return uncertain(replace(choice, by_density=True))
+
+
+def next_to_uncertain_and_dense(choice: Choice) -> Tensor:
+    """As entropy-targeted, each times the density of the target at the image."""
+    return next_to_uncertain(replace(choice, by_density=True))
+
+
+def next_to_disagreed_and_dense(choice: Choice) -> Tensor:
+    """As bald, each times the density of the target at the image."""
+    return next_to_disagreed(replace(choice, by_density=True))
+
+
 STRATEGIES = {
     "random": at_random, "random-targeted": next_to_random, "entropy": uncertain, "entropy-targeted": next_to_uncertain,
     "bald": next_to_disagreed, "epig": informative, "k-center": spread_out,
+    # Without EPIG, whose mean over the target is by its density already.
+    "entropy-density": uncertain_and_dense, "entropy-targeted-density": next_to_uncertain_and_dense,
+    "bald-density": next_to_disagreed_and_dense,
 }  # fmt: skip
 
 
@@ -130,6 +161,10 @@ def probabilities(choice: Choice, posterior: Posterior, *parts: Items) -> list[T
 @torch.no_grad()
 def _entropy(images, choice):
     return entropy(choice.classifier(images).softmax(dim=-1))
+
+
+def _weighted(score, images, choice):
+    return score * density(images.embedding) if choice.by_density else score
 
 
 def _shuffled(images, choice):

@@ -49,6 +49,7 @@ class Adaptor(nn.Module):
     match_logit = (
         False  # whether `log_likelihood` is the logit of "this pair matches" at the share of matches in a batch
     )
+    candidates = 0  # best answers that `of_candidates` compares; 0 for a method without it
     needs_pairs = True  # False for a method that learns nothing from the training split, which may be of classes, then
 
     def __init__(self, temperature: str = "fixed"):
@@ -95,6 +96,13 @@ class Adaptor(nn.Module):
     def classify(self, image: Embedding, text: Embedding) -> Tensor:
         """Score (N, C) of images against all C classes: `log_likelihood`, or the logarithms of class probabilities."""
         return self.log_likelihood(image, text)
+
+    def of_candidates(self, query: Embedding, answers: Embedding, side: str) -> dict[str, Tensor]:
+        """Further uncertainties (N,) of queries (N, D) of a modality by their K best answers (N, K, D), best first.
+
+        By name, of reporting/words.py: OF_CANDIDATES.
+        """
+        return {}
 
     def matched_scale(self, image: Embedding, text: Embedding) -> float | None:
         """The single temperature on the cosine that softens probabilities (N, C) as much as the method does on average.

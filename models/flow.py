@@ -6,6 +6,8 @@ N items, D embedding size, W width.
 """
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,63 +23,87 @@ ARCS = 256  # at least, of a modality in a step: with few pairs several arcs end
 
 
 def geodesic(start: Tensor, end: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Points (N, D) at `time` (N,) of the shortest arcs between unit vectors (N, D), and their velocities (N, D).
+    """Points (N, ..., D) at `time` (N,) of the shortest arcs between unit vectors (N, ..., D), and their velocities.
 
     An end of zeros has no direction: its arc stays at the start.
     """
     cos = (start * end).sum(dim=-1, keepdim=True)
     aside = end - cos * start
     angle = torch.atan2(aside.norm(dim=-1, keepdim=True), cos)  # keeps its digits where acos has none
-    aside, turned = F.normalize(aside, dim=-1), time[:, None] * angle
+    aside, turned = F.normalize(aside, dim=-1), time.view(-1, *[1] * (start.ndim - 1)) * angle
     return turned.cos() * start + turned.sin() * aside, angle * (turned.cos() * aside - turned.sin() * start)
 
 
 class Velocity(nn.Module):
-    """A tangent velocity field on the sphere, given time and modality, whose divergence is exact in any dimension.
+    """A tangent velocity field on S spheres at once, given time and mask, whose divergence is exact in any dimension.
+
+    masks: for each, whether each of the S sides moves; the others are a condition, or zeros where they are unknown.
 
     With two hidden layers and no more, the trace of the Jacobian W3 diag(b) W2 diag(a) W1 of the perceptron is
-    b' (W2 * (W1 W3)') a, where a and b are slopes of the activations: it costs what the perceptron itself does.
+    b' (W2 * (W1 W3)') a, where a and b are slopes of the activations: it costs what the perceptron itself does. Of a
+    side's own Jacobian, W1 are the columns and W3 the rows of that side.
     """
 
-    def __init__(self, dim: int, width: int):
+    def __init__(self, dim: int, width: int, masks: Sequence[Sequence[bool]]):
         super().__init__()
-        self.inner, self.middle = nn.Linear(dim, width, bias=False), nn.Linear(width, width, bias=False)
-        self.outer = nn.Linear(width, dim, bias=False)
-        self.sizes = (width, width, width, width, dim)  # of what time and modality set: scales, shifts, constant
+        self.dim, self.masks = dim, masks
+        whole = dim * len(masks[0])
+        self.inner, self.middle = nn.Linear(whole, width, bias=False), nn.Linear(width, width, bias=False)
+        self.outer = nn.Linear(width, whole, bias=False)
+        self.sizes = (width, width, width, width, whole)  # of what time and mask set: scales, shifts, constant
         self.condition = nn.Sequential(
-            nn.Linear(2 * WAVES + 2, CONDITION), nn.SiLU(), nn.Linear(CONDITION, sum(self.sizes))
+            nn.Linear(2 * WAVES + len(masks), CONDITION), nn.SiLU(), nn.Linear(CONDITION, sum(self.sizes))
         )
         nn.init.zeros_(self.outer.weight)  # training starts at the uniform density
         nn.init.zeros_(self.condition[-1].weight)
         nn.init.zeros_(self.condition[-1].bias)
 
-    def _parts(self, x, time, modality):
-        """Inputs of both activations (N, W), and the output (N, D) before it is made tangent."""
+    def sides(self, x: Tensor) -> Tensor:
+        """Unit vectors of all sides, or what else they have, side by side (N, S D): one after the other (N, S, D)."""
+        return x.unflatten(-1, (-1, self.dim))
+
+    def _parts(self, x, time, mask):
+        """Inputs of both activations (N, W), and the output (N, S D) before it is made tangent."""
         wave = math.pi * torch.arange(1, WAVES + 1, device=x.device, dtype=x.dtype) * time[:, None]
-        features = torch.cat([wave.cos(), wave.sin(), F.one_hot(modality, 2).to(x)], dim=-1)
+        features = torch.cat([wave.cos(), wave.sin(), F.one_hot(mask, len(self.masks)).to(x)], dim=-1)
         scale, shift, second_scale, second_shift, constant = self.condition(features).split(self.sizes, dim=-1)
-        length = math.sqrt(x.shape[-1])  # a coordinate of a unit vector is about 1 / length
+        length = math.sqrt(self.dim)  # a coordinate of a unit vector is about 1 / length
         first = (1 + scale) * self.inner(length * x) + shift
         second = (1 + second_scale) * self.middle(F.silu(first)) + second_shift
         output = (self.outer(F.silu(second)) + constant) / length
         return first, second, output, 1 + scale, 1 + second_scale
 
-    def forward(self, x: Tensor, time: Tensor, modality: Tensor) -> Tensor:
-        """Tangent velocities (N, D) at unit vectors (N, D); time and modality, 0 or 1: (N,) or (1,)."""
-        output = self._parts(x, time, modality)[2]
-        return output - (output * x).sum(dim=-1, keepdim=True) * x
+    def forward(self, x: Tensor, time: Tensor, mask: Tensor) -> Tensor:
+        """Tangent velocities (N, S D), 0 of sides that do not move, at unit vectors (N, S D).
 
-    def with_divergence(self, x: Tensor, time: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, and the divergence (N,) on the sphere: tr J - x' J x - (D - 1) x' v of the field J is that of."""
-        first, second, output, scale, second_scale = self._parts(x, time, modality)
-        radial = (output * x).sum(dim=-1)
+        time, and the numbers of masks: (N,) or (1,).
+        """
+        place, output = self.sides(x), self.sides(self._parts(x, time, mask)[2])
+        tangent = output - (output * place).sum(dim=-1, keepdim=True) * place
+        return (tangent * torch.tensor(self.masks, device=x.device)[mask, :, None]).flatten(-2)
+
+    def with_divergence(self, x: Tensor, time: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+        """`forward` under one mask, and the divergence (N,) on the spheres that move.
+
+        Of one sphere it is tr J - x' J x - (D - 1) x' v of the field J that is not yet made tangent.
+        """
+        of = torch.tensor([mask], device=x.device)
+        first, second, output, scale, second_scale = self._parts(x, time, of)
         slope, second_slope = scale * silu_slope(first), second_scale * silu_slope(second)
-        mixed = self.middle.weight * (self.inner.weight @ self.outer.weight).T
-        trace = (F.linear(slope, mixed) * second_slope).sum(dim=-1)
-        along = second_slope * self.middle(slope * self.inner(x))  # of J x, before the last layer
-        inward = (along * (x @ self.outer.weight)).sum(dim=-1)
-        divergence = trace - inward - (x.shape[-1] - 1) * radial
-        return output - radial[:, None] * x, divergence
+        velocities, divergence = [], 0.0
+        inner, outer = self.inner.weight.split(self.dim, dim=1), self.outer.weight.split(self.dim)
+        parts = zip(self.masks[mask], *(rows.split(self.dim, dim=-1) for rows in (x, output)), inner, outer)
+        for moves, place, velocity, columns, rows in parts:
+            if not moves:
+                velocities.append(torch.zeros_like(place))
+                continue
+            radial = (velocity * place).sum(dim=-1)
+            trace = (F.linear(slope, self.middle.weight * (columns @ rows).T) * second_slope).sum(dim=-1)
+            along = second_slope * self.middle(slope * F.linear(place, columns))  # of J x, before the last layer
+            inward = (along * (place @ rows)).sum(dim=-1)
+            divergence = divergence + trace - inward - (self.dim - 1) * radial
+            velocities.append(velocity - radial[:, None] * place)
+        return torch.cat(velocities, dim=-1), divergence
 
 
 def silu_slope(x: Tensor) -> Tensor:
@@ -86,8 +112,10 @@ def silu_slope(x: Tensor) -> Tensor:
     return sigmoid * (1 + x * (1 - sigmoid))
 
 
-def log_density(field: Velocity, x: Tensor, modality: int, steps: int, **options) -> Tensor:
-    """Log density (N,), in nats above uniform, of unit vectors (N, D) that the field carries there from uniform ones.
+def log_density(field: Velocity, x: Tensor, mask: int, steps: int, **options) -> Tensor:
+    """Log density (N,), in nats above uniform, of unit vectors (N, S D) that the field carries there from uniform ones.
+
+    Of the sides that move under the mask, given those that do not.
 
     The instantaneous change of variables (Chen et al. 2018, arXiv 1806.07366) along the ODE from time 1 back to 0, by
     `steps` equal steps of Runge and Kutta's order 4. With equal steps no item depends on the others, as it would where
@@ -95,11 +123,9 @@ def log_density(field: Velocity, x: Tensor, modality: int, steps: int, **options
     """
     from torchdiffeq import odeint
 
-    of_modality = torch.tensor([modality], device=x.device)
-
     def change(time, state):
-        place = F.normalize(state[0], dim=-1)  # a step leaves the sphere by its error
-        return field.with_divergence(place, time.reshape(1), of_modality)
+        place = F.normalize(field.sides(state[0]), dim=-1).flatten(-2)  # a step leaves the sphere by its error
+        return field.with_divergence(place, time.reshape(1), mask)
 
     options = options or {"method": "rk4", "options": {"step_size": 1 / steps}}
     times = torch.tensor([1.0, 0.0], device=x.device, dtype=x.dtype)
@@ -109,13 +135,16 @@ def log_density(field: Velocity, x: Tensor, modality: int, steps: int, **options
 class Flow(QueryOnly):
     """Uncertainty is the log density of a query given its modality, by flow matching; after arXiv 2601.21662.
 
-    width: of the velocity field's two hidden layers. steps: of the ODE.
+    width: of the velocity field's two hidden layers. steps: of the ODE. masks: what each number that the field is given
+    means, and whether its sides move.
     """
+
+    masks: ClassVar = dict.fromkeys(SIDES, (True,))
 
     def __init__(self, dim: int, width: int = 512, steps: int = 16):
         super().__init__(dim)
         self.require_positive(width=(width, int), steps=(steps, int))
-        self.field = Velocity(dim, width)
+        self.field = Velocity(dim, width, list(self.masks.values()))
 
     def adapt_image(self, image: Tensor) -> Embedding:
         """Adapt images (N, D); without an uncertainty in training, where no loss needs the ODE."""
@@ -130,7 +159,7 @@ class Flow(QueryOnly):
 
     def log_density(self, query: Tensor, side: str) -> Tensor:
         """That of the flow."""
-        return log_density(self.field, F.normalize(query, dim=-1), list(SIDES).index(side), self.steps)
+        return log_density(self.field, F.normalize(query, dim=-1), list(self.masks).index(side), self.steps)
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Flow matching () of B pairs: each embedding is the end of an arc from a uniform point."""
@@ -140,19 +169,26 @@ class Flow(QueryOnly):
         """Flow matching (): no InfoNCE of cosines teaches the flow."""
         return self.matching(image.mean, text.mean)
 
+    def ends(self, image: Tensor, text: Tensor) -> list[Tensor]:
+        """What the arcs of each mask end at (B, S D), and the conditions of its other sides."""
+        return [image, text]
+
     def matching(self, image: Tensor, text: Tensor) -> Tensor:
         """Mean squared error () of the velocities on arcs to B unit vectors of either modality; arXiv 2302.03660, (9).
 
         Arcs are the same at every call in evaluation, so that losses of held-out pairs compare.
         """
-        times = math.ceil(ARCS / len(image))
-        end = torch.cat([image.repeat(times, 1), text.repeat(times, 1)])
+        times, masks = math.ceil(ARCS / len(image)), self.field.masks
+        end = self.field.sides(torch.cat([rows.repeat(times, 1) for rows in self.ends(image, text)]))
         generator = None if self.training else torch.Generator(end.device).manual_seed(0)
         draw = {"device": end.device, "dtype": end.dtype, "generator": generator}
         start = F.normalize(torch.randn(end.shape, **draw), dim=-1)
-        modality = torch.arange(2, device=end.device).repeat_interleave(len(end) // 2)
-        # A time in each of as many equal parts of [0, 1] as a modality has arcs: less noise than independent times.
-        part = torch.arange(len(end), device=end.device) % (len(end) // 2)
-        time = 2 * (part + torch.rand(len(end), **draw)) / len(end)
+        arcs = len(end) // len(masks)
+        mask = torch.arange(len(masks), device=end.device).repeat_interleave(arcs)
+        moves = torch.tensor(masks, device=end.device)[mask, :, None]
+        # A time in each of as many equal parts of [0, 1] as a mask has arcs: less noise than independent times.
+        time = (torch.arange(len(end), device=end.device) % arcs + torch.rand(len(end), **draw)) / arcs
         place, velocity = geodesic(start, end, time)
-        return (self.field(place, time, modality) - velocity).square().sum(dim=-1).mean()
+        velocity = (velocity * moves).flatten(-2)
+        place = place.where(moves, end).flatten(-2)
+        return (self.field(place, time, mask) - velocity).square().sum(dim=-1).mean()

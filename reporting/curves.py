@@ -12,7 +12,11 @@ from reporting.words import LEVEL, REAL, SIGNIFICANT
 TITLES = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece": "ECE, %"}
 SCALE = {"accuracy": 100, "nll": 1, "ece": 100}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
-ORDER = ("random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center")  # others come after
+WEIGHTED = "-density"  # ends the name of a strategy that is weighted by density, after that of its plain rival
+ORDER = (  # others come after
+    "random", "random-targeted", "entropy", "entropy-targeted", "bald", "epig", "k-center",
+    "entropy-density", "entropy-targeted-density", "bald-density",
+)  # fmt: skip
 BASE = "random"  # the strategy that others are compared with
 MARKS = (  # what they mean
     f"{REAL}: it leaves 0 out (no mark where all seeds are alike). {SIGNIFICANT}: p < {LEVEL} also after Holm's"
@@ -121,6 +125,7 @@ def curves_text(results, arrays):
     first = next(iter(results.values()))
     seeds = dict.fromkeys(seed for seed, _ in results)
     budgets = [point["budget"] for point in first["curve"]]
+    wide = max(16, *(len(name) for _, name in results))
     lines = [
         f"{first['dataset']}, {first['backbone']}, target {first['settings']['target']} ({first['images']:,} images),"
         f" seeds: {', '.join(map(str, seeds))}; free labels of --val: {_free_labels(first)}"
@@ -129,17 +134,17 @@ def curves_text(results, arrays):
         digits, by_strategy = DIGITS[figure], curves(results, figure)
         before = SCALE[figure] * first["before"][figure]
         heads = [*(f"{budget:,}" for budget in budgets), "mean"]
-        lines.append(f"\n{TITLES[figure]:18}" + "".join(f"{head:>{WIDTH}}" for head in heads))
-        lines.append(f"  {'no label':16}{before:>{WIDTH}.{digits}f}")
+        lines.append(f"\n{TITLES[figure]:{wide + 2}}" + "".join(f"{head:>{WIDTH}}" for head in heads))
+        lines.append(f"  {'no label':{wide}}{before:>{WIDTH}.{digits}f}")
         for name, by_seed in by_strategy.items():
             columns = zip(*by_seed.values(), strict=True)
-            lines.append(f"  {name:16}" + "".join(f"{_mean(column, digits):>{WIDTH}}" for column in columns))
+            lines.append(f"  {name:{wide}}" + "".join(f"{_mean(column, digits):>{WIDTH}}" for column in columns))
         compared = gaps(by_strategy, image_errors(arrays, figure))
         if compared:
             lines.append(f"  less {BASE}, 95 % interval")
         for name, row in compared.items():
             texts = [gap.text(digits) if gap.mark else f"{gap.text(digits)} " for gap in row]
-            lines.append(f"  {name:16}" + "".join(f"{text:>{WIDTH}}" for text in texts))
+            lines.append(f"  {name:{wide}}" + "".join(f"{text:>{WIDTH}}" for text in texts))
     if len(seeds) > 1:
         note = f"± is the standard deviation over seeds; of differences it is {interval_note(arrays)}."
         lines += ["", *textwrap.wrap(note, 7 * WIDTH - 5)]

@@ -12,7 +12,8 @@ QUERY = {"text_to_image": "caption", "image_to_text": "image", "image_to_class":
 ANSWER = {"text_to_image": "image", "image_to_text": "caption", "image_to_class": "class"}
 SCORES = {"similarity": "cosine", "log_likelihood": "likelihood"}
 GALLERY_AWARE = {"top": "top score", "margin": "margin", "entropy": "entropy", "probability": "top probability"}
-OWN = ("query", "retrieved", "sum")  # uncertainties of a method itself, or made of them
+OF_CANDIDATES = {"conditional": "conditional entropy", "information": "low mutual information"}  # by the best answers
+OWN = ("query", "retrieved", "sum", *OF_CANDIDATES)  # uncertainties of a method itself, or made of them
 FREE = {"words": "few words", "length": "long embedding"}  # known before the search, without a model
 PROBABILITIES = {  # entries of a result's calibration
     "model": "model",
@@ -36,7 +37,9 @@ COCO = {  # figures of metrics/eccv.py; papers average both directions
 def followed(direction, name):
     """Name an uncertainty in words: of the query caption, of the retrieved image, the entropy over the gallery, ..."""
     query, answer = f"query {QUERY[direction]}", f"retrieved {ANSWER[direction]}"
-    return {"query": query, "retrieved": answer, "sum": f"{query} + {answer}"}.get(name) or (GALLERY_AWARE | FREE)[name]
+    return {"query": query, "retrieved": answer, "sum": f"{query} + {answer}"}.get(name) or (
+        GALLERY_AWARE | OF_CANDIDATES | FREE
+    )[name]
 
 
 def over(counts, unit):

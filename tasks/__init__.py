@@ -13,10 +13,12 @@ from datasets.embeddings import Pairs
 from metrics import calibration, summary
 from metrics.comparison import interval
 from metrics.retrieval import recall_at
+from metrics.score_tiles import Columns, tiles
 from metrics.uncertainty import auroc, selective
 from utils.errors import UserError
 
 STORED_SCORES = 2**25  # scores, 128 MB, that are computed once and stored; more are computed anew for every pass
+PAIRS = 2**13  # of a query and an answer, that `of_candidates` compares at once
 EXAMPLES, BEST_ANSWERS = 10, 5  # most and least certain queries in the report, and best answers to each
 
 
@@ -94,6 +96,32 @@ def few_words(texts):
     return -np.array([len(text.split()) for text in texts], dtype=np.float64)
 
 
+@torch.inference_mode()
+def nearest_answers(query, answer, count):
+    """Rows (Q, K) of the answers with the highest cosines to each adapted query, best first; K: `count`, or all."""
+    best = Columns(len(query.mean))
+    for rows, cosines in tiles(lambda rows: query.direction[rows] @ answer.direction.T, best.queries, len(answer.mean)):
+        best.put(rows, cosines.topk(min(count, cosines.shape[1]), dim=1).indices)
+    return best[0]
+
+
+@torch.inference_mode()
+def of_candidates(adaptor, side, query, answer, best, quiet):
+    """Uncertainties of adapted queries of modality `side` by their best answers, {name: (Q,)}; most methods have none.
+
+    best: (Q, K), rows of the adapted answers. Raises FloatingPointError if one is not finite.
+    """
+    values, columns, step = {}, Columns(len(best)), max(1, PAIRS // best.shape[1])
+    for start in tqdm(range(0, len(best), step), desc="candidates", disable=quiet or None):
+        rows = slice(start, min(start + step, len(best)))
+        answers = answer.rows(torch.from_numpy(best[rows]).to(answer.mean.device))
+        values = adaptor.of_candidates(query.rows(rows), answers, side)
+        columns.put(rows, *values.values())
+    if not all(np.isfinite(column).all() for column in columns):
+        raise FloatingPointError("an uncertainty is not finite")
+    return dict(zip(values, columns))
+
+
 def choose_levels_by(requested, query, answer):
     """Choose which of FOLLOWED the levels follow: `requested`, else the first that the adaptor has, else None.
 
@@ -117,12 +145,15 @@ def choose_levels_by(requested, query, answer):
     return requested
 
 
-def evaluate_side(ranking, query, answer, choices, levels_by, drawn, free=None, limit=None, truth=None, group=None):
+def evaluate_side(
+    ranking, query, answer, choices, levels_by, drawn, free=None, limit=None, truth=None, group=None, candidates=None
+):
     """Figures of ranked queries and of all their uncertainties; returns them and the uncertainty (Q,) of `levels_by`.
 
     query (Q,), answer (G,): the adaptor's uncertainties, or None. levels_by: one of FOLLOWED, as `choose_levels_by`
     returns it; None means the entropy over the gallery. drawn: a PairedBootstrap of the queries. free: uncertainties
-    that need no model, {name: (Q,)}. limit, truth, group: as in `summary.of_uncertainty`.
+    that need no model, {name: (Q,)}. limit, truth, group: as in `summary.of_uncertainty`. candidates: uncertainties
+    by the best answers, {name: (Q,)}.
     """
     uncertainties = {}
     if query is not None:
@@ -132,7 +163,7 @@ def evaluate_side(ranking, query, answer, choices, levels_by, drawn, free=None, 
     if len(uncertainties) == 2:
         uncertainties["sum"] = uncertainties["query"] + uncertainties["retrieved"]
     query_only = {"query", *(free or ())}
-    uncertainties |= (free or {}) | summary.gallery_aware(ranking)
+    uncertainties |= (candidates or {}) | (free or {}) | summary.gallery_aware(ranking)
     figures = summary.of_ranking(ranking, limit, drawn) | {"levels_by": levels_by, "uncertainty": {}}
     options = choices.levels, choices.drop_remainder, limit, truth, group
     for name, uncertainty in uncertainties.items():

@@ -5,6 +5,8 @@ gallery: each half of the images is judged by what the other half taught. With -
 in galleries as large as the evaluated one.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from metrics.calibration import halves
 from models.base import Embedding, adapt_all
-from tasks import posterior_scales, uncertainty_of, with_progress
+from tasks import of_candidates, posterior_scales, uncertainty_of, with_progress
 from tasks.classification import class_embeddings
 from tasks.retrieval import Side, adapted_bank, corrected, scenes, sides
 from utils.errors import UserError
@@ -31,6 +33,7 @@ class Part(NamedTuple):
     of_answer: np.ndarray | None  # (G,) of the method, if it has one for answers
     true: sparse.csr_array | None = None  # (Q, G) which items fit a query, if known: its own are among them
     column: np.ndarray | None = None  # (Q,) the group that the user puts each query in
+    of_candidates: Callable | None = None  # from best answers (Q, K) to further uncertainties, {name: (Q,)}
 
     @property
     def own(self):
@@ -88,14 +91,18 @@ def parts(adaptor, adapted, choices, device, bar, images=None):
     of_caption = [None if each is None else each[owner] for each in (group, column)]
     turned = None if true is None else true.T.tocsr()
     of_texts, of_images = (text.direction, of_caption[0], of_text), (image.direction, group, of_image)
+    by_text, by_image = None, None
+    if adaptor.candidates:
+        by_text = partial(of_candidates, adaptor, "text", text, image, quiet=choices.quiet)
+        by_image = partial(of_candidates, adaptor, "image", image, text, quiet=choices.quiet)
     return {
-        "text_to_image": _part(both["text_to_image"], of_texts, of_images, turned, of_caption[1]),
-        "image_to_text": _part(both["image_to_text"], of_images, of_texts, true, column),
+        "text_to_image": _part(both["text_to_image"], of_texts, of_images, turned, of_caption[1], by_text),
+        "image_to_text": _part(both["image_to_text"], of_images, of_texts, true, column, by_image),
     }
 
 
-def _part(side, query, items, true, column):
-    return Part(side, query[0], items[0], query[1], query[2], items[2], true, column)
+def _part(side, query, items, true, column, of_candidates):
+    return Part(side, query[0], items[0], query[1], query[2], items[2], true, column, of_candidates)
 
 
 def galleries(count, images, seed=0):

@@ -26,6 +26,8 @@ from tasks import (
     few_words,
     hierarchy,
     lengths,
+    nearest_answers,
+    of_candidates,
     posterior_scales,
     progress_bar,
     uncertainty_of,
@@ -142,6 +144,11 @@ def evaluate(adaptor, pairs, choices, device):
     drawn = {side: PairedBootstrap(group) for side, group in groups.items()}
     arrays["group_of_image"] = scene
     ambiguity = truth["text_to_image"].ambiguity
+    candidates = {}
+    if adaptor.candidates:
+        for side, query, answer in (("text", text, image), ("image", image, text)):
+            best = nearest_answers(query, answer, adaptor.candidates)
+            candidates[side] = of_candidates(adaptor, side, query, answer, best, choices.quiet)
     bank = choices.hubs and adapted_bank(adaptor, choices.bank, device)
     count = len(pairs.image) * len(pairs.text)
     passes = 2 if ambiguity is None else 4  # of each direction one, and one for mAP@R if the true matches are known
@@ -152,7 +159,7 @@ def evaluate(adaptor, pairs, choices, device):
         both = sides(compute, image, text, pairs.image_of_text, scales[name])
         if choices.hubs:
             both = corrected(both, computes[name], image, text, bank, choices.hubs)
-        figures, side_arrays = evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free)
+        figures, side_arrays = evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free, candidates)
         figures = {"score": name, "posterior_scale": scales[name]} | figures
         if result:
             result["other_score"] = figures
@@ -176,10 +183,10 @@ def evaluate(adaptor, pairs, choices, device):
     return result, arrays
 
 
-def evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free):
+def evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free, candidates):
     """Figures of both directions, {name: Side}, under one kind of score, and per-query arrays.
 
-    uncertainties, groups, drawn, free: of images and of captions, see `evaluate_side`.
+    uncertainties, groups, drawn, free, candidates: of images and of captions, see `evaluate_side`.
     """
     figures, arrays, rankings, before = {}, {}, [], {}
     for (name, side), query, answer in zip(both.items(), ("text", "image"), ("image", "text"), strict=True):
@@ -191,8 +198,9 @@ def evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free):
         score, *targets, scale, correction = side
         judged = summary.judge(score, *targets, scale, group, members, correction)
         part, uncertainty = evaluate_side(
-            judged.ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group
-        )
+            judged.ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group,
+            candidates.get(query),
+        )  # fmt: skip
         if truth[name].matches is not None:
             precision = retrieval.at_r(side.score, truth[name].matches)
             for key, values in (("map_at_r", precision.mean_average_precision), ("r_precision", precision.r_precision)):

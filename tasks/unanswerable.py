@@ -11,7 +11,7 @@ from metrics import answering, calibration
 from metrics.comparison import PairedBootstrap, interval
 from metrics.uncertainty import auroc, false_positive_rates, risk_coverage, selective
 from models.base import adapt_all
-from tasks import decisions, lengths, posterior_scales, uncertainty_of
+from tasks import decisions, lengths, of_candidates, posterior_scales, uncertainty_of
 
 PRIOR = 0.5  # share of queries without an answer
 LEARNED = "learned"
@@ -41,6 +41,9 @@ def _measure(part):
     columns = answering.with_and_without(side.score, side.gallery, *part.matches, part.side.scale)
     if part.of_answer is not None:
         columns["retrieved"] = part.of_answer[columns["best"]]
+    if part.of_candidates is not None:
+        values = [part.of_candidates(best[:, None])["information"] for best in columns["best"].T]
+        columns["information"] = np.stack(values, axis=1)
     return columns
 
 
@@ -64,7 +67,9 @@ def _evaluate(measured, columns):
     chosen = usable[:queries]
     judged = np.flatnonzero(chosen)
     uncertainties = {
-        name: columns[name][judged].astype(float) for name in (*answering.NAMES, "retrieved") if name in columns
+        name: columns[name][judged].astype(float)
+        for name in (*answering.NAMES, "retrieved", "information")
+        if name in columns
     }
     uncertainties |= {LEARNED: -learned[judged], "right": -right[judged]}
     hit, drawn = columns["hit"][judged].astype(float), PairedBootstrap(np.tile(part.group[judged], 2))
@@ -129,6 +134,9 @@ def _absent(adaptor, pairs, choices, device):
             columns[kind]["query"] = uncertainty_of(text)
         if adapted.image.uncertainty is not None:
             columns[kind]["retrieved"] = uncertainty_of(adapted.image)[best]
+        if adaptor.candidates:
+            values = of_candidates(adaptor, "text", text, adapted.image, best[:, None], choices.quiet)
+            columns[kind]["information"] = values["information"]
     length = lengths(np.concatenate([pairs.text[:], choices.absent.embedding[:, : pairs.dim]]))
     if np.ptp(length):
         columns["present"]["length"], columns["absent"]["length"] = np.split(length, [len(pairs.text)])

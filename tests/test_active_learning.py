@@ -206,6 +206,12 @@ def pool_of(seed):
     return offer, generator
 
 
+def slow_density(part):
+    """Settles & Craven's mean similarity to all items of a part, by von Mises-Fisher kernels, in loops."""
+    unit = [row / np.linalg.norm(row) for row in part[0]]
+    return np.array([np.mean([np.exp(20 * (row @ other - 1)) for other in unit]) for row in unit])
+
+
 def slow_order(strategy, offer, generator):
     """The rows of the offer that a strategy chooses, by loops."""
     pool = tuple(np.concatenate(pair)[offer] for pair in zip(data("train"), data("shifted-train"), strict=True))
@@ -213,15 +219,17 @@ def slow_order(strategy, offer, generator):
     shuffled = torch.randperm(25 if strategy == "random" else 40, generator=generator).tolist()
     if strategy == "random":
         return shuffled[:8]
-    if strategy == "entropy":
-        return np.argsort(-slow_entropy(weight, pool), kind="stable")[:8].tolist()
+    if strategy in ("entropy", "entropy-density"):
+        score = slow_entropy(weight, pool) * (slow_density(pool) if "density" in strategy else 1)
+        return np.argsort(-score, kind="stable")[:8].tolist()
     if strategy == "k-center":
         unit = [row / np.linalg.norm(row) for row in pool[0]]
         chosen = [int(np.argmin([np.linalg.norm(row - np.mean(unit, axis=0)) for row in unit]))]
         while len(chosen) < 8:
             chosen.append(int(np.argmax([min(np.linalg.norm(row - unit[i]) for i in chosen) for row in unit])))
         return chosen
-    order = shuffled if strategy == "random-targeted" else np.argsort(-slow_entropy(weight, target), kind="stable")
+    score = slow_entropy(weight, target) * (slow_density(target) if "density" in strategy else 1)
+    order = shuffled if strategy == "random-targeted" else np.argsort(-score, kind="stable")
     return nearest_first(pool, target, order)
 
 
@@ -475,6 +483,17 @@ def test_bald_picks_neighbors_of_targets_on_which_drawn_weights_disagree(caches,
     assert result("bald")[0]["chosen_id"] == [row if row < 30 else row - 30 for row in chosen]
 
 
+def test_acquisitions_are_weighted_by_density(caches):
+    weighted = ["entropy-density", "entropy-targeted-density"]
+    run(*VAL, "--seeds", "0", "--strategies", "random", "entropy", "entropy-targeted", *weighted)
+    for strategy in weighted:
+        offer, generator = pool_of(0)
+        order = offer[slow_order(strategy, offer, generator)]
+        chosen = result(strategy)[0]["chosen_id"]
+        assert chosen == [row if row < 30 else row - 30 for row in order]
+        assert chosen != result(strategy.removesuffix("-density"))[0]["chosen_id"]
+
+
 def test_help_says_what_each_strategy_says_of_itself():
     assert {name: choose.__doc__.splitlines()[0] for name, choose in STRATEGIES.items()} == labeling.STRATEGIES
 
@@ -502,7 +521,7 @@ def test_a_killed_run_goes_on_to_the_same_results(caches, capsys):
     flags = [*VAL, "--seeds", "0", "1", "--strategies", "all"]
     run(*flags)
     unbroken = contents()
-    assert len(unbroken) == 28
+    assert len(unbroken) == 40
     Path("results").rename("unbroken")
     command = [sys.executable, str(Path(active_learning.__file__)), *FLAGS, *flags, "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -512,7 +531,7 @@ def test_a_killed_run_goes_on_to_the_same_results(caches, capsys):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     part = contents()
-    assert (FOLDER / "random-seed0.json").exists() and len(part) < 28
+    assert (FOLDER / "random-seed0.json").exists() and len(part) < 40
     first_made = (FOLDER / "random-seed0.json").stat().st_mtime_ns
     (FOLDER / ".random-seed0.json.1.part").write_text("half")
     run(*flags)

@@ -17,7 +17,7 @@ from labeling.strategies import STRATEGIES
 from metrics import calibration
 from reporting import studies as study_results
 from reporting import traces
-from reporting.curves import ORDER
+from reporting.curves import ORDER, WEIGHTED
 from reporting.figures import studies as figures
 from reporting.figures import style
 from reporting.rendering import NARROW
@@ -358,8 +358,11 @@ def test_learning_curves_are_means_with_bands_of_deviations(tmp_path):
 def test_each_strategy_has_the_same_distinct_style_in_every_figure(tmp_path):
     assert list(STRATEGIES) == list(ORDER)
     styles = figures._styles(study_of(tmp_path / "all", strategies=STRATEGIES))
-    assert len({style["color"] for style in styles.values()}) == len(STRATEGIES)
-    assert len({style["marker"] for style in styles.values()}) == len(STRATEGIES)
+    plain = {name: style for name, style in styles.items() if not name.endswith(WEIGHTED)}
+    assert len({style["color"] for style in plain.values()}) == len({style["marker"] for style in plain.values()})
+    assert len(plain) == len({style["color"] for style in plain.values()}) == len(STRATEGIES) - 3
+    for name in styles.keys() - plain:
+        assert styles[name]["color"] == styles[name.removesuffix(WEIGHTED)]["color"] and "linestyle" in styles[name]
     alone = figures.learning_curves(study_of(tmp_path, strategies=["bald"]), {})
     assert alone.axes[0].lines[0].get_color() == styles["bald"]["color"]
 

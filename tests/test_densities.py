@@ -8,7 +8,9 @@ import torch
 from test_vmf_mixture import mean_over_sphere, unit
 
 from benchmarks import densities
+from datasets.embeddings import Pairs
 from datasets.shapes import ATTRIBUTES, NAMES, UNNAMED, VALUES, describe
+from utils.config import load_config
 
 
 def test_absent_things_replace_one_wording():
@@ -49,6 +51,26 @@ def test_a_table_of_known_densities(monkeypatch):
         monkeypatch.setattr(densities, constant, value)
     header, _, row = densities.of_known(quiet=True).splitlines()
     assert header.count("|") == row.count("|") and "r = " in row
+
+
+def test_a_table_of_known_pairs(monkeypatch):
+    for constant, value in (("ITEMS", 60), ("ASKED", 40), ("STEPS", 2), ("DIMS", (3,))):
+        monkeypatch.setattr(densities, constant, value)
+    header, _, row = densities.of_pairs(quiet=True).splitlines()
+    assert header.count("|") == row.count("|") and row.count("r = ") == 4
+
+
+def test_a_method_learns_without_a_run_on_disk(world, monkeypatch):
+    settings = ["train.epochs=1", "model.width=8"]
+    monkeypatch.setattr(
+        densities, "load_config", lambda *names, **options: load_config(*names, settings=settings, **options)
+    )
+    monkeypatch.setattr(
+        densities, "split", lambda name: densities.Split(Pairs("shapes", "shapes-tiny", name), None, None)
+    )
+    flow, seconds = densities.fitted("flow", np.arange(100), 0, quiet=True)
+    assert seconds > 0 and not flow.training and flow.field.outer.weight.any()
+    assert not list(world.glob("checkpoints*"))
 
 
 def test_the_bandwidth_is_that_of_the_samples():

@@ -75,7 +75,7 @@ ORACLES = {
     "asymvlm-vmf": of_vmf, "asymvlm-psd": of_psd, "symmetric-vmf": of_two_vmf, "pfe": of_gaussians,
     "probvlm": of_generalized_gaussians, "pcmepp": of_matching, "prolip": of_matching,
     **dict.fromkeys(("clip", "loss-prediction"), of_cosine),
-    **dict.fromkeys(("knn", "kde", "typicality", "density", "vmf-mixture", "flow"), of_cosine),
+    **dict.fromkeys(("knn", "kde", "typicality", "density", "vmf-mixture", "flow", "joint-flow"), of_cosine),
 }  # fmt: skip
 # tests/test_prob_cosine.py and tests/test_bayesvlm.py compare its logits with quadrature, draws and real factors.
 ELSEWHERE = {"bayesvlm"}

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from reporting.curves import ORDER, SCALE, TITLES, curves
+from reporting.curves import ORDER, SCALE, TITLES, WEIGHTED, curves
 from reporting.figures import style
 from reporting.studies import Study
 from reporting.traces import Trace, batches
@@ -145,5 +145,9 @@ def _with_spread(axes, x, values, options):
 
 
 def _styles(study):
-    """Options of plot() by strategy; the known ones look the same in every report."""
-    return {name: style.mark(style.Look(i, False)) for i, name in enumerate(dict.fromkeys([*ORDER, *study.seeds]))}
+    """Options of plot() by strategy; the known ones look the same in every report, those by density as their rivals."""
+    names = list(dict.fromkeys([*ORDER, *study.seeds]))
+    number = {name: i for i, name in enumerate(dict.fromkeys(name.removesuffix(WEIGHTED) for name in names))}
+    return {
+        name: style.mark(style.Look(number[name.removesuffix(WEIGHTED)], name.endswith(WEIGHTED))) for name in names
+    }

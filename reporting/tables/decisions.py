@@ -5,10 +5,10 @@ from functools import partial
 from reporting.runs import find
 from reporting.tables import Column, Selector, make
 from reporting.tables.columns import rows_of
-from reporting.words import DIRECTIONS, FREE, GALLERY_AWARE
+from reporting.words import DIRECTIONS, FREE, GALLERY_AWARE, OF_CANDIDATES
 
 KINDS = {"score": "threshold", "lac": "LAC", "aps": "APS", "raps": "RAPS"}
-REJECTING = GALLERY_AWARE | FREE | {
+REJECTING = GALLERY_AWARE | OF_CANDIDATES | FREE | {
     "energy": "energy", "learned": "learned", "right": "learned, right", "retrieved": "retrieved", "query": "query",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from reporting.tables.columns import (
     rows_of,
     with_stand_ins,
 )
-from reporting.words import COCO, GALLERY_AWARE, RETRIEVAL, SCORES
+from reporting.words import COCO, GALLERY_AWARE, OF_CANDIDATES, RETRIEVAL, SCORES
 
 TRUTH = {"spearman": "Spearman", "kendall": "Kendall"}
 
@@ -58,7 +58,7 @@ def truth(block):
     """How close a method comes to the truth, where the ambiguity of captions is known."""
     first, group = "text_to_image", "ambiguity of captions"
     columns = []
-    for name in ("query", *GALLERY_AWARE, "retrieved", "sum"):
+    for name in ("query", *GALLERY_AWARE, "retrieved", "sum", *OF_CANDIDATES):
         for key, title in TRUTH.items():
             read, shown = partial(_of_truth, first, key, name), name == "query"
             note = "rank correlation of uncertainty and true ambiguity; 1 is ideal"

@@ -17,7 +17,7 @@ from reporting.tables.columns import (
     record,
     rows_of,
 )
-from reporting.words import CLASSIFICATION, FREE, GALLERY_AWARE, MINUS, RETRIEVAL, followed
+from reporting.words import CLASSIFICATION, FREE, GALLERY_AWARE, MINUS, OF_CANDIDATES, RETRIEVAL, followed
 
 COVERAGES = ("80", "90", "95")
 RISK = "5"  # percent
@@ -91,7 +91,7 @@ def selective(block):
     directions, right = (CLASSIFICATION, "ACC") if of_classes else (RETRIEVAL, "R@1")
     first, columns = next(iter(directions)), []
     for direction in directions:
-        for name in ("query", "entropy", "top", "margin", "probability", "retrieved", "sum"):
+        for name in ("query", "entropy", "top", "margin", "probability", "retrieved", "sum", *OF_CANDIDATES):
             group = "query-only" if name == "query" else f"gallery-aware: {followed(direction, name)}"
             full = direction == first and name in ("query", "entropy")
             for key, title, best, note in SELECTIVE:
