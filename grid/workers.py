@@ -61,7 +61,7 @@ class Workers:
 
     def interrupt(self):
         """Interrupt the jobs, which save what they can, and wait for it; may be called by a signal's handler."""
-        busy = [worker.process for worker in self.workers if worker.future and worker.process]
+        busy = [worker.process for worker in self.workers if worker.future and not worker.future.done()]
         for process in busy:
             process.terminate()
         for process in busy:
