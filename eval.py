@@ -83,7 +83,7 @@ from datasets.bank import Bank
 from datasets.embeddings import Pairs
 from datasets.folds import fold_of
 from metrics import hubs
-from models.precision import set_precision
+from models.precision import set_deterministic, set_precision
 from reporting import evaluations
 from reporting.terminal import result_text
 from tasks import Absent, Choices
@@ -281,6 +281,7 @@ def main(argv=None):
             " with --train-dataset."
         )
     adaptor, config, identity = run.load(device)
+    set_deterministic(config.train.deterministic)
     pairs.must_fit(identity, run.folder)
     task = args.task or ("retrieval" if pairs.classes is None else "classification")
     usual = FEW_LEVELS if task in DECISIONS else LEVELS

@@ -28,12 +28,14 @@ def parse(argv=None):
     parser.add_argument("--val-fraction", type=float, help=share)
     of = "of matrix products, on a GPU tf32, or bfloat16, that of perceptrons alone; default: float32"
     parser.add_argument("--precision", choices=PRODUCTS, help=of)
+    of = "the same bits each time on a GPU, too, here and in eval.py; slower"
+    parser.add_argument("--deterministic", action="store_const", const="true", help=of)
     parser.add_argument("--overwrite", action="store_true", help="replace a run with another configuration")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=1e-3 train.epochs=10")
     args = parser.parse_args(argv)
-    keys = {"train.val_fraction": args.val_fraction, "train.precision": args.precision}
-    settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    keys = {name: getattr(args, name) for name in ("val_fraction", "precision", "deterministic")}
+    settings = [f"train.{key}={value}" for key, value in keys.items() if value is not None]
     return args, run_config(args, args.dataset, args.set + settings)
 
 
@@ -59,7 +61,7 @@ from datasets.ranks import Ranks, reported
 from models.base import Adaptor, best_temperature
 from models.finite import all_finite, first_fault
 from models.pair_loss import cross_entropies, info_nce
-from models.precision import set_precision, train_in_bfloat16
+from models.precision import set_deterministic, set_precision, train_in_bfloat16
 from utils.checkpoint import Run
 from utils.device import pick_device
 from utils.files import locked, write_text
@@ -282,6 +284,7 @@ def write_log(path, rows):
 def train(args, config, ranks):
     """Train the run of a Config, as one of the processes `ranks`."""
     device = pick_device(args.device, ranks.local)
+    set_deterministic(config.train.deterministic)
     set_precision(device, config.train.precision)
     pairs = Pairs(config.dataset, config.backbone, config.data.train_split, needs_pooled(config))
     config.settle(len(pairs.text))

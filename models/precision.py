@@ -1,4 +1,6 @@
-"""What matrix products are computed in: float32, unless TF32 or bfloat16 is asked for."""
+"""What is computed in: float32, unless TF32 or bfloat16 is asked for. And, where asked for, the same bits each time."""
+
+import os
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,19 @@ from utils.errors import UserError
 
 # Largest error of a float32 product, relative to its largest entry. float32 has 5e-7, TF32 4e-4, bfloat16 3e-3.
 TOLERANCE = 1e-5
+
+# With one of two workspaces, cuBLAS sums in the same order each time. It reads this before its first product, and these
+# are the sizes that it takes on recent GPUs anyway.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Compute the same bits in each run on the same GPU, if `wanted`, in the whole process; CPUs do so anyway.
+
+    An operation that cannot raises RuntimeError, of which `utils.errors.exits_cleanly` makes a sentence.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
 
 
 def set_precision(device: torch.device, name: str = "float32") -> None:

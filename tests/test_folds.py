@@ -129,3 +129,19 @@ def test_every_fold_is_trained_tested_and_reported(pairs, capsys):
     assert "mean ± s.d. over 3 test parts" in page and "the s.d. understates" in page
     reproduce.main([*command, "--dry-run"])
     assert "6 of 6 cells are done" in capsys.readouterr().out
+
+
+def test_folds_of_images_with_classes(pairs):
+    label = np.arange(IMAGES) % 3
+    np.savez("pairs.npz", image=pairs["image"], text=pairs["text"][:3], label=label, class_of_text=np.arange(3))
+    command = ["--datasets", "embeddings", "--methods", "clip", "--folds", "2", "--devices", "cpu", "--quiet", *CACHE]
+    reproduce.main([*command, "train.val_fraction=0"])
+    results = [json.loads(path.read_text()) for path in Path("results").glob("**/*-classification.json")]
+    assert sorted(result["fold"] for result in results) == [[1, 2], [2, 2]]
+    assert sum(result["images"] for result in results) == IMAGES
+    with open("results/embeddings/table.csv", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["column"] == "acc"]
+    accuracy = [100 * result["image_to_class"]["recall"]["1"] for result in results]
+    assert lines
+    for line in lines:
+        assert float(line["mean"]) == pytest.approx(statistics.fmean(accuracy)), line

@@ -1,6 +1,7 @@
 """Precision: nothing computes below float32 unasked, and bfloat16 stays inside the perceptrons."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -87,3 +88,28 @@ def test_the_precision_is_recorded(world):
     one, other = (torch.load(folder / "adaptor.pt", weights_only=True)["state_dict"] for folder in folders)
     name = "text.eta.0.weight"
     assert one[name].dtype == other[name].dtype == torch.float32 and not torch.equal(one[name], other[name])
+
+
+def test_deterministic_training_and_evaluation(world, refusal, monkeypatch):
+    """On a CPU the bits are the same anyway: PyTorch and cuBLAS are told, and told otherwise by the next run."""
+    modes, fit, check = [], train.fit, evaluation.check
+
+    def recorded(call):
+        return lambda *of: modes.append(torch.are_deterministic_algorithms_enabled()) or call(*of)
+
+    monkeypatch.setattr(train, "fit", recorded(fit))
+    monkeypatch.setattr(evaluation, "check", recorded(check))
+    for tag, flags in (("exact", ["--deterministic"]), ("usual", [])):
+        train.main([*RUN, "--tag", tag, *flags, *SHORT])
+        evaluation.main([*RUN, "--tag", tag])
+    assert modes == [True, True, False, False]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    (result,) = world.glob("results/**/asymvlm-psd+exact/seed0/*.json")
+    assert json.loads(result.read_text())["config"]["train"]["deterministic"] is True
+
+    def fails(*_):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
+
+    monkeypatch.setattr(train, "fit", fails)
+    error = refusal(train.main, *RUN, "--tag", "other", "--deterministic", *SHORT)
+    assert "cumsum_cuda_kernel has no deterministic form on this GPU: leave out --deterministic." in error

@@ -84,6 +84,7 @@ class Train:
     val_fraction: float | None = None  # of images held out to pick the epoch; none: 0.1 below FEW pairs, else 0
     patience: int = 50  # training stops after so many epochs without a better held-out loss
     precision: str = "float32"  # of matrix products: tf32; bfloat16: of perceptrons alone
+    deterministic: bool = False  # the same bits each time on CUDA, too, in training and evaluation; slower
     compile: bool = False  # the loss by torch.compile, on CUDA as graphs; rounds differently
     save_every: float = 5.0  # seconds between saved states, from which a killed run resumes
 

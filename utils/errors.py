@@ -49,6 +49,11 @@ def exits_cleanly(interrupted="interrupted."):
                 if error.strerror is None:
                     raise
                 message, code = str(UserError(f"{error.filename or 'writing'}: {error.strerror}.")), 2
+            except RuntimeError as error:
+                if "does not have a deterministic implementation" not in str(error):
+                    raise
+                operation = str(error).split(" does not have")[0]
+                message, code = f"{operation} has no deterministic form on this GPU: leave out --deterministic.", 2
             except KeyboardInterrupt:
                 message, code = interrupted, 130
             print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)

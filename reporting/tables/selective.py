@@ -87,7 +87,8 @@ def levels(block):
 
 def selective(block):
     """Which answers to trust: by the query's own uncertainty, and by those that need scores over the gallery."""
-    directions, right = (CLASSIFICATION, "ACC") if block.task == "classification" else (RETRIEVAL, "R@1")
+    of_classes = block.directions == list(CLASSIFICATION)
+    directions, right = (CLASSIFICATION, "ACC") if of_classes else (RETRIEVAL, "R@1")
     first, columns = next(iter(directions)), []
     for direction in directions:
         for name in ("query", "entropy", "top", "margin", "probability", "retrieved", "sum"):
