@@ -68,6 +68,8 @@ def parse(argv=None):
         raise UserError(f"--uncer_levels must be at least 2, not {args.uncer_levels}.")
     if args.folds is not None and (args.folds < 2 or args.evaluate_on):
         raise UserError("--folds takes 2 or more, and evaluates on the data set trained on: leave out --evaluate-on.")
+    if not args.cluster and (args.slurm or args.cells_per_job != 1):
+        raise UserError("--slurm and --cells-per-job are of jobs of a cluster: give --cluster, too.")
     if args.cells_per_job < 1:
         raise UserError(f"--cells-per-job must be at least 1, not {args.cells_per_job}.")
     return args, runs_of(args)

@@ -11,13 +11,14 @@ import time
 from collections import deque
 from pathlib import Path
 
-from grid.workers import Workers, without_interrupts
+from grid.workers import Workers, without_signals
 from utils.config import HOME, setting
 from utils.device import usable_cores
 from utils.errors import UserError
 from utils.files import UNREADABLE
 
 FOLDER = Path("jobs")  # scripts, logs and results of the cluster's jobs
+COMMON = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "name")  # parameters that are not Slurm's alone
 MINUTES = 240  # that a job may run; then it is requeued, three times at most
 POLL = 5  # seconds
 PATIENCE = 30  # seconds that jobs of this machine get to end by themselves
@@ -81,8 +82,7 @@ class Cluster:
         parameters = {"name": "reproduce", "timeout_min": MINUTES}
         for text in settings:
             for key, value in setting(text, "--slurm", "timeout_min=60").items():
-                common = key.startswith("slurm_") or key in submitit.AutoExecutor._typed_parameters()
-                parameters[key if common else f"slurm_{key}"] = value
+                parameters[key if key in COMMON else f"slurm_{key}"] = value
         # Jobs start in the working folder, and import this suite from wherever it is.
         python = f"env PYTHONPATH={shlex.quote(str(HOME))} {shlex.quote(sys.executable)}"
         try:
@@ -142,18 +142,18 @@ class Cluster:
     def _submit(self, chunks, jobs):
         """Submit chunks, lists of names, as one array."""
         complaint = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(complaint), without_interrupts(), self.executor.batch():
-                calls = [Chunk({name: jobs[name] for name in chunk}, self.devices) for chunk in chunks]
-                submitted = [self.executor.submit(call) for call in calls]
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"the cluster refuses {len(chunks)} jobs ({error}): change --slurm or --cells-per-job."
-            ) from None
+        with without_signals("SIGINT"):  # nor lose what is submitted
+            try:
+                with contextlib.redirect_stderr(complaint), self.executor.batch():
+                    calls = [Chunk({name: jobs[name] for name in chunk}, self.devices) for chunk in chunks]
+                    submitted = [self.executor.submit(call) for call in calls]
+            except (RuntimeError, OSError) as error:
+                hint = "change --slurm or --cells-per-job"
+                raise UserError(f"the cluster refuses {len(chunks)} jobs ({error}): {hint}.") from None
+            self.running |= {job: (chunk, 0) for job, chunk in zip(submitted, chunks, strict=True)}
         if self.slurm:
             ids = dict.fromkeys([submitted[0].job_id, submitted[-1].job_id])
             print(f"submitted: jobs {' to '.join(ids)}; logs are in {FOLDER}{os.sep}")
-        self.running |= {job: (chunk, 0) for job, chunk in zip(submitted, chunks, strict=True)}
 
     def _ended(self):
         """List the jobs that have left a result or are gone."""

@@ -76,11 +76,11 @@ class _Worker:
         self.pool = self.process = self.name = self.future = None
 
     def give(self, name, steps):
-        if self.pool is None:
-            context = multiprocessing.get_context(START)
-            self.pool = ProcessPoolExecutor(1, context, _prepare, (self.neighbors,))
-        others = multiprocessing.active_children()
-        with without_interrupts():
+        with without_signals("SIGINT", "SIGUSR1", "SIGUSR2"):  # by the last two Slurm warns every process of a job
+            if self.pool is None:
+                context = multiprocessing.get_context(START)
+                self.pool = ProcessPoolExecutor(1, context, _prepare, (self.neighbors,))
+            others = multiprocessing.active_children()
             self.name, self.future = name, self.pool.submit(_work, steps, self.device, self.log)
             if self.process is None:
                 [self.process] = set(multiprocessing.active_children()) - set(others)
@@ -110,14 +110,15 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def without_interrupts():
-    """Let processes that start in the block not hear Ctrl-C: this process does, and ends them.
+def without_signals(*names):
+    """Let processes that start in the block not hear signals, such as Ctrl-C: this process does, and ends them.
 
-    They inherit the mask. The signal is blocked, not ignored, so that one in the block is handled after it. Windows has
+    They inherit the mask. Signals are blocked, not ignored, so that one in the block is handled after it. Windows has
     no masks.
     """
     mask = getattr(signal, "pthread_sigmask", lambda *_: None)
-    previous = mask(getattr(signal, "SIG_BLOCK", None), {signal.SIGINT})
+    numbers = {getattr(signal, name) for name in names if hasattr(signal, name)}
+    previous = mask(getattr(signal, "SIG_BLOCK", None), numbers)
     try:
         yield
     finally:
@@ -133,9 +134,6 @@ def _cause_of_death(code):
 
 def _prepare(neighbors):
     """Prepare this process for jobs."""
-    for name in ("SIGUSR1", "SIGUSR2"):  # by which Slurm warns every process of a job
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     util.Finalize(None, os._exit, (0,), exitpriority=-9)  # runs last, and skips a second of teardown in torch
     end_with_parent()
     import torch

@@ -110,6 +110,7 @@ def test_mistakes_end_before_anything_is_submitted(world, refusal, monkeypatch):
         return refusal(reproduce.main, "--datasets", "shapes", "--methods", "clip", *argv)
 
     assert "--cells-per-job must be at least 1, not 0" in error("--cluster", "local", "--cells-per-job", "0")
+    assert "--slurm and --cells-per-job are of jobs of a cluster" in error("--slurm", "partition=gpu")
     assert "--slurm takes key=value, not 'gpu'" in error("--cluster", "local", "--slurm", "gpu")
     assert "Unknown argument 'partitoin'" in error("--cluster", "local", "--slurm", "partitoin=gpu")
     assert 'Parameter "timeout_min" expected type' in error("--cluster", "local", "--slurm", "timeout_min=soon")
