@@ -61,7 +61,8 @@ class Workers:
 
     def interrupt(self):
         """Interrupt the jobs, which save what they can, and wait for it; may be called by a signal's handler."""
-        busy = [worker.process for worker in self.workers if worker.future and not worker.future.done()]
+        started = [worker for worker in self.workers if worker.process and worker.future]
+        busy = [worker.process for worker in started if not worker.future.done()]
         for process in busy:
             process.terminate()
         for process in busy:
