@@ -23,7 +23,8 @@ from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_conf
 from utils.errors import UserError, exits_cleanly
 
 FEW_LEVELS, ALPHAS = 5, (0.05, 0.1, 0.2)  # of decisions
-FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",)}
+FLAGS = {"prior": ("matching",), "alpha": ("conformal",), "by": ("conformal",), "absent": ("unanswerable",),
+         "predictors": ("correctness",)}  # fmt: skip
 
 
 @exits_cleanly()
@@ -63,6 +64,8 @@ def parse(argv=None):
     parser.add_argument("--by", metavar="FILE:COLUMN", help=by)
     absent = "unanswerable: a file of captions, a line each, of what no image shows; the backbone encodes them"
     parser.add_argument("--absent", metavar="FILE", type=Path, help=absent)
+    predictors = "correctness: names of predictors, such as vilu or 'vilu, official'; by default all"
+    parser.add_argument("--predictors", metavar="NAME", nargs="+", help=predictors)
     parser.add_argument("--quiet", action="store_true", help="print nothing but where the result lies")
     args = parser.parse_args(argv)
     config = run_config(args, args.train_dataset or args.dataset)
@@ -187,11 +190,14 @@ def check(args, run, pairs, task, count):
     for flag, tasks in FLAGS.items():
         if getattr(args, flag) is not None and task not in tasks:
             raise UserError(f"--{flag} is for --task {' or '.join(tasks)}: leave it out of --task {task}.")
-    for alpha in args.alpha or ():
-        if not 0 < alpha < 1:
-            raise UserError(f"--alpha must lie between 0 and 1, not {alpha:g}.")
-    if args.prior is not None and not 0 < args.prior < 1:
-        raise UserError(f"--prior must lie between 0 and 1, not {args.prior:g}.")
+    for flag, shares in (("alpha", args.alpha), ("prior", [args.prior])):
+        for share in shares or ():
+            if share is not None and not 0 < share < 1:
+                raise UserError(f"--{flag} must lie between 0 and 1, not {share:g}: it is a share, not a percentage.")
+    for flag in ("uncer_levels", "levels_by", "drop_remainder"):
+        has_none = task in DECISIONS and (task != "conformal" or flag == "drop_remainder")
+        if has_none and getattr(args, flag) not in (None, False):
+            raise UserError(f"--task {task} would not follow --{flag}: leave it out.")
     if task in DECISIONS and args.score == "both":
         raise UserError(f"--task {task} judges one score: name it with --score.")
     seen = pairs.shared_with(run.seen)
@@ -217,13 +223,17 @@ def column_of(place):
     Raises UserError if the file, the column or an image is missing.
     """
     file, _, column = place.rpartition(":")
+    if not file:
+        raise UserError(f"--by {place} names no column: name FILE:COLUMN.")
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.DictReader(lines, delimiter="\t" if file.endswith((".tsv", ".tab")) else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--by {place}: {file or 'no file'} cannot be read ({error}): name FILE:COLUMN.") from None
+        raise UserError(f"--by {place}: {file} cannot be read ({error}): name FILE:COLUMN.") from None
+    if not rows:
+        raise UserError(f"{file} has no row: --by needs one for each image.")
     for name in ("image", column):
-        if not rows or rows[0].get(name) is None:
+        if rows[0].get(name) is None:
             raise UserError(f"{file} has no column '{name}': --by needs FILE:COLUMN, and a column `image` in the file.")
     groups = {row["image"]: row[column] for row in rows}
 
@@ -300,7 +310,7 @@ def main(argv=None):
             raise UserError("--absent is for captions and their scores as they are: leave it out, or --hubs none.")
         absent = open_absent(args.absent, config, identity, run.folder, adaptor.pooled, device)
     choices = Choices(scores, count, args.levels_by, args.drop_remainder, args.quiet, val, correction, bank,
-                      args.prior, tuple(args.alpha or ALPHAS), by, absent)  # fmt: skip
+                      args.prior, tuple(args.alpha or ALPHAS), by, absent, args.predictors)  # fmt: skip
     try:
         chosen_task = importlib.import_module(f"tasks.{task}")
         figures, arrays = chosen_task.evaluate(adaptor, pairs, choices, device)

@@ -21,6 +21,8 @@ from utils.arguments import add_data_flags, add_run_flags, make_parser, run_conf
 from utils.config import Encoder, evaluated_as, load_config, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
+SHARE = 0.1  # of --alpha and --unanswerable
+
 
 @exits_cleanly()
 def parse(argv=None):
@@ -34,15 +36,22 @@ def parse(argv=None):
     parser.add_argument("--gallery", metavar="SPLIT", help="a cached split of the data set to search")
     learned = "the split whose labels have taught eval.py; by default the gallery's"
     parser.add_argument("--learned-on", metavar="SPLIT", help=learned)
-    parser.add_argument("--alpha", type=float, default=0.1, help="share of queries whose set may lack the right answer")
+    alpha = "share of queries whose set may lack the right answer; by default 0.1"
+    parser.add_argument("--alpha", type=float, help=alpha)
     share = "share of queries to which nothing in the gallery is an answer; by default 0.1"
-    parser.add_argument("--unanswerable", type=float, default=0.1, metavar="SHARE", help=share)
+    parser.add_argument("--unanswerable", type=float, metavar="SHARE", help=share)
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the answers as a page with their pictures")
     args = parser.parse_args(argv)
-    if args.html and not args.gallery:
-        raise UserError("--html shows the answers of a --gallery: name one, or leave it out.")
-    if not 0 < args.unanswerable < 1:
-        raise UserError(f"--unanswerable must lie between 0 and 1, not {args.unanswerable:g}.")
+    for flag in ("html", "learned_on", "alpha", "unanswerable"):
+        if getattr(args, flag) is not None and not args.gallery:
+            raise UserError(f"--{flag.replace('_', '-')} is for the answers of a --gallery: name one, or leave it out.")
+    for flag in ("alpha", "unanswerable"):
+        share = SHARE if getattr(args, flag) is None else getattr(args, flag)
+        if not 0 < share < 1:
+            raise UserError(f"--{flag} must lie between 0 and 1, not {share:g}: it is a share, not a percentage.")
+        setattr(args, flag, share)
+    if args.html and args.html.is_dir():
+        raise UserError(f"--html {args.html} is a folder: name a file.")
     if any(not item.strip() for item in args.items):
         raise UserError("a prompt is empty: give at least one word.")
     return args, run_config(args, args.dataset)
@@ -86,6 +95,8 @@ def pixels(name, transform):
         with image:
             return transform(image)
     except FileNotFoundError:
+        if "://" in name:
+            raise UserError(f"{name} is a link: download the image and name its file.") from None
         raise UserError(f"there is no image file {name}: name one, or let a prompt look less like a path.") from None
     except Exception as error:  # Pillow raises a dozen kinds on a broken file
         raise UserError(
@@ -188,7 +199,10 @@ def search(args, run, config, identity, embeddings, adaptor, device):
         if not 0.9 < count / usual < 1.1:
             print(f"what was learned is of galleries of {usual:,}, and this has {count:,}: no probability or set is"
                   " certain to hold.", file=sys.stderr)  # fmt: skip
-        scores = answers.gallery_scores(adaptor, pairs, kind, embedding, results["conformal"]["score"], device)
+        score, place = results["conformal"]["score"], evaluated_as(config.dataset, args.gallery, data.eval_split)
+        terms = config.result(place, f"gallery-{other}-{score}").with_suffix(".npz")
+        kept = terms, f"{run.weights_hash()} {pairs.meta['fingerprint']}"
+        scores = answers.gallery_scores(adaptor, pairs, kind, embedding, score, device, kept)
         part = answers.answers(scores, embedding, sets, rejection, args.alpha, args.unanswerable)
         for place, row in zip(places, part, strict=True):
             for best in row["best"]:

@@ -132,14 +132,17 @@ class PairedBootstrap:
 def interval(statistic, confidence=0.95, basic=False):
     """Interval [low, high] of a statistic (1 + B,) of a `PairedBootstrap`: of percentiles, or the basic one.
 
-    basic: the percentiles reflected at the statistic, and 0 at least (Davison & Hinkley, 1997, 5.2), for one that
-    resampling lifts as it lifts an ECE: there percentiles may lie above the truth altogether.
+    basic: the percentiles reflected at the statistic, from 0 at least to the statistic at least (Davison & Hinkley,
+    1997, 5.2), for one that resampling lifts as it lifts an ECE: there percentiles may lie above the truth altogether.
 
     >>> interval([0.5, 0.25, 0.625], confidence=1.0), interval([0.5, 0.25, 0.625], confidence=1.0, basic=True)
     ([0.25, 0.625], [0.375, 0.75])
     """
     low, high = np.quantile(statistic[1:], [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
-    return [max(0.0, 2 * float(statistic[0]) - high), 2 * float(statistic[0]) - low] if basic else [low, high]
+    if not basic:
+        return [low, high]
+    value = float(statistic[0])
+    return [max(0.0, 2 * value - high), max(value, 2 * value - low)]  # draws may all lie above twice a tiny error
 
 
 def paired_difference(ours, theirs, confidence=0.95):

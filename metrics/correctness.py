@@ -1,6 +1,6 @@
-"""Uncertainties of a classifier's answer by its probabilities: DOCTOR and Rel-U.
+"""Uncertainties of an answer by the probabilities of all: DOCTOR and Rel-U.
 
-Q images, C classes. Larger = less certain.
+Q queries, C classes; in retrieval, where no two galleries have the same items, C ranks. Larger = less certain.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ def doctor(probability):
     >>> doctor(np.array([[1.0, 0.0], [0.5, 0.5]])).tolist()
     [0.0, 1.0]
     """
-    collision = np.square(probability).sum(axis=1)
+    collision = (probability**2).sum(axis=1)
     return (1 - collision) / collision
 
 

@@ -43,6 +43,7 @@ class Choices:
     alphas: tuple[float, ...] = ()  # shares of queries whose set may miss the right answer
     by: Callable | None = None  # from Pairs to the group (N,) that the user puts each image in
     absent: Absent | None = None  # captions of what no image shows
+    predictors: tuple[str, ...] | None = None  # of right answers; None: all
 
 
 def with_progress(compute, bar):

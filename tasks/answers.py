@@ -3,33 +3,109 @@
 What turns scores into these was learned by the tasks `conformal` and `unanswerable`, whose results hold it.
 """
 
+import contextlib
 import re
+from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 from metrics import answering, conformal
 from metrics.matching import shifted
-from models.base import Embedding
+from models.base import Adaptor, Embedding
+from models.pair_loss import PairScore
+from utils.errors import UserError
+from utils.files import UNREADABLE, save_arrays
 
 KIND = "lac"  # of the sets: the smallest on average; a threshold for each level makes up for its uneven coverage
 BLOCK = 8192  # rows of the gallery that are in memory at once
 
 
 @torch.inference_mode()
-def gallery_scores(adaptor, pairs, kind, queries, score, device):
-    """Scores (Q, G) of adapted queries of a kind, `image` or `text`, against the other side of memory-mapped pairs."""
+def gallery_scores(adaptor, pairs, kind, queries, score, device, kept=None):
+    """Scores (Q, G) of adapted queries of a kind, `image` or `text`, against the other side of memory-mapped pairs.
+
+    kept: a file (and what it must be of) in which a score that follows from a cosine and terms of each item keeps these
+    terms, (G,), so that the next search adapts no item; see `PairScore`.
+    """
     other = "text" if kind == "image" else "image"
     adapt = adaptor.adapt_text if kind == "image" else adaptor.adapt_image
     compute = {"log_likelihood": adaptor.log_likelihood, "similarity": adaptor.similarity}[score]
     rows, parts = pairs.fed(other, adaptor.pooled), []
-    for start in range(0, len(rows), BLOCK):
-        block = adapt(torch.as_tensor(np.array(rows[start : start + BLOCK])).to(device).float())
-        parts.append(compute(queries, block) if kind == "image" else compute(block, queries).T)
+
+    def frozen(start):
+        return torch.as_tensor(np.array(rows[start : start + BLOCK])).to(device).float()
+
+    def in_order(items):
+        return (queries, items) if kind == "image" else (items, queries)
+
+    form = _pair_score(adaptor, score, *in_order(adapt(frozen(0)[:1])))
+    terms = None if form is None or kept is None else _read_terms(*kept, len(rows))
+    computed = []
+    silent = None if terms is None else True  # a product alone takes no second
+    for start in tqdm(range(0, len(rows), BLOCK), unit="block", desc="gallery", disable=silent):
+        block = frozen(start)
+        if terms is None:
+            items = adapt(block)
+            each = None if form is None else _pair_score(adaptor, score, *in_order(items))
+            computed.append(each and _terms(each, other, block, items))
+        else:
+            of_block = {name: values[start : start + BLOCK].to(device) for name, values in terms.items()}
+            each = replace(form, **{other: F.normalize(block, dim=-1)}, **of_block)
+        scores = compute(*in_order(items)) if each is None else each.dense()
+        parts.append(scores if kind == "image" else scores.T)
+    if kept and computed and all(computed):
+        _write_terms(*kept, {name: np.concatenate([each[name] for each in computed]) for name in computed[0]})
     scores = torch.cat(parts, dim=1).cpu()
     if not torch.isfinite(scores).all():
         raise FloatingPointError("a score is not finite")
     return scores
+
+
+def _pair_score(adaptor, score, image, text):
+    """A score as a PairScore; None where it is no such function of a cosine."""
+    if score == "log_likelihood" and (form := adaptor.pair_score(image, text)) is not None:
+        return form
+    changed = ["similarity", *(["log_likelihood"] if score == "log_likelihood" else [])]
+    if any(getattr(type(adaptor), name) is not getattr(Adaptor, name) for name in changed):
+        return None
+    return PairScore(*(F.normalize(each.mean, dim=-1) for each in (image, text)))
+
+
+def _terms(form, side, block, items):
+    """The terms of the items of a `side`, {name: (n,)}; None where they are not needed, or do not suffice.
+
+    That is where a method knows of an item only its embedding, and where it moves that.
+    """
+    unit = getattr(form, side)
+    if items.uncertainty is None or not torch.allclose(unit, F.normalize(block, dim=-1), atol=1e-6):
+        return None
+    names = ("row", "row_parameter") if side == "image" else ("slope", "column", "column_parameter")
+    values = {
+        name: torch.as_tensor(getattr(form, name), dtype=unit.dtype)
+        for name in names
+        if getattr(form, name) is not None
+    }
+    return {name: value.expand(len(unit)).cpu().numpy() for name, value in values.items()}
+
+
+def _read_terms(path, of, count):
+    """Terms that a file keeps, {name: (G,)}; None where there is none of these weights and this gallery."""
+    try:
+        with np.load(path) as file:
+            terms = dict(file)
+        if str(terms.pop("of")) != of or any(values.shape != (count,) for values in terms.values()):
+            return None
+        return {name: torch.from_numpy(values) for name, values in terms.items()}
+    except UNREADABLE:
+        return None
+
+
+def _write_terms(path, of, terms):
+    with contextlib.suppress(OSError, UserError):  # a full disk, or a folder to read: the next search takes as long
+        save_arrays(path, of=np.array(of), **terms)
 
 
 def answers(scores, query: Embedding, sets, rejection, alpha, share, best=5):
@@ -64,13 +140,16 @@ def answers(scores, query: Embedding, sets, rejection, alpha, share, best=5):
 
 
 def unseen_words(texts, captions):
-    """Words of each text that occur in no caption, whatever their case: a list for each text, in its order."""
+    """Words of each text that occur in no caption, whatever their case: a list for each text, in its order.
+
+    A text without a word, such as "?!", is itself one.
+    """
     seen = {word for caption in captions for word in _words(caption)}
     return [[word for word in dict.fromkeys(_words(text)) if word not in seen] for text in texts]
 
 
 def _words(text):
-    return re.findall(r"\w+", text.casefold())
+    return re.findall(r"\w+", text.casefold()) or [text.strip()]
 
 
 def _limits(values, query, fitted, alpha):

@@ -8,6 +8,7 @@ in galleries as large as the evaluated one.
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import sparse
 from tqdm import tqdm
 
@@ -23,6 +24,8 @@ class Part(NamedTuple):
     """Q queries of one direction and their gallery of G items."""
 
     side: Side  # scores, the scale of their posterior, and which items answer which queries
+    query: torch.Tensor  # (Q, D) unit means of the queries
+    items: torch.Tensor  # (G, D) and of the gallery
     group: np.ndarray  # (Q,) the image of each query, or the scene, by a number that is its own in all parts
     uncertainty: np.ndarray | None  # (Q,) of the method, if it has one for queries
     of_answer: np.ndarray | None  # (G,) of the method, if it has one for answers
@@ -73,7 +76,8 @@ def parts(adaptor, adapted, choices, device, bar, images=None):
         side = Side(
             lambda rows: compute(image.rows(rows), adapted.text), len(pairs.classes), rows, pairs.label[images], scale
         )
-        return {"image_to_class": Part(side, group, of_image, uncertainty_of(adapted.text), column=column)}
+        units = image.direction, adapted.text.direction
+        return {"image_to_class": Part(side, *units, group, of_image, uncertainty_of(adapted.text), column=column)}
     captions = np.flatnonzero(np.isin(pairs.image_of_text, images))
     text, owner = adapted.text.rows(captions), np.searchsorted(images, pairs.image_of_text[captions])
     both = sides(compute, image, text, owner, scale)
@@ -83,10 +87,15 @@ def parts(adaptor, adapted, choices, device, bar, images=None):
     of_text = uncertainty_of(text)
     of_caption = [None if each is None else each[owner] for each in (group, column)]
     turned = None if true is None else true.T.tocsr()
+    of_texts, of_images = (text.direction, of_caption[0], of_text), (image.direction, group, of_image)
     return {
-        "text_to_image": Part(both["text_to_image"], of_caption[0], of_text, of_image, turned, of_caption[1]),
-        "image_to_text": Part(both["image_to_text"], group, of_image, of_text, true, column),
+        "text_to_image": _part(both["text_to_image"], of_texts, of_images, turned, of_caption[1]),
+        "image_to_text": _part(both["image_to_text"], of_images, of_texts, true, column),
     }
+
+
+def _part(side, query, items, true, column):
+    return Part(side, query[0], items[0], query[1], query[2], items[2], true, column)
 
 
 def galleries(count, images, seed=0):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import defaultdict
 
 import numpy as np
 
@@ -27,6 +28,7 @@ def evaluate(adaptor, pairs, choices, device):
         figures = measured.facts | {"prior": prior, "base_rate": rate, "labels": labels, "matching": {}}
         for basis, scored in _by_basis(measured).items():
             part_figures, part_arrays = _evaluate(scored, measured, prior, rate)
+            part_figures["answer"], part_arrays["answer_confidence"] = _answer(scored, measured, prior, rate)
             figures["matching"][basis] = part_figures
             arrays |= {f"{name}_{basis}_{key}": values for key, values in part_arrays.items()}
         if adaptor.match_logit and choices.scores[0] == "log_likelihood" and not choices.hubs:
@@ -79,13 +81,56 @@ def _evaluate(scored, measured, prior, rate):
 def _judge(judged, probability, prior, rate, drawn):
     """Figures of the probabilities (K,) of judged pairs, and of those of each query's best answer at the base rate."""
     best = _best(judged)
-    confidence, right = matching.shifted(probability[best], prior, rate), judged.match[best]
+    confidence = matching.shifted(probability[best], prior, rate)
+    figures = _of_best(confidence, judged.match[best], drawn)
+    return matching.figures(judged, probability, prior, drawn) | {"best_answer": figures}
+
+
+def _of_best(confidence, right, drawn):
     error = drawn.calibration_error(confidence, right)
     figures = {"ece": float(error[0]), "ece_interval": interval(error, basic=True)}
     figures |= {"confidence": float(confidence.mean()), "right": float(right.mean())}
     bins = calibration.reliability(confidence, right)
     figures["reliability"] = {key: each.tolist() for key, each in bins._asdict().items()}
-    return matching.figures(judged, probability, prior, drawn) | {"best_answer": figures}
+    return figures
+
+
+def _answer(scored, measured, prior, rate):
+    """The probability that each query's best answer matches: figures, and the values (Q,).
+
+    What wins among many is not like any pair. Both kinds of fits, to all pairs (at the base rate) and to best answers
+    alone, are candidates; the likelihood of best answers chooses, by cross-validation among the images that teach.
+    """
+    best = _best(scored)
+    score, right, group = scored.score[best], scored.match[best], measured.group
+    confidence, chosen = np.empty(len(measured.parts[0].group)), []
+
+    def fits(rows):
+        taught = np.isin(np.arange(len(best)), rows)
+        of_pairs, of_answers = scored.rows(taught[scored.query]), scored.rows(best[rows])
+        candidates = {}
+        for kind, fit in FITS.items():
+            of_all = fit(of_pairs, prior)
+            candidates[f"{kind}, pairs"] = lambda values, of_all=of_all: matching.shifted(of_all(values), prior, rate)
+            if np.ptp(of_answers.match):
+                of_answers = of_answers._replace(weight=np.ones(len(rows)))
+                candidates[f"{kind}, best answers"] = fit(of_answers, of_answers.base_rate)
+        return candidates
+
+    for fold in measured.folds:
+        rows = np.flatnonzero(fold.taught_by)
+        first, least, losses = calibration.halves(group[rows]), 1 / (len(rows) + 2), defaultdict(list)
+        for half in (first, ~first):
+            for name, fit in fits(rows[half]).items():
+                stated = fit(score[rows[~half]]).clip(least, 1 - least)
+                losses[name].append(calibration.scores_of_chance(stated, right[rows[~half]])["log_score"])
+        chosen.append(min((name for name in losses if len(losses[name]) == 2), key=lambda name: sum(losses[name])))
+        judged = np.flatnonzero(fold.judged)
+        confidence[judged] = fits(rows)[chosen[-1]](score[judged])
+    drawn = PairedBootstrap(measured.parts[0].group)
+    figures = {"best_answer": _of_best(confidence, right[: len(confidence)], drawn), "chosen": chosen}
+    figures["best_answer"]["by_chance"] = calibration.expected_error(confidence)
+    return figures, confidence
 
 
 def _cross_fitted(scored, judged, folds, prior):

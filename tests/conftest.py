@@ -178,3 +178,59 @@ def blank_figures(monkeypatch):
         for task, drawings in style.REGISTERED.items()
     }
     monkeypatch.setattr(style, "REGISTERED", blank)
+
+
+@pytest.fixture
+def problem():
+    import decided
+
+    return decided.problem()
+
+
+@pytest.fixture(scope="session")
+def pairs_once(tmp_path_factory):
+    import decided
+
+    return made_once(tmp_path_factory, "decisions", decided.cache_pairs)
+
+
+@pytest.fixture
+def pairs(pairs_once, tmp_path, monkeypatch):
+    """A new working folder with 300 cached pairs, of which some captions fit several images, and `clip`."""
+    return working_copy(pairs_once, ["embeddings"], ["checkpoints"], tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def classes_once(tmp_path_factory):
+    import decided
+
+    return made_once(tmp_path_factory, "classes", decided.cache_classes)
+
+
+@pytest.fixture
+def classes(classes_once, tmp_path, monkeypatch):
+    """A new working folder with 300 embeddings of images in six classes, and `clip`."""
+    return working_copy(classes_once, ["embeddings"], ["checkpoints"], tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def searched_once(small_world, tmp_path_factory):
+    import decided
+
+    return made_once(tmp_path_factory, "searched", lambda: decided.learn_from(small_world))
+
+
+@pytest.fixture
+def searched(searched_once, tmp_path, monkeypatch):
+    """A new working folder with the small `shapes`, `clip`, and what its captions teach about decisions."""
+    return working_copy(searched_once, ["embeddings", "data"], ["checkpoints", "results"], tmp_path, monkeypatch)
+
+
+def working_copy(folder, linked, copied, tmp_path, monkeypatch):
+    """Change to a new folder with links to some folders and copies of others."""
+    for name in linked:
+        (tmp_path / name).symlink_to(folder / name)
+    for name in copied:
+        shutil.copytree(folder / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -8,6 +8,8 @@ from matplotlib.ticker import MaxNLocator
 
 from metrics.uncertainty import risk_coverage
 from reporting.figures import style
+from reporting.runs import find
+from reporting.tables.decisions import correctness_settings
 from reporting.words import DIRECTIONS
 
 DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
@@ -143,3 +145,42 @@ def rejection(block, looks, width=style.WIDE):
         return handles
 
     return _panels(block, width, draw, ("Coverage: queries answered (%)", "Wrong among them (%)"), 2.1)
+
+
+@style.figure(
+    ("correctness",),
+    "Is the answer right: what labels add to the probability",
+    "AUROC of right answers less that of the probability, which needs no label, with 95 % intervals of the paired"
+    " bootstrap over images. Circles: predictors were taught with the same candidates, classes or items of the"
+    " gallery. Squares: with other candidates, so that nothing of these was seen. Right of the dotted line labels help;"
+    " colors: what was seen of them. First seed.",
+)
+def labels_worth(block, looks, width=style.WIDE):
+    """Differences of AUROC from the probability's by predictor, seen and held-out candidates; a panel per direction."""
+    colors = dict(zip(("none", "right or wrong", "classes"), style.LIGHT["colors"]))
+    settings = {direction: [] for direction in block.directions}
+    for direction, setting, _ in correctness_settings(block):
+        settings[direction].append(setting)
+
+    def draw(axes, run, direction):
+        side = run.values[direction]
+        names = [name for name in side["correctness"] if name != "probability"]
+        handles, alone = {}, side.get("candidates") == "held out"
+        axes.axvline(0, color=style.LIGHT["limit"], linestyle=DOTTED, linewidth=1)
+        for number, setting in enumerate(settings[direction]):
+            records = (side[setting[0]] if setting else side)["correctness"]
+            for place, name in enumerate(names):
+                less, labels = find(records, name, "less", "probability"), find(records, name, "labels")
+                if less is None:
+                    continue
+                y, is_square = place + 0.3 * (number - (len(settings[direction]) - 1) / 2), bool(setting) or alone
+                axes.plot([less["low"], less["high"]], [y, y], color=colors[labels], linewidth=1.2)
+                [handle] = axes.plot(less["mean"], y, "os"[is_square], color=colors[labels], markersize=4,
+                                     markerfacecolor=style.LIGHT["paper"] if is_square else colors[labels],
+                                     linestyle="none", label=f"labels: {labels}")  # fmt: skip
+                handles.setdefault(labels, handle)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        return list(handles.values())
+
+    return _panels(block, width, draw, ("AUROC less that of the probability", ""), 2.6)

@@ -42,13 +42,15 @@ def matching(block):
 
     def rows(runs):
         parts = runs[0].values[block.directions[0]]["matching"]
+        kinds = ("platt", "isotonic", "model", "answer")
         return [(f", {basis} by {kind}", Selector(probabilities=f"{basis}/{kind}"))
-                for basis in parts for kind in ("platt", "isotonic", "model") if kind in parts[basis]]  # fmt: skip
+                for basis in parts for kind in kinds if kind in parts[basis]]  # fmt: skip
 
     first = block.first[block.directions[0]]
     note = (
         f"A pair matches with a prior of {first['prior']:.3g}. Each probability was learned from other images. By the"
-        " score of the pair alone, or by its posterior over the gallery, which knows the rivals."
+        " score of the pair alone, or by its posterior over the gallery, which knows the rivals. By answer:"
+        " that of best answers alone, whose likelihood on the images that teach chose the fit."
     )
     return make("matching", "Probability of a match", columns, rows_of(block, columns, rows), note)
 
@@ -189,35 +191,66 @@ def unanswerable(block):
 
 
 def correctness(block):
-    """How well predictors of a right answer do, by the labels that they have seen."""
-    columns, group = [], DIRECTIONS["image_to_class"]
-
-    def read(values, selector, key):
-        value = find(values, "image_to_class", "correctness", selector.probabilities, key)
-        return tuple(value) if isinstance(value, list) else value
-
+    """How well predictors of a right answer do, by the labels that they have seen; candidates seen, and others."""
+    columns = []
     figures = (
-        ("labels", "labels", 0, None, "what it has seen of the images that teach"),
-        ("auroc", "AUROC", 3, max, "that a right answer is more surely right than a wrong one"),
-        ("interval", "interval", 3, None, "95 % of the bootstrap over images"),
-        ("fpr95", "FPR95", 3, min, "wrong answers that pass where 95 % of the right ones do"),
-        ("aurc", "AURC", 3, min, "area under risk and coverage"),
-        ("nll", "log score", 3, min, "of the stated probability that the answer is right"),
-        ("ece", "ECE", 3, min, "of the same"),
+        ("auroc", "AUROC", 3, max, ("auroc",), "that a right answer is more surely right than a wrong one"),
+        ("interval", "interval", 3, None, ("interval",), "95 % of the bootstrap over images"),
+        ("less", "less probability", 3, None, ("less", "probability"), "AUROC less the probability's, interval"),
+        ("less_linear", "less linear", 3, None, ("less", "linear"), "the same of the linear model of ViLU's inputs"),
+        ("less_probe", "less probe", 3, None, ("less", "probe"), "the same of the linear probe of the classes"),
+        ("fpr95", "FPR95", 3, min, ("fpr95",), "wrong answers that pass where 95 % of the right ones do"),
+        ("aurc", "AURC", 3, min, ("aurc",), "area under risk and coverage"),
+        ("nll", "log score", 3, min, ("nll",), "of the stated probability that the answer is right"),
+        ("ece", "ECE", 3, min, ("ece",), "of the same"),
+    )  # fmt: skip
+    for direction, setting, title in correctness_settings(block):
+        for key, head, digits, best, path, note in figures:
+            read = partial(_correctness, direction, setting, path)
+            # Of the second setting, what it is for; the rest is in the CSV.
+            shown = not setting or key in ("auroc", "interval", "less", "ece")
+            name = "_".join((direction, *setting, key))
+            columns.append(Column(name, title, head, digits, read, best, note=note, shown=shown))
+
+    def labels(values, selector):
+        return find(values, block.directions[0], "correctness", selector.probabilities, "labels")
+
+    columns.insert(
+        0, Column("labels", "", "labels", 0, labels, None, note="what it has seen of the queries that teach")
     )
-    for key, title, digits, best, note in figures:
-        columns.append(Column(f"image_to_class_{key}", group, title, digits, partial(read, key=key), best, note=note))
 
     def rows(runs):
-        names = runs[0].values["image_to_class"]["correctness"]
+        names = runs[0].values[block.directions[0]]["correctness"]
         return [(f", {name}", Selector(probabilities=name)) for name in names]
 
-    side = block.first["image_to_class"]
-    note = (
-        f"{side['taught_by']['images']:,} labeled images teach. CLIP answers {100 * side['accuracy']:.1f} % right, the"
-        f" linear probe of the same labels {100 * side['probe_accuracy']:.1f} %: where it is far above, answer with it."
-    )
+    side = block.first[block.directions[0]]
+    note = f"{side['taught_by']['images']:,} labeled images (or scenes) teach."
+    if "probe_accuracy" in side:
+        note += (
+            f" CLIP answers {100 * side['accuracy']:.1f} % right, the linear probe of the same labels"
+            f" {100 * side['probe_accuracy']:.1f} %: where it is far above, answer with it."
+        )
+    note += " Held out: no predictor has seen these candidates, classes or items of the gallery, when it was taught."
     return make("correctness", "Is the answer right?", columns, rows_of(block, columns, rows), note)
+
+
+def correctness_settings(block):
+    """Directions and settings of a block's correctness: (direction, path of keys, title) each."""
+    settings = []
+    for direction in block.directions:
+        side = block.first[direction]
+        suffix = ", held out" if side.get("candidates") == "held out" else ""
+        settings.append((direction, (), DIRECTIONS[direction] + suffix))
+        if "held_out" in side:
+            settings.append((direction, ("held_out",), f"{DIRECTIONS[direction]}, held out"))
+    return settings
+
+
+def _correctness(direction, setting, path, values, selector):
+    value = find(values, direction, *setting, "correctness", selector.probabilities, *path)
+    if isinstance(value, dict):
+        return (value["low"], value["high"])
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _rejection(direction, path, key, values, selector):

@@ -1,0 +1,152 @@
+"""Searches of uncertainty.py --gallery: answers by the definitions, unseen words, refusals; decisions in the report."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from decided import LEARNED, SEARCH
+from scipy import special, stats
+
+import uncertainty
+from tasks import answers
+from utils.config import load_config, make_adaptor
+
+
+def test_answers_from_files(searched, capsys):
+    """What a search prints for captions of the gallery itself, by the definitions, on the scores of all pairs."""
+    from datasets.embeddings import Pairs
+
+    pairs = Pairs("shapes", "shapes-tiny", "val")
+    texts = [pairs.items["text"][row] for row in (3, 40, 41)]
+    uncertainty.main(
+        [*SEARCH, "--json", "--html", "page.html", "--unanswerable", "0.2", *texts, pairs.items["image"][7]]
+    )
+    rows = json.loads(capsys.readouterr().out)
+    sets, rejection = (json.loads(Path(LEARNED.format(t)).read_text()) for t in ("conformal", "unanswerable"))
+    image, text = (np.array(x, dtype=np.float64) for x in (pairs.image, pairs.text))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)]
+    cosine = unit[1] @ unit[0].T
+    for row, scores in zip(rows, (*cosine[[3, 40, 41]], unit[0][7] @ unit[1].T), strict=True):
+        side = "text_to_image" if row["kind"] == "text" else "image_to_text"
+        names = pairs.items["image" if row["kind"] == "text" else "text"]
+        fitted, models = sets[side]["fitted"], rejection[side]["fitted"]
+        p = special.softmax(fitted["scale"] * scores)
+        assert row["best"][0]["probability"] == pytest.approx(p.max(), rel=0.05)
+        assert scores[names.index(row["best"][0]["answer"])] >= scores.max() - 2e-3
+        level = np.searchsorted(fitted["edges"], stats.entropy(p), side="right")
+        limit = fitted["thresholds"]["lac"]["0.1"]["levels"][level]
+        assert row["set_size"] == pytest.approx((1 - p <= limit).sum(), abs=2)
+        first, second = -np.sort(-scores)[:2]
+        energy = -special.logsumexp(fitted["scale"] * scores) / fitted["scale"]
+        features = np.array([-first, second - first, energy, stats.entropy(p), -np.log(p.max())])
+        answer, right = (
+            special.expit(features @ models[k]["weight"] + models[k]["intercept"]) for k in ("answer", "right")
+        )
+        answer = 0.8 * answer / (0.8 * answer + 0.2 * (1 - answer))  # from one without an answer in two to one in five
+        assert row["nothing_fits"] == pytest.approx(1 - answer, abs=0.03)
+        assert row["right"] == pytest.approx(answer * right, abs=0.03)
+    page = Path("page.html").read_text()
+    assert page.count("<section>") == 4 and "data:image/" in page and "http" not in page.replace("http-equiv", "")
+    uncertainty.main([*SEARCH, texts[0]])
+    printed = capsys.readouterr().out
+    assert "the first answer is right: " in printed and "nothing fits: " in printed
+
+
+def test_words_that_nothing_was_learned_from_are_named(searched, capsys):
+    prompts = ["a photo of a Dog, a red DOG on a teapot", "a photo of a red circle", "?!"]
+    uncertainty.main([*SEARCH, *prompts])
+    assert "no caption that taught this has the word dog, teapot: it need not hold" in capsys.readouterr().out
+    uncertainty.main([*SEARCH, "--json", "--html", "page.html", *prompts])
+    assert [row["unseen_words"] for row in json.loads(capsys.readouterr().out)] == [["dog", "teapot"], [], ["?!"]]
+    assert Path("page.html").read_text().count("has the word dog, teapot: it need not hold here.") == 1
+
+
+def test_what_cannot_be_searched_is_refused(searched, refusal):
+    assert "--html is for the answers of a --gallery" in refusal(
+        uncertainty.main, *SEARCH[:-2], "--html", "a", "a photo"
+    )
+    assert "--html . is a folder" in refusal(uncertainty.main, *SEARCH, "--html", ".", "a photo")
+    for flag, value in (("--learned-on", "val"), ("--alpha", "0.1"), ("--unanswerable", "0.1")):
+        message = refusal(uncertainty.main, *SEARCH[:-2], flag, value, "a photo")
+        assert f"{flag} is for the answers of a --gallery" in message
+    assert "not 10: it is a share, not a percentage" in refusal(uncertainty.main, *SEARCH, "--alpha", "10", "a photo")
+    assert "is a link: download the image" in refusal(uncertainty.main, *SEARCH, "https://example.com/cat.jpg")
+    assert "--alpha 0.3 is none of 0.05, 0.1, 0.2" in refusal(uncertainty.main, *SEARCH, "--alpha", "0.3", "a photo")
+    assert "--unanswerable must lie" in refusal(uncertainty.main, *SEARCH, "--unanswerable", "1", "a photo")
+    assert "is missing: run" in refusal(uncertainty.main, *SEARCH[:-1], "test", "a photo")
+    message = refusal(uncertainty.main, *SEARCH, "--learned-on", "test", "a photo")
+    assert (
+        "shapes+test-conformal.json is missing, from which to answer: run `python eval.py --dataset shapes" in message
+    )
+    path = Path(LEARNED.format("conformal"))
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"checkpoint": "0"}))
+    assert "is of other weights than" in refusal(uncertainty.main, *SEARCH, "a photo")
+    path.write_text(json.dumps(values)[:-9])
+    assert "is damaged: delete it and run" in refusal(uncertainty.main, *SEARCH, "a photo")
+
+
+def test_decisions_have_parts_in_the_report(searched):
+    """Each cell of the tables as it stands in the results; each figure has something to draw."""
+    import report
+    from reporting.figures import style
+
+    values = {
+        task: json.loads(Path(LEARNED.format(task)).read_text()) for task in ("matching", "conformal", "unanswerable")
+    }
+    parts = report.evaluations.read(Path("results/shapes"))
+    assert [part.task for part in parts] == list(values)
+    tables = {table.name: table for part in parts for table in part.tables}
+    assert tables.keys() == {"matching", "thresholds", "conformal", "unanswerable"}
+    cells = {row.name: row.cells for name in tables for _, rows in tables[name].groups for row in rows}
+    side = {task: result["text_to_image"] for task, result in values.items()}
+    posterior = side["matching"]["matching"]["posterior"]
+    assert cells["clip, posterior by isotonic"]["text_to_image_ece"].mean == posterior["isotonic"]["ece"]
+    row = posterior["thresholds"][2]["measured"]
+    assert cells["clip, posterior, 90 %"]["text_to_image_recall"].mean == pytest.approx(100 * row["recall"])
+    record = side["conformal"]["conformal"]["aps"]["0.1"]
+    assert cells["clip, APS"]["text_to_image_0.1_coverage"].mean == pytest.approx(100 * record["coverage"])
+    worst = min(level["coverage"] for level in record["levels"])
+    assert cells["clip, APS"]["text_to_image_0.1_levels"].mean == pytest.approx(100 * worst)
+    record = side["unanswerable"]["rejection"]["energy"]
+    assert cells["clip, energy"]["text_to_image_auroc"].mean == record["auroc"]
+    looks = style.looks(parts)
+    for part in parts:
+        for drawing in style.drawings(part):
+            for width in (style.WIDE, 3.6):
+                assert len(drawing.draw(part, looks, width).findobj()) > 50
+
+
+@pytest.mark.parametrize("method", ["pcmepp", "pfe", "asymvlm-psd", "symmetric-vmf", "loss-prediction", "clip"])
+def test_a_second_search_adapts_no_item(method, tmp_path, monkeypatch):
+    """What a method knows of each item is kept: the same scores from one product; of other weights it is not read."""
+    adaptor = make_adaptor(load_config("embeddings", method), 16).eval()
+    rows, cpu = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float16), torch.device("cpu")
+    gallery = SimpleNamespace(fed=lambda side, pooled: rows)
+    for kind, other in (("text", "image"), ("image", "text")):
+        adapt = {side: getattr(adaptor, f"adapt_{side}") for side in ("image", "text")}
+        with torch.inference_mode():
+            query = adapt[kind](torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
+            both = {kind: query, other: adapt[other](torch.from_numpy(rows).float())}
+            wanted = adaptor.log_likelihood(both["image"], both["text"])
+        wanted = wanted if kind == "image" else wanted.T
+        adapted = []
+
+        def spy(items, of=adapt[other], adapted=adapted):
+            adapted.append(len(items))
+            return of(items)
+
+        monkeypatch.setattr(adaptor, f"adapt_{other}", spy)
+        place = tmp_path / f"{kind}.npz"
+        counts = []
+        for of in ("weights", "weights", "others"):
+            scores = answers.gallery_scores(adaptor, gallery, kind, query, "log_likelihood", cpu, (place, of))
+            assert torch.allclose(scores, wanted, rtol=1e-5, atol=1e-5)
+            counts.append(sum(adapted))
+            adapted.clear()
+        # One item is adapted for the form of the score.
+        assert counts == [51, 1 if place.exists() else 51, 51]
+        assert place.exists() == (both[other].uncertainty is not None)
