@@ -7,7 +7,9 @@
 # make test-fuzz       10,000 hostile files, flags and prompts
 # make test-oldest     every test with the oldest allowed version of every requirement, in .venv-oldest
 # make soak            an hour of the same work in one process: does anything grow?
-# make bench           speed and memory, each beside a textbook baseline
+# make test-gpu        contract, training, evaluation and resuming on CUDA
+# make bench           speed and memory, each beside a textbook baseline and the machine's matrix product
+# make bench-gpu       200 epochs of COCO's size, large batches and several seeds on a GPU
 # make docs            docs/map.md anew
 # Each sets up .venv first.
 
@@ -17,7 +19,7 @@ CACHE = embeddings/shapes/shapes-tiny/val/meta.json
 CLASSES = shapes-objects shapes-colors
 SPLITS = train val test shifted-train shifted-val shifted-test
 
-.PHONY: demo bayesvlm test test-published test-compile test-faults test-fuzz test-oldest soak lint bench docs
+.PHONY: demo bayesvlm test test-published test-compile test-faults test-fuzz test-oldest test-gpu soak lint bench bench-gpu docs
 
 # Two processes share the device, as adaptors this small do not fill a second core. In this order, which begins with the
 # slowest but for a short one, both end at about the same time. Without an ablation and other densities than density.
@@ -66,6 +68,9 @@ test-oldest:
 	.venv-oldest/bin/uv pip install --quiet --resolution lowest-direct --python .venv-oldest/bin/python -r requirements-dev.txt
 	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider
 
+test-gpu: .venv/dev
+	$(PY) -m tests.test_gpu
+
 soak: .venv/dev
 	$(PY) -m benchmarks.soak
 
@@ -80,6 +85,10 @@ bench: .venv/dev
 	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.caching
 	$(PY) -m benchmarks.caching --precision bfloat16
+
+bench-gpu: .venv/dev
+	$(PY) -m benchmarks.gpu
+	$(PY) -m benchmarks.cost
 
 .venv/demo: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=python3.12")'

@@ -9,7 +9,6 @@ import argparse
 import copy
 import functools
 import io
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import PIL.Image
 import torch
 import torchvision.transforms as T
 
-from benchmarks.run import machine, seconds
+from benchmarks.measure import machine, medians
 from datasets import Caption, Image, Source
 from datasets.blocks import BlockEncoder, Blocks
 from datasets.ranks import Ranks
@@ -114,8 +113,7 @@ def measure(source, backbone, workers, device):
 
     def rate(call, count):
         call()
-        times = [seconds(call, device) for _ in range(REPEATS)]
-        return count / statistics.median(times)
+        return count / medians([call], device, REPEATS)[0]
 
     print(
         machine(device),
@@ -135,8 +133,7 @@ def measure(source, backbone, workers, device):
             functools.partial(cached, source, backbone, workers, kind),
             functools.partial(textbook, source, backbone, normalized, kind),
         )
-        times = [[seconds(call, device) for call in calls] for _ in range(REPEATS)]  # interleaved
-        ours, theirs = (len(files) / statistics.median(column) for column in zip(*times, strict=True))
+        ours, theirs = (len(files) / taken for taken in medians(calls, device, REPEATS))
         print(f"  whole, {kind:8}                 {ours:9.1f}  textbook loop {theirs:9.1f}: {ours / theirs:.1f} times")
     free = copy.copy(backbone)  # encodes at no cost
     free.encode_images = lambda pixels: torch.ones(len(pixels), backbone.dim)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.run import resident
+from benchmarks.measure import resident
 from labeling.acquisition import epig, online_update, select
 from metrics.uncertainty import levels, spearman, trend
 from models.asymvlm import AsymVLM, mean_of_bounds

@@ -26,7 +26,7 @@ import cache_embeddings
 import eval as evaluation
 import report
 import train
-from benchmarks.run import machine
+from benchmarks.measure import machine
 from utils.config import HOME
 from utils.device import pick_device
 

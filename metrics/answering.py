@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metrics.score_tiles import Columns, read, tiles
+from metrics.score_tiles import Columns, read, tiles, two_highest
 
 NAMES = ("top", "margin", "energy", "entropy", "probability")
 
@@ -24,7 +24,7 @@ def uncertainties(scores, scale):
     >>> values["top"].tolist(), values["margin"].tolist(), best.tolist()
     ([-0.5], [-0.25], [0])
     """
-    value, item = scores.topk(2, dim=1)
+    value, item = two_highest(scores)
     logit = scale * scores
     total = logit.logsumexp(dim=1)
     log_probability = logit - total[:, None]
@@ -59,7 +59,7 @@ def with_and_without(score, gallery, query_of_positive, item_of_positive, scale=
         pairs = [torch.stack([whole[name], without[name].where(left > 1, torch.nan)], dim=1) for name in NAMES]
         return *pairs, torch.stack([best, other], dim=1), hit.float(), left
 
-    (columns,) = read(score, gallery, query_of_positive, item_of_positive, ask_twice, share=4)
+    (columns,) = read(score, gallery, query_of_positive, item_of_positive, ask_twice)
     return dict(zip((*NAMES, "best", "hit", "left"), columns))
 
 
@@ -71,7 +71,7 @@ def of_queries(score, gallery, queries, scale=1.0):
     [-0.25]
     """
     columns = Columns(queries)
-    for rows, scores in tiles(score, queries, gallery, share=4):
+    for rows, scores in tiles(score, queries, gallery):
         values, best = uncertainties(scores, scale)
         columns.put(rows, *(values[name] for name in NAMES), best)
     return dict(zip(NAMES, columns)), columns[-1]

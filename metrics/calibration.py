@@ -95,7 +95,7 @@ def nll_of(logit, row, column):
 def _mean_nll(score, gallery, positives, scale):
     """The mean NLL of a `forecast`, without the rest of it."""
     parts = []
-    for rows, scores in tiles(score, positives.queries, gallery, share=2):
+    for rows, scores in tiles(score, positives.queries, gallery):
         parts.append(nll_of(scale * scores, *positives.among(rows, scores.device)).cpu().double())
     nll = torch.cat(parts).numpy()
     if not np.isfinite(nll).all():

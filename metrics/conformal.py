@@ -64,7 +64,7 @@ def of_answers(score, gallery, query_of_positive, item_of_positive, scale=1.0):
                 ends.append(start.scatter_reduce(0, row, value, end))
         return ends
 
-    (columns,) = read(score, gallery, query_of_positive, item_of_positive, ends_of, share=4)
+    (columns,) = read(score, gallery, query_of_positive, item_of_positive, ends_of)
     return {kind: np.stack(columns[2 * i : 2 * i + 2], axis=1) for i, kind in enumerate(KINDS)}
 
 
@@ -79,7 +79,7 @@ def sizes(score, gallery, queries, thresholds, scale=1.0):
     [[2]]
     """
     columns = Columns(queries)
-    for rows, scores in tiles(score, queries, gallery, share=4):
+    for rows, scores in tiles(score, queries, gallery):
         values, _ = nonconformity(scores, scale)
         limits = (torch.from_numpy(np.ascontiguousarray(part[rows])) for part in thresholds.values())
         counts = (torch.searchsorted(values[kind], limit, right=True) for kind, limit in zip(thresholds, limits))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from metrics.score_tiles import Columns, read, tiles
+from metrics.score_tiles import Columns, read, tiles, two_highest
 
 
 class Ranking(NamedTuple):
@@ -37,7 +37,7 @@ def ranks(tile, scale):
     [0, 1]
     """
     scores, (row, column) = tile.scores, tile.targets
-    (top_score, second), top = (x.T for x in scores.topk(2, dim=1))
+    (top_score, second), top = (x.T for x in two_highest(scores))
     # Scores of positives are read off the tile: computed again, they could differ by a rounding error.
     positive = scores[row, column]
     best = torch.full_like(top_score, -torch.inf).scatter_reduce(0, row, positive, "amax")
@@ -176,7 +176,7 @@ def at_r(score, matches):
     if not np.diff(matches.indptr).all():
         raise ValueError("a query has no positive")
     columns = Columns(matches.shape[0])
-    for rows, scores in tiles(score, *matches.shape, share=8):  # some ten numbers per score are in memory
+    for rows, scores in tiles(score, *matches.shape):
         true = torch.from_numpy(matches[rows].toarray() != 0).to(scores.device)
         positives = true.sum(dim=1, keepdim=True).cpu()
         depth = int(positives.max())

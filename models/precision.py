@@ -22,7 +22,8 @@ def set_deterministic(wanted: bool) -> None:
 
     An operation that cannot raises RuntimeError, of which `utils.errors.exits_cleanly` makes a sentence.
     """
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # setting it loads torch's compiler, in seconds
+        torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.deterministic = wanted
 
 

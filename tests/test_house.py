@@ -28,6 +28,7 @@ HEAVY = {"matplotlib": "reporting/figures", "open_clip": "models/backbones", "tr
 EXCEPTIONS = {  # names and templates of ImageNet's classes; the figures of studies
     ("datasets.classification", "open_clip.zero_shot_metadata"),
     ("benchmarks.few_pairs", "matplotlib.figure"),
+    ("benchmarks.cost", "matplotlib.figure"),
     ("benchmarks.densities", "matplotlib.figure"),
 }
 

@@ -60,6 +60,18 @@ def test_recall_is_that_of_random_order_among_ties(monkeypatch, tile):
     assert (scores[np.arange(6), ranking.top] == ranking.score).all()
 
 
+@pytest.mark.parametrize("gallery", [2, 128, 129, 192, 1000])
+def test_the_two_highest_are_those_of_a_sort(gallery):
+    """Blocks of 64 and a rest, ties within and between them, and NaN, which no result may hide."""
+    generator = torch.Generator().manual_seed(gallery)
+    for scores in (torch.randn(50, gallery, generator=generator), torch.randint(3, (50, gallery)).float()):
+        value, item = score_tiles.two_highest(scores)
+        assert torch.equal(value, scores.sort(dim=1, descending=True).values[:, :2])
+        assert torch.equal(scores.gather(1, item), value) and (item[:, 0] != item[:, 1]).all()
+    scores[7, gallery // 2] = torch.nan
+    assert score_tiles.two_highest(scores)[0][7].isnan().any()
+
+
 def test_recall_without_ties_is_exact():
     rng = np.random.default_rng(2)
     scores = rng.standard_normal((40, 30))

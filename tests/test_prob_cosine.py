@@ -204,7 +204,7 @@ def test_tangent_variance_by_monte_carlo(cosine, noise):
 
 MEMORY = """
 import torch
-from benchmarks.run import resident
+from benchmarks.measure import resident
 from models.laplace import curvature
 from models.prob_cosine import VARIANCES, cosine_mean, cosine_variance
 

@@ -1,0 +1,1 @@
+"""What benchmarks/run.py measures: a file per piece, with CASES, {name: function from a device to a measure.Case}."""
