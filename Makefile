@@ -3,7 +3,7 @@
 # make test            lint and every test
 # make test-published  every figure of configs/methods/README.md against the script that measures it
 # make test-compile    the loss of every method and preset through torch.compile
-# make test-faults     kills at random moments in every script
+# make test-faults     kills at random moments in every script, and of a cluster's jobs
 # make test-fuzz       10,000 hostile files, flags and prompts
 # make test-oldest     every test with the oldest allowed version of every requirement, in .venv-oldest
 # make soak            an hour of the same work in one process: does anything grow?
@@ -56,7 +56,7 @@ test-compile: .venv/dev
 	$(PY) -m pytest -m slow tests/test_compile.py
 
 test-faults: .venv/dev
-	$(PY) -m pytest -m slow -s tests/test_faults.py
+	$(PY) -m pytest -m slow -s tests/test_faults.py tests/test_cluster.py
 
 test-fuzz: .venv/dev
 	$(PY) -m pytest -m slow -s tests/test_fuzz.py

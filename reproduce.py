@@ -4,6 +4,7 @@
     python reproduce.py --datasets coco --evaluate-on coco flickr30k --methods all --devices cuda:0 cuda:1
     python reproduce.py --datasets coco --methods all --presets default reference --dry-run
     python reproduce.py --datasets pairs --methods clip linear --folds 5
+    python reproduce.py --datasets coco --methods all --cluster slurm --slurm partition=gpu gpus_per_node=1
 
 A grid cell is one run plus its evaluations. It is skipped if a complete result with the same configuration, weights and
 embeddings exists, so a killed command goes on where it stopped. Missing caches are made where the data are at hand. A
@@ -54,6 +55,10 @@ def parse(argv=None):
     add("--uncer_levels", "--uncer-levels", type=int, help="levels of uncertainty of equal size, as in eval.py")
     devices = "a process on each, for example cuda:0 cuda:1; a device may be repeated, its processes share the threads"
     add("--devices", nargs="+", default=["auto"], metavar="DEVICE", help=devices)
+    add("--cluster", choices=["slurm", "local"], help="submit jobs by submitit; local: as on Slurm, on this machine")
+    parameters = "parameters of submitit, such as partition=gpu gpus_per_node=1"
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=parameters)
+    add("--cells-per-job", type=int, default=1, metavar="N", help="cells that a job of the cluster makes")
     add("--overwrite", action="store_true", help="replace runs of another configuration, which fail otherwise")
     add("--dry-run", action="store_true", help="list which cells are done and which are left, and do nothing")
     add("--quiet", action="store_true", help="no progress bar, no tables")
@@ -63,6 +68,10 @@ def parse(argv=None):
         raise UserError(f"--uncer_levels must be at least 2, not {args.uncer_levels}.")
     if args.folds is not None and (args.folds < 2 or args.evaluate_on):
         raise UserError("--folds takes 2 or more, and evaluates on the data set trained on: leave out --evaluate-on.")
+    if not args.cluster and (args.slurm or args.cells_per_job != 1):
+        raise UserError("--slurm and --cells-per-job are of jobs of a cluster: give --cluster, too.")
+    if args.cells_per_job < 1:
+        raise UserError(f"--cells-per-job must be at least 1, not {args.cells_per_job}.")
     return args, runs_of(args)
 
 
@@ -103,10 +112,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.embeddings import META, Pairs, cache_folder, cached_as
+from grid.cluster import Cluster
+from grid.workers import Workers
 from utils import result_file
 from utils.checkpoint import Run
 from utils.device import pick_device
-from utils.workers import Workers
 
 
 class Cell:
@@ -123,8 +133,12 @@ class Cell:
         usual = {name: load_config(name, backbone=config.backbone).data.eval_split for name in evaluated_on}
         self.splits = {name: split or usual[name] for name in evaluated_on}
         self.names = {name: evaluated_as(name, self.splits[name], usual[name]) for name in evaluated_on}
-        reasons = {name: self._reason(name) for name in evaluated_on}
-        self.left = {name: reason for name, reason in reasons.items() if reason}
+        self.left = self.unfinished()
+
+    def unfinished(self):
+        """Look what is left now, see `left`."""
+        reasons = {name: self._reason(name) for name in self.splits}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def _reason(self, dataset):
         """Say why the run has to be evaluated on a data set; empty where that is done."""
@@ -238,16 +252,22 @@ def caching(cells, settings):
     return jobs
 
 
+def jobs_of(args):
+    """What runs jobs: processes on devices, or a cluster."""
+    if args.cluster:
+        return Cluster(args.cluster, args.slurm, args.devices, args.cells_per_job)
+    return Workers(args.devices)
+
+
 def run(caches, jobs, done, args):
     """Run the jobs that make caches, then those of the cells; returns the failed ones, {name: sentences}."""
     failed, count = {}, done + len(jobs)
     options = {"unit": "cell", "smoothing": 0, "disable": args.quiet or None}
-    with Workers(args.devices) as workers, tqdm(total=count, initial=done, **options) as bar:
+    with jobs_of(args) as workers, tqdm(total=count, initial=done, **options) as bar:
         for kind, part in (("caching", caches), ("cells", jobs)):
             if part:
                 bar.set_description(kind)
-            for number, errors in workers.run(list(part.values()), bar.refresh):
-                name = list(part)[number]
+            for name, errors in workers.run(part, bar.refresh):
                 if errors:
                     failed[name] = " ".join(errors)
                     bar.set_postfix(failed=len(failed), refresh=False)
@@ -270,7 +290,7 @@ def make_report(dataset, quiet):
 @exits_cleanly(interrupted=GOES_ON)
 def main(argv=None):
     args, runs = parse(argv)
-    for device in args.devices:
+    for device in args.devices if args.cluster != "slurm" else []:
         pick_device(device)
     cells = grid(args, runs)
     left = {name: cell for name, cell in cells.items() if cell.left}
@@ -282,6 +302,8 @@ def main(argv=None):
         print(*plan, f"{done:,} of {len(cells):,} cells are done.", sep="\n")
         return
     failed = run(caches, {name: cell.steps(args.overwrite) for name, cell in left.items()}, done, args)
+    # A job that died may have made some of its cells.
+    failed = {name: errors for name, errors in failed.items() if name not in left or left[name].unfinished()}
     reported = [make_report(dataset, args.quiet) for dataset in dict.fromkeys(args.datasets)]
     made = len(left.keys() - failed.keys())
     print(f"{len(cells):,} cells: {done:,} were done, {made:,} are made, {len(left) - made:,} failed")

@@ -26,12 +26,12 @@ import eval as evaluation
 import train
 from benchmarks.measure import machine, peak_growth, seconds
 from benchmarks.speed.pair_loss import info_nce
+from grid.workers import Workers
 from models.base import perceptron
 from models.distributions import von_mises_fisher
 from utils.config import load_config
 from utils.device import pick_device
 from utils.errors import UserError, exits_cleanly
-from utils.workers import Workers
 
 EPOCHS, DIM, BATCH = 200, 512, 2048
 METHODS = ("asymvlm-vmf", "symmetric-vmf", "probvlm", "pfe", "pcmepp", "prolip", "loss-prediction")
@@ -148,9 +148,10 @@ def side_by_side(size, device, seeds):
     for tag, count in (("alone", 1), ("together", seeds)):
         runs = [flags_of(size, "asymvlm-psd", device, tag, settings, seed) for seed in range(count)]
         with Workers([str(device)] * count) as workers:
-            for number, failures in workers.run([[("train", ["--quiet", *run])] for run in runs], lambda: None):
+            jobs = {f"seed {seed}": [("train", ["--quiet", *run])] for seed, run in enumerate(runs)}
+            for name, failures in workers.run(jobs, lambda: None):
                 if failures:
-                    raise UserError(f"seed {number}: {' '.join(failures)}")
+                    raise UserError(f"{name}: {' '.join(failures)}")
         longest.append(max(per_epoch("asymvlm-psd", tag, seed) for seed in range(count)))
     return longest
 

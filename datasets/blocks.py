@@ -20,7 +20,7 @@ from datasets.embeddings import WORKING
 from models.backbones.pixels import ended, lenient
 from utils.errors import UserError
 from utils.files import UNREADABLE, atomic, read_json, write_json
-from utils.workers import end_with_parent
+from utils.interrupt import end_with_parent
 
 BLOCK = 256  # images per block, rounded up to whole batches
 PROOF = 16  # images or captions on which pooled features are checked against the ordinary encoding

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 NOTICE, MEETING = 10, 600  # seconds until a process says that it waits for the others to start, and gives up
 WAIT = 12 * 3600  # seconds for another to list or encode its share, or to do what one alone does
-STEP = 50  # seconds for another to reach the same place of a training step
+STEP = 20  # seconds for another to reach the same place of a training step; torchrun waits 30 more for one that hangs
 
 
 def reported(main):

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from reporting.figures import style
 from utils.device import usable_cores
-from utils.workers import end_with_parent
+from utils.interrupt import end_with_parent
 
 NARROW = 3.6  # inches: as wide as a phone, so that type keeps its size there
 

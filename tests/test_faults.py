@@ -113,7 +113,7 @@ def unbroken(tmp_path_factory):
     folder, stages = tmp_path_factory.mktemp("unbroken"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("utils.workers.START", "fork")
+        patch.setattr("grid.workers.START", "fork")
         patch.setattr(blocks, "BLOCK", 50)
         for seed, split in enumerate(SIZES):
             write_cache(split, seed)
@@ -129,7 +129,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_kills_leave_no_trace(unbroken, tmp_path, monkeypatch, stage):
-    monkeypatch.setattr("utils.workers.START", "fork")
+    monkeypatch.setattr("grid.workers.START", "fork")
     monkeypatch.setattr(blocks, "BLOCK", 50)
     before, expected, seconds = unbroken[stage]
     script, command = STAGES[stage]

@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "tasks": {"datasets", "metrics", "models", "utils"},
     "labeling": {"datasets", "metrics", "models", "utils"},
     "reporting": {"metrics", "utils"},
-    "scripts": {"datasets", "labeling", "metrics", "models", "reporting", "tasks", "utils"},
-    "benchmarks": {"scripts", "datasets", "labeling", "metrics", "models", "reporting", "tasks", "utils"},
+    "grid": {"utils"},
+    "scripts": {"datasets", "grid", "labeling", "metrics", "models", "reporting", "tasks", "utils"},
+    "benchmarks": {"scripts", "datasets", "grid", "labeling", "metrics", "models", "reporting", "tasks", "utils"},
 }
 # What a folder's files may import of the libraries that take seconds to load.
 HEAVY = {"matplotlib": "reporting/figures", "open_clip": "models/backbones", "transformers": "models/backbones"}

@@ -20,10 +20,10 @@ import report
 import train
 from benchmarks import soak
 from datasets.ranks import reported
+from grid.workers import Workers
 from utils.config import HOME
 from utils.errors import UserError
 from utils.files import is_name
-from utils.workers import Workers
 
 SHAPES = ["--dataset", "shapes", "--device", "cpu"]
 NAME = "größer & \"é'…$HOME;#%+* 日本 🐈 [x] {y}"
@@ -52,7 +52,7 @@ def test_a_read_only_repository_without_home_or_temporary_folder(small_world, tm
     names.append(unicodedata.normalize("NFD", names[0]))
     assert names[0] != names[1]
     suite, desk = (tmp_path / name for name in names)
-    for name in ("configs", "datasets", "labeling", "metrics", "models", "reporting", "tasks", "utils"):
+    for name in ("configs", "datasets", "grid", "labeling", "metrics", "models", "reporting", "tasks", "utils"):
         shutil.copytree(HOME / name, suite / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in HOME.glob("*.py"):
         shutil.copy(path, suite)
@@ -102,10 +102,10 @@ def test_a_platform_without_signal_masks(monkeypatch):
     """Windows: reproduce.py's processes start without them."""
     for name in ("pthread_sigmask", "SIG_BLOCK", "SIG_SETMASK"):
         monkeypatch.delattr(f"signal.{name}")
-    monkeypatch.setattr("utils.workers.START", "fork")
+    monkeypatch.setattr("grid.workers.START", "fork")
     with Workers(["cpu"]) as workers:
-        [(number, failures)] = workers.run([[("train", ["--dataset", "nowhere"])]], lambda: None)
-    assert number == 0 and len(failures) == 1 and "train.py: " in failures[0]
+        [(name, failures)] = workers.run({"job": [("train", ["--dataset", "nowhere"])]}, lambda: None)
+    assert name == "job" and len(failures) == 1 and "train.py: " in failures[0]
 
 
 def test_what_is_sent_to_processes_can_be_pickled(world, small_world, monkeypatch, one_figure):

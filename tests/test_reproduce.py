@@ -16,8 +16,8 @@ import eval as evaluation
 import models
 import reproduce
 import train
+from grid.workers import Workers
 from utils.config import HOME
-from utils.workers import Workers
 
 SETTINGS = ["--set", "train.epochs=2", "model.width=32"]
 LONG = ["--set", "train.epochs=500", "train.save_every=0"]
@@ -42,7 +42,7 @@ def stamps():
 def forks(patch):
     """Start workers by fork, which skips seconds of imports."""
     assert train and evaluation
-    patch.setattr("utils.workers.START", "fork")
+    patch.setattr("grid.workers.START", "fork")
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def fails(capsys, *argv):
 
 
 def test_what_is_done_is_left_alone(made, monkeypatch, capsys):
-    monkeypatch.setattr("utils.workers._Worker._start", None)
+    monkeypatch.setattr("grid.workers._Worker.give", None)
     before = stamps(), files("results", "checkpoints")
     assert len(before[0]) == 4
     assert plan(capsys, *command()) == ([f"done   {name}" for name in CELLS], "4 of 4 cells are done.")
@@ -280,7 +280,7 @@ def test_ctrl_c_while_a_process_starts_is_not_lost(forked, monkeypatch):
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", interrupted)
     with pytest.raises(KeyboardInterrupt), Workers(["cpu"]) as workers:
-        list(workers.run([[("train", ["--dataset", "nowhere"])]], lambda: None))
+        list(workers.run({"job": [("train", ["--dataset", "nowhere"])]}, lambda: None))
     assert workers.workers[0].process is None and not multiprocessing.active_children()
 
 

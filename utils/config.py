@@ -239,7 +239,7 @@ def load_config(
         layers.append({"model": {"mean": mean}})
     if objective == "infonce":
         layers.append({"score": "log_likelihood"})  # the score that this objective trains
-    layers += [_setting(text) for text in settings]
+    layers += [setting(text) for text in settings]
     for layer in layers:
         named = [name for name in (*NAMES, "backbone") if name in layer]
         if named:
@@ -252,15 +252,15 @@ def load_config(
     return config
 
 
-def _setting(text):
-    """Turn `a.b=value` into {"a": {"b": value}}."""
+def setting(text, flag="--set", example="train.epochs=10"):
+    """Turn `a.b=value` into {"a": {"b": value}}; raises UserError, which names the flag, for anything else."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--set takes key=value, not '{text}'; for example --set train.epochs=10.")
+        raise UserError(f"{flag} takes key=value, not '{text}'; for example {flag} {example}.")
     try:
         nested = yaml.load(value, _Loader)
     except (yaml.YAMLError, *UNREADABLE):  # a date of no calendar; brackets without an end
-        raise UserError(f"--set {text}: the value is not valid YAML.") from None
+        raise UserError(f"{flag} {text}: the value is not valid YAML.") from None
     for name in reversed(key.split(".")):
         nested = {name: nested}
     return nested

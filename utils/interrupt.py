@@ -1,4 +1,4 @@
-"""What a script imports first: Ctrl-C while libraries load, for seconds, ends it with one line, as it does later."""
+"""What a script imports first: Ctrl-C while libraries load, for seconds, ends it with one line; the end of a parent."""
 
 import os
 import sys
@@ -14,3 +14,15 @@ def _hook(kind, error, trace):
 
 
 sys.excepthook = _hook
+
+
+def end_with_parent(*_):
+    """Let this process end when its parent ends in any way, so that the next run finds every folder unlocked."""
+    import multiprocessing  # here, as scripts that start no process begin sooner without
+    import threading
+
+    def wait_and_end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()

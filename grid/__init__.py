@@ -1,0 +1,1 @@
+"""The jobs of a grid: on this machine's devices, or on a cluster."""
