@@ -91,7 +91,7 @@ class _Worker:
         try:
             failures, healthy = self.future.result()
         except BrokenExecutor:
-            self.process.join(PATIENCE)
+            self.pool.shutdown()  # its thread waits for the process; of two that wait, one can miss the exit code
             failures, healthy = [_cause_of_death(self.process.exitcode)], False
         self.future = None
         if not healthy:

@@ -106,7 +106,7 @@ def _read(part, whole=False):
         values += [F.pad(ranks, (0, RANKS - ranks.shape[1])), correctness.doctor(posterior)]
         return [*values, logit] if whole else values
 
-    (columns,) = read(side.score, side.gallery, *positives, reader, share=8)
+    (columns,) = read(side.score, side.gallery, *positives, reader)
     names = ("inputs", "uncertainties", "hit", "ranks", "doctor", "logit")
     records = dict(zip(names, columns)) | {"group": part.group}
     if not np.isfinite(records["inputs"]).all():

@@ -340,7 +340,7 @@ class Drawn(Pairs):
         self.meta = {"dim": dim, "features": "pooled", "logit_scale": 20.0, "logit_bias": logit_bias}
         self.meta |= {"id_space": "drawn", "encoder_fingerprint": "drawn"}
 
-    def _array(self, name):
+    def _array(self, name, *_):
         return self.arrays[name]
 
 

@@ -297,7 +297,7 @@ def test_differences_sort_by_their_number(page, others, opened):
     table = tab.locator(".scroll[aria-labelledby$=-nll] table")
     table.locator("thead tr").last.locator("th").nth(index).locator("button").click()
     names = table.locator("tbody tr:not(.reference) th").all_inner_texts()
-    assert names == [*sorted(gaps, key=gaps.get, reverse=True), "random"] and len(gaps) == 6
+    assert names == [*sorted(gaps, key=gaps.get, reverse=True), "random"] and len(gaps) == 9
 
 
 FIGURES = {drawing.name for drawing in style.REGISTERED["retrieval"]}
