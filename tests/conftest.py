@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -102,6 +103,25 @@ def forked_ranks(world, main, *arguments):
         process.kill()
     texts = [[Path(f"{rank}.{end}").read_text() for end in ("out", "err")] for rank in range(world)]
     return [(process.exitcode, *text) for process, text in zip(processes, texts)]
+
+
+def forked(main, argv, errors=os.devnull):
+    """Start a script's `main` as a shell does, in a session of its own, but forked: without seconds of imports.
+
+    errors: the file of its stderr.
+    """
+
+    def run():
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = [f"{main.__module__}.py"]
+        with open(errors, "w") as file, open(os.devnull, "w") as nowhere:
+            sys.stdout, sys.stderr = nowhere, file
+            main(argv)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def made_once(tmp_path_factory, name, make):

@@ -1,10 +1,6 @@
 """active_learning.py at tiny sizes: every number of a result against a slow reimplementation, and its errors."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import forked
 from scipy import stats
 
 import active_learning
@@ -523,13 +520,12 @@ def test_a_killed_run_goes_on_to_the_same_results(caches, capsys):
     unbroken = contents()
     assert len(unbroken) == 40
     Path("results").rename("unbroken")
-    command = [sys.executable, str(Path(active_learning.__file__)), *FLAGS, *flags, "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not (FOLDER / "random-seed0.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    process = forked(active_learning.main, [*FLAGS, *flags, "--quiet"])
+    deadline = time.monotonic() + 60
+    while not (FOLDER / "random-seed0.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
     part = contents()
     assert (FOLDER / "random-seed0.json").exists() and len(part) < 40
     first_made = (FOLDER / "random-seed0.json").stat().st_mtime_ns

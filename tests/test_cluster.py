@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_reproduce import all_gone, files, forks, started
+from test_reproduce import all_gone, files, start_by_fork, started
 
 import reproduce
 import train
@@ -122,7 +122,7 @@ def test_mistakes_end_before_anything_is_submitted(world, refusal, monkeypatch):
 
 def test_a_preempted_chunk_goes_on_with_what_is_left(monkeypatch):
     """SIGUSR2 in the second of three jobs; the process that it interrupts is gone before the job is requeued."""
-    forks(monkeypatch)
+    start_by_fork(monkeypatch)
     parent, pids = os.getpid(), []
 
     def main(flags):
@@ -177,7 +177,7 @@ def test_a_grid_of_which_one_job_is_killed_and_one_preempted(world, tmp_path_fac
     unbroken = tmp_path_factory.mktemp("unbroken")
     (unbroken / "embeddings").symlink_to(world / "embeddings")
     with monkeypatch.context() as patch:
-        forks(patch)
+        start_by_fork(patch)
         patch.chdir(unbroken)
         reproduce.main(GRID)
         expected = files("results", "checkpoints"), Path("results/shapes/table.md").read_bytes()

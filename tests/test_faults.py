@@ -6,7 +6,6 @@ Slow: `make test-faults`.
 import contextlib
 import csv
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import PIL.Image
 import pytest
 import torch
 from check_method import SMALL_WORLD
+from conftest import forked
 from test_active_learning import FLAGS, SIZES, write_cache
 
 import active_learning
@@ -80,18 +80,6 @@ def must_be_whole():
             readers[path.suffix](path)
 
 
-def start(script, command):
-    """Start a script in a forked process and a group of its own, which takes no seconds of imports."""
-
-    def call():
-        os.setsid()
-        script.main(command)
-
-    process = multiprocessing.get_context("fork").Process(target=call)
-    process.start()
-    return process
-
-
 def kill(process, whole):
     """Kill a process, or its whole group as a cluster does; nothing that it started may outlive it."""
     with contextlib.suppress(ProcessLookupError):  # it has not yet made its group
@@ -120,7 +108,7 @@ def unbroken(tmp_path_factory):
         for stage, (script, command) in STAGES.items():
             before = shutil.copytree(folder, tmp_path_factory.mktemp("before") / stage)
             started = time.monotonic()
-            process = start(script, command)
+            process = forked(script.main, command)
             process.join()
             assert process.exitcode == 0
             stages[stage] = before, made(), time.monotonic() - started
@@ -138,7 +126,7 @@ def test_kills_leave_no_trace(unbroken, tmp_path, monkeypatch, stage):
         monkeypatch.chdir(shutil.copytree(before, tmp_path / str(runs)))
         runs += 1
         while True:
-            process = start(script, command)
+            process = forked(script.main, command)
             process.join(chance.uniform(0, seconds) if kills < KILLS else None)
             if not process.is_alive():
                 break

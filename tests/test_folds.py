@@ -23,6 +23,7 @@ CACHE = ["--set", "data.root=pairs.npz", "encoder.model=mine"]
 def pairs(tmp_path, monkeypatch):
     """Embeddings of images with two captions each, in `pairs.npz` of a new working folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("grid.workers.START", "fork")  # without seconds of imports
     rng = np.random.default_rng(0)
     image, owner = rng.normal(size=(IMAGES, SIZE)), np.repeat(np.arange(IMAGES), EACH)
     text = image[owner] + 2 * rng.normal(size=(IMAGES * EACH, SIZE))

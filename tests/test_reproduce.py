@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import draw_one_figure
+from conftest import draw_one_figure, forked
 
 import eval as evaluation
 import models
@@ -39,15 +39,15 @@ def stamps():
     return {str(path): path.stat().st_mtime_ns for path in Path("results").rglob("*.json")}
 
 
-def forks(patch):
+def start_by_fork(patch):
     """Start workers by fork, which skips seconds of imports."""
     assert train and evaluation
     patch.setattr("grid.workers.START", "fork")
 
 
 @pytest.fixture
-def forked(monkeypatch):
-    forks(monkeypatch)
+def forks(monkeypatch):
+    start_by_fork(monkeypatch)
 
 
 pytestmark = pytest.mark.usefixtures("one_figure")
@@ -65,7 +65,7 @@ def unbroken(small_world, tmp_path_factory):
     (folder / "embeddings").symlink_to(small_world / "embeddings")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        forks(patch)
+        start_by_fork(patch)
         draw_one_figure(patch)
         reproduce.main(command("--quiet"))
     return folder
@@ -172,7 +172,7 @@ def test_what_is_not_as_asked_for_is_noticed(made, capsys):
     assert "is damaged or truncated" in why()
 
 
-def test_a_damaged_result_is_made_again(made, same, forked, capsys):
+def test_a_damaged_result_is_made_again(made, same, forks, capsys):
     before, path = stamps(), f"results/{CELLS[2]}/shapes-retrieval.json"
     Path(path).write_text(Path(path).read_text()[:500])
     reproduce.main(command())
@@ -181,7 +181,7 @@ def test_a_damaged_result_is_made_again(made, same, forked, capsys):
     assert {name for name, stamp in stamps().items() if stamp != before[name]} == {path}
 
 
-def test_another_configuration_is_refused_unless_told_to_overwrite(made, forked, capsys):
+def test_another_configuration_is_refused_unless_told_to_overwrite(made, forks, capsys):
     before, other = stamps(), command(methods=["pfe"], settings=[*SETTINGS, "optim.momentum=0.5"])
     out, lines = fails(capsys, *other)
     assert len(lines) == 2 and out.endswith("2 cells: 0 were done, 0 are made, 2 failed\n")
@@ -192,7 +192,7 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(made, forked,
     assert len(stamps().items() & before.items()) == 2
 
 
-def test_a_failing_cell_keeps_no_other_from_being_made(world, same, forked, capsys):
+def test_a_failing_cell_keeps_no_other_from_being_made(world, same, forks, capsys):
     """One of three methods has no width, one of two data sets is absent, and two processes share the work."""
     argv = command("--evaluate-on", "shapes", "flickr30k", methods=["clip", *METHODS], devices=["cpu", "cpu"])
     out, lines = fails(capsys, *argv)
@@ -208,7 +208,7 @@ def test_a_failing_cell_keeps_no_other_from_being_made(world, same, forked, caps
     same()
 
 
-def test_a_process_that_dies_fails_its_cell_alone(world, forked, monkeypatch, capsys):
+def test_a_process_that_dies_fails_its_cell_alone(world, forks, monkeypatch, capsys):
     (world / "models").mkdir()
     (world / "models/crash.py").write_text(
         "import os, torch\nfrom models.clip import Clip\n\n\n"
@@ -229,11 +229,16 @@ def started(argv, until):
     """Start the script as a user does, and wait for a file that matches the pattern `until`."""
     process = subprocess.Popen([sys.executable, HOME / "reproduce.py", *argv], start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(Path.cwd().glob(until)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    appears(until, lambda: process.poll() is None)
     return process
+
+
+def appears(pattern, alive):
+    """Wait for a file that matches the pattern while the process that writes it is alive."""
+    deadline = time.monotonic() + 60
+    while not list(Path.cwd().glob(pattern)):
+        assert alive() and time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def all_gone(group):
@@ -248,7 +253,7 @@ def all_gone(group):
 
 
 @pytest.mark.long
-def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same, forked, capsys):
+def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same, forks, capsys):
     process = started(command(), "results/**/*-retrieval.json")
     process.kill()  # not its worker, which has to notice
     assert process.communicate()[1] == ""
@@ -262,16 +267,18 @@ def test_a_killed_grid_ends_with_the_same_files_and_repeats_nothing(world, same,
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_all_processes_with_one_sentence(world):
-    process = started(command(devices=["cpu", "cpu"], settings=LONG), "checkpoints/**/state.pt")
+def test_ctrl_c_ends_all_processes_with_one_sentence(world, forks):
+    process = forked(reproduce.main, command(devices=["cpu", "cpu"], settings=LONG), "errors")
+    appears("checkpoints/**/state.pt", process.is_alive)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=20)
-    assert process.returncode == 130 and error.count("\n") == 1, error
+    process.join(20)
+    error = Path("errors").read_text()
+    assert process.exitcode == 130, error
     assert error == "reproduce.py: interrupted; the same command resumes from what was last saved.\n"
     assert all_gone(process.pid)
 
 
-def test_ctrl_c_while_a_process_starts_is_not_lost(forked, monkeypatch):
+def test_ctrl_c_while_a_process_starts_is_not_lost(forks, monkeypatch):
     start = multiprocessing.context.ForkProcess.start
 
     def interrupted(process):
