@@ -351,11 +351,12 @@ def _captions(file):
         raise UserError(f"{file} is read with pyarrow: run `pip install -r requirements-extra.txt`.") from None
     try:
         table = parquet.read_table(file)
+        named = table["caption"].to_pylist() if "caption" in table.column_names else None
     except Exception as error:  # pyarrow has errors of its own
         message = " ".join(str(error).split())
         raise UserError(f"{file} is not a Parquet file ({message}): write it again.") from None
-    if "caption" not in table.column_names:
+    if named is None:
         captions = [f"text {row} of {file.name}" for row in range(len(table))]
     else:
-        captions = [str(caption or "") for caption in table["caption"].to_pylist()]
+        captions = [str(caption or "") for caption in named]
     return np.array(captions, dtype=object)  # as strings of one length they would take the memory of the longest

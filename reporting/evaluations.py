@@ -249,6 +249,9 @@ def _read_one(path):
         must_hold(values, METADATA | SHAPES[task])
         if not all(map(is_name, (values["evaluated_on"], values["variant"], values["config"]["backbone"]))):
             raise ValueError(f"{path} has a path for a name, and figures are called by it")
+        if values.get("fold"):
+            number, count = values["fold"]
+            must_hold({"number": number, "count": count}, {"number": int, "count": int})
         if "hierarchy" in values:
             must_hold(values, HIERARCHY)
         for direction in DIRECTIONS.keys() & values.keys():

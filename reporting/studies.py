@@ -211,6 +211,8 @@ def _read_one(folder, path):
         for judged in (values["before"], *values["curve"]):
             if set(map(len, judged["by_entropy"].values())) != {len(levels)} or sum(levels) != values["images"]:
                 raise ValueError("too few or too many levels of entropy")
+        alone = Study(path.parent.relative_to(folder), {(values["seed"], values["strategy"]): values}, folder)
+        _ = alone.tables, alone.facts  # the test of what the shape leaves out
     except UNREADABLE:
         raise UserError(
             f"{path} is damaged or not a result of active_learning.py: delete it and run active_learning.py again."
