@@ -49,7 +49,7 @@ class Adaptor(nn.Module):
     match_logit = (
         False  # whether `log_likelihood` is the logit of "this pair matches" at the share of matches in a batch
     )
-    candidates = 0  # best answers that `of_candidates` compares; 0 for a method without it
+    compared_answers = 0  # best answers that `of_candidates` compares; 0 for a method without it
     needs_pairs = True  # False for a method that learns nothing from the training split, which may be of classes, then
 
     def __init__(self, temperature: str = "fixed"):

@@ -35,6 +35,7 @@ class JointFlow(Flow):
     def __init__(self, dim: int, width: int = 512, steps: int = 16, candidates: int = 8):
         super().__init__(dim, width, steps)
         self.require_positive(candidates=(candidates, int))
+        self.compared_answers = candidates
 
     def log_density(self, query: Tensor, side: str) -> Tensor:
         """That of the flow whose other side is unknown."""

@@ -91,10 +91,8 @@ def parts(adaptor, adapted, choices, device, bar, images=None):
     of_caption = [None if each is None else each[owner] for each in (group, column)]
     turned = None if true is None else true.T.tocsr()
     of_texts, of_images = (text.direction, of_caption[0], of_text), (image.direction, group, of_image)
-    by_text, by_image = None, None
-    if adaptor.candidates:
-        by_text = partial(of_candidates, adaptor, "text", text, image, quiet=choices.quiet)
-        by_image = partial(of_candidates, adaptor, "image", image, text, quiet=choices.quiet)
+    by_text = comparison(adaptor, "text", text, image, choices.quiet)
+    by_image = comparison(adaptor, "image", image, text, choices.quiet)
     return {
         "text_to_image": _part(both["text_to_image"], of_texts, of_images, turned, of_caption[1], by_text),
         "image_to_text": _part(both["image_to_text"], of_images, of_texts, true, column, by_image),
@@ -103,6 +101,11 @@ def parts(adaptor, adapted, choices, device, bar, images=None):
 
 def _part(side, query, items, true, column, of_candidates):
     return Part(side, query[0], items[0], query[1], query[2], items[2], true, column, of_candidates)
+
+
+def comparison(adaptor, side, query, answer, quiet):
+    """`of_candidates` as a function of the best answers (Q, K) alone; None for a method that compares none."""
+    return partial(of_candidates, adaptor, side, query, answer, quiet=quiet) if adaptor.compared_answers else None
 
 
 def galleries(count, images, seed=0):

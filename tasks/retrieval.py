@@ -145,9 +145,9 @@ def evaluate(adaptor, pairs, choices, device):
     arrays["group_of_image"] = scene
     ambiguity = truth["text_to_image"].ambiguity
     candidates = {}
-    if adaptor.candidates:
+    if adaptor.compared_answers:
         for side, query, answer in (("text", text, image), ("image", image, text)):
-            best = nearest_answers(query, answer, adaptor.candidates)
+            best = nearest_answers(query, answer, adaptor.compared_answers)
             candidates[side] = of_candidates(adaptor, side, query, answer, best, choices.quiet)
     bank = choices.hubs and adapted_bank(adaptor, choices.bank, device)
     count = len(pairs.image) * len(pairs.text)

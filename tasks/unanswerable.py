@@ -11,7 +11,7 @@ from metrics import answering, calibration
 from metrics.comparison import PairedBootstrap, interval
 from metrics.uncertainty import auroc, false_positive_rates, risk_coverage, selective
 from models.base import adapt_all
-from tasks import decisions, lengths, of_candidates, posterior_scales, uncertainty_of
+from tasks import decisions, lengths, posterior_scales, uncertainty_of
 
 PRIOR = 0.5  # share of queries without an answer
 LEARNED = "learned"
@@ -41,10 +41,13 @@ def _measure(part):
     columns = answering.with_and_without(side.score, side.gallery, *part.matches, part.side.scale)
     if part.of_answer is not None:
         columns["retrieved"] = part.of_answer[columns["best"]]
-    if part.of_candidates is not None:
-        values = [part.of_candidates(best[:, None])["information"] for best in columns["best"].T]
-        columns["information"] = np.stack(values, axis=1)
-    return columns
+    values = [_information(part.of_candidates, best) for best in columns["best"].T]
+    return columns | {name: np.stack([each[name] for each in values], axis=1) for name in values[0]}
+
+
+def _information(compare, best):
+    """The uncertainty (Q,) by comparison with the best answer (Q,): {name: values}; empty for a method without it."""
+    return {} if compare is None else {"information": compare(best[:, None])["information"]}
 
 
 def _features(columns):
@@ -134,9 +137,7 @@ def _absent(adaptor, pairs, choices, device):
             columns[kind]["query"] = uncertainty_of(text)
         if adapted.image.uncertainty is not None:
             columns[kind]["retrieved"] = uncertainty_of(adapted.image)[best]
-        if adaptor.candidates:
-            values = of_candidates(adaptor, "text", text, adapted.image, best[:, None], choices.quiet)
-            columns[kind]["information"] = values["information"]
+        columns[kind] |= _information(decisions.comparison(adaptor, "text", text, adapted.image, choices.quiet), best)
     length = lengths(np.concatenate([pairs.text[:], choices.absent.embedding[:, : pairs.dim]]))
     if np.ptp(length):
         columns["present"]["length"], columns["absent"]["length"] = np.split(length, [len(pairs.text)])

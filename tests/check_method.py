@@ -66,7 +66,10 @@ def constructs(case):
 
 
 def shapes(case):
-    """Means are (N, D), uncertainties (N,), spreads have N rows, scores are (N, M), losses ()."""
+    """Means are (N, D), uncertainties (N,), spreads have N rows, scores are (N, M), losses ().
+
+    `compared_answers` is above 0 where `of_candidates` is overridden, and only there.
+    """
     adaptor = case.build()
     image, text = inputs(adaptor)
     adapted = {"images": adaptor.adapt_image(image), "captions": adaptor.adapt_text(text)}
@@ -81,6 +84,9 @@ def shapes(case):
         require_shape(name, getattr(adaptor, name)(*adapted.values()), (N, M))
     for name in LOSSES:
         require_shape(name, getattr(adaptor, name)(image, text[:N]), ())
+    compares = type(adaptor).of_candidates is not Adaptor.of_candidates
+    wanted = f"{'' if compares else 'no '}`of_candidates`"
+    require((adaptor.compared_answers > 0) == compares, f"compared_answers {adaptor.compared_answers} and {wanted}")
 
 
 def finite(case):

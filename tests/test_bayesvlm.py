@@ -141,6 +141,17 @@ def test_train_and_eval_compute_the_formulas(place, monkeypatch):
     assert result["seen_in_training"] == 0 and "query" in result["hierarchy"]["uncertainty"]
 
 
+def test_candidates_of_the_factors_are_no_answers_to_compare(place):
+    """`--task unanswerable` compares none, neither of its own captions nor of absent ones."""
+    train.main(TRAIN)
+    Path("absent.txt").write_text("a dog on a sofa\na city at night\n")
+    evaluation.main([*RUN, "--quiet", "--task", "unanswerable", "--absent", "absent.txt"])
+    path = place / "results" / FOLDER.format("bayesvlm") / "shapes-unanswerable.json"
+    side = json.loads(path.read_text())["text_to_image"]
+    for rejection in (side["rejection"], side["absent"]["rejection"]):
+        assert rejection.keys() >= {"top", "retrieved"} and "information" not in rejection
+
+
 @pytest.mark.parametrize("prior", ["damped", "exact"])
 @pytest.mark.parametrize(("bias", "logit_bias"), [(True, -5.0), (False, None)])
 def test_both_losses_and_maps_with_and_without_a_bias(bias, logit_bias, prior):

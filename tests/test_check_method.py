@@ -136,6 +136,12 @@ class ScoresTransposed(Sound):
         return super().log_likelihood(image, text).T
 
 
+@breaks("shapes", "compared_answers 0 and `of_candidates`")
+class ComparesWithoutANumber(Sound):
+    def of_candidates(self, query, answers, side):
+        return {"information": query.uncertainty}
+
+
 @breaks("finite", "uncertainty of captions, log_likelihood, classify not finite")
 class LogOfNegative(Sound):
     def uncertainty(self, text):
