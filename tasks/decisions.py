@@ -174,12 +174,19 @@ def joined(measured):
 
 
 def folds(parts):
-    """The Folds of parts, of which the first is judged: by the others, or half by half if there is no other."""
-    judged = len(parts[0].group)
+    """The Folds of parts, of which the first is judged: by the others, or half by half if there is no other.
+
+    Raises UserError unless two images teach in each.
+    """
+    group = np.concatenate([part.group for part in parts])
+    evaluated = np.arange(len(group)) < len(parts[0].group)
+    teaching = len(np.unique(group)) // 2 if len(parts) == 1 else len(np.unique(group[~evaluated]))
+    if teaching < 2:
+        raise UserError(
+            f"{('no', 'one')[teaching]} image teaches, and two are the least: evaluate a larger split, or name a larger"
+            " --val."
+        )
     if len(parts) > 1:
-        evaluated = np.arange(sum(len(part.group) for part in parts)) < judged
         return [Fold(~evaluated, evaluated)]
-    if np.ptp(parts[0].group) == 0:
-        raise UserError("all queries are of one image, and a half of the images teaches the other: name a --val split.")
-    first = halves(parts[0].group)
+    first = halves(group)
     return [Fold(first, ~first), Fold(~first, first)]

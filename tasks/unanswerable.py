@@ -12,6 +12,7 @@ from metrics.comparison import PairedBootstrap, interval
 from metrics.uncertainty import auroc, false_positive_rates, risk_coverage, selective
 from models.base import adapt_all
 from tasks import decisions, lengths, posterior_scales, uncertainty_of
+from utils.errors import UserError
 
 PRIOR = 0.5  # share of queries without an answer
 LEARNED = "learned"
@@ -59,6 +60,11 @@ def _evaluate(measured, columns):
     """Figures of one direction, and per-query arrays: every uncertainty with and without, and right answers."""
     part = measured.parts[0]
     queries, usable = len(part.group), columns["left"] > 1
+    if not all((rows & usable).any() for fold in measured.folds for rows in fold):
+        raise UserError(
+            "no query that teaches, or none that is judged, has two items that do not fit it: evaluate a larger split,"
+            " or name a larger --val."
+        )
     features = _features(columns)
     learned, right = np.full((len(usable), 2), np.nan), np.full((len(usable), 2), np.nan)
     for fold in measured.folds:

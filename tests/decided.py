@@ -56,7 +56,7 @@ def cache_pairs():
     image = rng.normal(size=(300, 16)).astype(np.float32)
     text = np.repeat(image, 2, axis=0) + rng.normal(size=(600, 16), scale=1.5).astype(np.float32)
     np.savez("pairs.npz", image=image, text=text, image_of_text=np.repeat(np.arange(300), 2))
-    splits = ["train0-150", "rest0-150", "train0", "test0", "all"]
+    splits = ["train0-150", "rest0-150", "rest0-237", "rest0-238", "train0", "test0", "all"]
     cache = ["--dataset", "embeddings", "--root", "pairs.npz", "--quiet", "--splits", *splits]
     cache_embeddings.main([*cache, "--set", "data.options.logit_scale=5.0"])
     train.main([*CLIP[:-2], "--val-fraction", "0", "--set", "data.train_split=train0-150"])

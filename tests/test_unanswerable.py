@@ -110,6 +110,21 @@ def test_what_cannot_be_decided_is_refused(pairs, refusal):
     assert not Path("results").exists()
 
 
+@pytest.mark.parametrize("task", ["matching", "conformal", "unanswerable", "correctness"])
+def test_too_few_images_are_refused(pairs, refusal, task):
+    """Of two images and of three, one teaches in one of the halves."""
+    few = ["--alpha", "0.5"] if task == "conformal" else []
+    for split in ("rest0-238", "rest0-237"):
+        message = refusal(evaluation.main, *CLIP, "--task", task, "--split", split, *few)
+        assert "one image teaches, and two are the least: evaluate a larger split" in message
+
+
+def test_a_gallery_of_two_has_no_unanswerable_query(pairs, refusal):
+    run = [*CLIP, "--task", "unanswerable"]
+    for flags in (["--val", "rest0-238"], ["--split", "rest0-238", "--val", "test0"]):
+        assert "has two items that do not fit it" in refusal(evaluation.main, *run, *flags)
+
+
 def test_hub_correction_is_of_another_bank(pairs):
     """Scores less a constant for each item, which changes what is decided."""
     plain, _ = result("unanswerable", "--val", "rest0-150")
