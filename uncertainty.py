@@ -146,7 +146,7 @@ def measure(items, embeddings, method):
     return rows
 
 
-def learned(run, config, data, split):
+def learned(run, weights, config, data, split):
     """What eval.py has learned from a split's labels: {task: its result}; raises UserError where it has not."""
     results = {}
     for task in ("conformal", "unanswerable"):
@@ -155,9 +155,7 @@ def learned(run, config, data, split):
         try:
             results[task] = read_json(path)
             sides = [side for side in DIRECTIONS if side in results[task]]
-            stale = results[task]["checkpoint"] != run.weights_hash() or not all(
-                "fitted" in results[task][s] for s in sides
-            )
+            stale = results[task]["checkpoint"] != weights or not all("fitted" in results[task][s] for s in sides)
         except FileNotFoundError:
             raise UserError(f"{path} is missing, from which to answer: run `{command}`.") from None
         except (ValueError, KeyError, TypeError):
@@ -175,8 +173,11 @@ def learned(run, config, data, split):
     return results
 
 
-def search(args, run, config, identity, embeddings, adaptor, device):
-    """Answer items from the gallery: a list of dicts in their order. embeddings: as `adapted` gives them."""
+def search(args, run, weights, config, identity, embeddings, adaptor, device):
+    """Answer items from the gallery: a list of dicts in their order.
+
+    weights: hash of those that the adaptor was loaded with. embeddings: as `adapted` gives them.
+    """
     from tasks import answers  # only here: it takes a second to import
 
     data = load_config(config.dataset, backbone=config.backbone).data
@@ -185,7 +186,7 @@ def search(args, run, config, identity, embeddings, adaptor, device):
     if pairs.classes is not None:
         raise UserError(f"{pairs.folder} has classes and no captions: name a --gallery of pairs.")
     taught = args.learned_on or args.gallery
-    results = learned(run, config, data, taught)
+    results = learned(run, weights, config, data, taught)
     known = results["conformal"]["alphas"]
     if f"{args.alpha:g}" not in known:
         raise UserError(
@@ -201,8 +202,11 @@ def search(args, run, config, identity, embeddings, adaptor, device):
                   " certain to hold.", file=sys.stderr)  # fmt: skip
         score, place = results["conformal"]["score"], evaluated_as(config.dataset, args.gallery, data.eval_split)
         terms = config.result(place, f"gallery-{other}-{score}").with_suffix(".npz")
-        kept = terms, f"{run.weights_hash()} {pairs.meta['fingerprint']}"
-        scores = answers.gallery_scores(adaptor, pairs, kind, embedding, score, device, kept)
+        kept = terms, f"{weights} {pairs.meta['fingerprint']}"
+        try:
+            scores = answers.gallery_scores(adaptor, pairs, kind, embedding, score, device, kept)
+        except FloatingPointError as error:
+            raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
         part = answers.answers(scores, embedding, sets, rejection, args.alpha, args.unanswerable)
         for place, row in zip(places, part, strict=True):
             for best in row["best"]:
@@ -262,6 +266,7 @@ def main(argv=None):
     set_precision(device)
     run = Run(config)
     adaptor, config, identity = run.load(device)
+    weights = run.weights_hash()  # of what was loaded: another process may train again meanwhile
     backbone = open_backbone(config, identity, run.folder, device)
     if run.untrained:
         print(f"{run.folder} kept its untrained start: these are uncertainties of random weights.", file=sys.stderr)
@@ -270,7 +275,7 @@ def main(argv=None):
             print(f"'{item[:40]}...' is longer than the backbone reads: its end is cut off.", file=sys.stderr)
     embeddings = adapted(args.items, adaptor, backbone, device)
     if args.gallery:
-        rows = search(args, run, config, identity, embeddings, adaptor, device)
+        rows = search(args, run, weights, config, identity, embeddings, adaptor, device)
     else:
         rows = measure(args.items, embeddings, config.method)
     if args.sort:

@@ -28,7 +28,8 @@ def gallery_scores(adaptor, pairs, kind, queries, score, device, kept=None):
     """Scores (Q, G) of adapted queries of a kind, `image` or `text`, against the other side of memory-mapped pairs.
 
     kept: a file (and what it must be of) in which a score that follows from a cosine and terms of each item keeps these
-    terms, (G,), so that the next search adapts no item; see `PairScore`.
+    terms, (G,), so that the next search adapts one item; see `PairScore`. Raises FloatingPointError for a score that is
+    not finite.
     """
     other = "text" if kind == "image" else "image"
     adapt = adaptor.adapt_text if kind == "image" else adaptor.adapt_image
@@ -41,8 +42,11 @@ def gallery_scores(adaptor, pairs, kind, queries, score, device, kept=None):
     def in_order(items):
         return (queries, items) if kind == "image" else (items, queries)
 
-    form = _pair_score(adaptor, score, *in_order(adapt(frozen(0)[:1])))
-    terms = None if form is None or kept is None else _read_terms(*kept, len(rows))
+    block = frozen(0)[:1]
+    items = adapt(block)
+    form = _pair_score(adaptor, score, *in_order(items))
+    first = None if form is None else _terms(form, other, block, items)
+    terms = None if first is None or kept is None else _read_terms(*kept, len(rows), first)
     computed = []
     silent = None if terms is None else True  # a product alone takes no second
     for start in tqdm(range(0, len(rows), BLOCK), unit="block", desc="gallery", disable=silent):
@@ -56,11 +60,11 @@ def gallery_scores(adaptor, pairs, kind, queries, score, device, kept=None):
             each = replace(form, **{other: F.normalize(block, dim=-1)}, **of_block)
         scores = compute(*in_order(items)) if each is None else each.dense()
         parts.append(scores if kind == "image" else scores.T)
-    if kept and computed and all(computed):
-        _write_terms(*kept, {name: np.concatenate([each[name] for each in computed]) for name in computed[0]})
     scores = torch.cat(parts, dim=1).cpu()
     if not torch.isfinite(scores).all():
         raise FloatingPointError("a score is not finite")
+    if kept and computed and all(computed):
+        _write_terms(*kept, {name: np.concatenate([each[name] for each in computed]) for name in computed[0]})
     return scores
 
 
@@ -91,12 +95,19 @@ def _terms(form, side, block, items):
     return {name: value.expand(len(unit)).cpu().numpy() for name, value in values.items()}
 
 
-def _read_terms(path, of, count):
-    """Terms that a file keeps, {name: (G,)}; None where there is none of these weights and this gallery."""
+def _read_terms(path, of, count, first):
+    """Terms that a file keeps, {name: (G,)}; None where there is none of these weights, this gallery and this code.
+
+    first: the terms of the first item, computed anew: code that has changed since gives others.
+    """
     try:
         with np.load(path) as file:
             terms = dict(file)
         if str(terms.pop("of")) != of or any(values.shape != (count,) for values in terms.values()):
+            return None
+        if terms.keys() != first.keys() or not all(
+            np.allclose(terms[name][:1], first[name], rtol=1e-4, atol=1e-6) for name in first
+        ):
             return None
         return {name: torch.from_numpy(values) for name, values in terms.items()}
     except UNREADABLE:

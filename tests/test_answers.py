@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from check_method import CHANGES, change_part
 from decided import LEARNED, SEARCH
 from scipy import special, stats
 
 import uncertainty
 from tasks import answers
-from utils.config import load_config, make_adaptor
+from utils.config import contract_of, load_config, make_adaptor
 
 
 def test_answers_from_files(searched, capsys):
@@ -64,7 +65,7 @@ def test_words_that_nothing_was_learned_from_are_named(searched, capsys):
     assert Path("page.html").read_text().count("has the word dog, teapot: it need not hold here.") == 1
 
 
-def test_what_cannot_be_searched_is_refused(searched, refusal):
+def test_what_cannot_be_searched_is_refused(searched, refusal, monkeypatch):
     assert "--html is for the answers of a --gallery" in refusal(
         uncertainty.main, *SEARCH[:-2], "--html", "a", "a photo"
     )
@@ -77,6 +78,10 @@ def test_what_cannot_be_searched_is_refused(searched, refusal):
     assert "--alpha 0.3 is none of 0.05, 0.1, 0.2" in refusal(uncertainty.main, *SEARCH, "--alpha", "0.3", "a photo")
     assert "--unanswerable must lie" in refusal(uncertainty.main, *SEARCH, "--unanswerable", "1", "a photo")
     assert "is missing: run" in refusal(uncertainty.main, *SEARCH[:-1], "test", "a photo")
+    with monkeypatch.context() as patch:
+        patch.setattr(uncertainty, "encode", lambda kind, items, *_: torch.full((len(items), 64), torch.nan))
+        message = refusal(uncertainty.main, *SEARCH, "a photo")
+        assert "clip/seed0 on embeddings/shapes/shapes-tiny/val: a score is not finite." in message
     message = refusal(uncertainty.main, *SEARCH, "--learned-on", "test", "a photo")
     assert (
         "shapes+test-conformal.json is missing, from which to answer: run `python eval.py --dataset shapes" in message
@@ -122,11 +127,14 @@ def test_decisions_have_parts_in_the_report(searched):
 
 @pytest.mark.parametrize("method", ["pcmepp", "pfe", "asymvlm-psd", "symmetric-vmf", "loss-prediction", "clip"])
 def test_a_second_search_adapts_no_item(method, tmp_path, monkeypatch):
-    """What a method knows of each item is kept: the same scores from one product; of other weights it is not read."""
-    adaptor = make_adaptor(load_config("embeddings", method), 16).eval()
+    """What a method knows of each item is kept: the same scores from one product; of other weights it is not read.
+
+    Nor is it of other code, for which other numbers stand here; and nothing is kept where a score is not finite.
+    """
     rows, cpu = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float16), torch.device("cpu")
     gallery = SimpleNamespace(fed=lambda side, pooled: rows)
     for kind, other in (("text", "image"), ("image", "text")):
+        adaptor = make_adaptor(load_config("embeddings", method), 16).eval()
         adapt = {side: getattr(adaptor, f"adapt_{side}") for side in ("image", "text")}
         with torch.inference_mode():
             query = adapt[kind](torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
@@ -150,3 +158,14 @@ def test_a_second_search_adapts_no_item(method, tmp_path, monkeypatch):
         # One item is adapted for the form of the score.
         assert counts == [51, 1 if place.exists() else 51, 51]
         assert place.exists() == (both[other].uncertainty is not None)
+        for name, change in contract_of(method, "default").get("wider", {}).items():
+            change_part(adaptor, name, CHANGES[change])
+        with torch.inference_mode():
+            both[other] = adapt[other](torch.from_numpy(rows).float())
+            wanted = adaptor.log_likelihood(both["image"], both["text"])
+        scores = answers.gallery_scores(adaptor, gallery, kind, query, "log_likelihood", cpu, (place, "others"))
+        assert torch.allclose(scores, wanted if kind == "image" else wanted.T, rtol=1e-5, atol=1e-5)
+        broken = query._replace(mean=query.mean * torch.nan)
+        with pytest.raises(FloatingPointError, match="a score is not finite"):
+            answers.gallery_scores(adaptor, gallery, kind, broken, "log_likelihood", cpu, (tmp_path / "none.npz", "a"))
+        assert not (tmp_path / "none.npz").exists()
