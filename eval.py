@@ -334,7 +334,7 @@ def evaluate(args, config, data, ranks):
         "images": len(pairs.image), "captions": len(pairs.text), "classes": len(pairs.classes or ()),
         "skipped": pairs.meta["skipped"], "fold": fold and [fold.number, fold.folds],
         "seen_in_training": pairs.shared_with(run.seen), "untrained": run.untrained,
-        "start_kept": run.start_kept,
+        "start_kept": run.start_kept, "from_disk": run.from_disk,
         "repeated_captions": repeated(pairs),
         "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
         "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,

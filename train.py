@@ -70,6 +70,7 @@ from utils.files import locked, write_text
 from utils.seed import random_state, seed_everything, set_random_state
 
 LEAST_BATCH = 32  # pairs: fewer give too little contrast
+WITHIN = 60  # seconds without a saved state, at least, after which one is saved within an epoch
 
 
 def fit(adaptor, optimizer, data, rows, held_out, run, ranks, stops, quiet):
@@ -108,15 +109,22 @@ def fit(adaptor, optimizer, data, rows, held_out, run, ranks, stops, quiet):
         others = {"log": log, "best": best, "in_memory": data.in_memory}
         return {name: part.state_dict() for name, part in parts.items()} | others
 
-    def finite(total):
+    def finite_here(total):
         moments = [value for state in optimizer.state.values() for value in state.values()]
-        return not ranks.any(not all_finite([total, *adaptor.parameters(), *filter(torch.is_tensor, moments)]))
+        return all_finite([total, *adaptor.parameters(), *filter(torch.is_tensor, moments)])
+
+    def finite(total):
+        return not ranks.any(not finite_here(total))
+
+    def save(step=None, total=None):
+        nonlocal saved
+        inside = {"step": step, "total": total, "random": random_state(data.device)} if step else None
+        run.save_state(**states(), inside=inside)
+        saved = time.perf_counter()
 
     def save_now_and_then():
-        nonlocal saved
         if time.perf_counter() - saved > config.train.save_every:
-            run.save_state(**states())
-            saved = time.perf_counter()
+            save()
 
     # NaN and infinity stay where they are and spread: in the sum of losses, the weights, the optimizer's state. So an
     # epoch's end is early enough to look for them; in every step, looking would wait for the device. If they are there,
@@ -162,9 +170,11 @@ def fit(adaptor, optimizer, data, rows, held_out, run, ranks, stops, quiet):
             bar.update()
             if ranks.any(stops()):
                 if finite(total):
-                    inside = {"step": step, "total": total, "random": random_state(data.device)}
-                    ranks.from_first(lambda: run.save_state(**states(), inside=inside))  # noqa: B023
+                    ranks.from_first(lambda: save(step, total))  # noqa: B023
                 raise KeyboardInterrupt
+            long_ago = time.perf_counter() - saved > max(WITHIN, config.train.save_every)
+            if long_ago and ranks.first and finite_here(total):  # all processes have the same
+                save(step, total)
         if not finite(total):
             suspect, state = epoch, ranks.from_first(run.resume) or start
             continue
@@ -331,10 +341,10 @@ def train(args, config, ranks):
         job = dataclasses.asdict(config), pairs.identity, trains(adaptor)
         ranks.must_agree(job, "another configuration or other embeddings")
         log, outcome, untrained = [], "nothing to train", False
-        if ranks.from_first(lambda: keeps_in_memory(run, pairs, device, adaptor, ranks.neighbors)):
+        if ranks.from_first(lambda: keeps_in_memory(run, pairs, device, adaptor)):
             data = InMemory(*pairs.to(device, adaptor.pooled))
         else:
-            data = OnDisk(pairs, device, adaptor.pooled)
+            data = OnDisk(pairs, device, adaptor.pooled, meet=lambda: ranks.broadcast(None))
         if trains(adaptor):
             with interrupts_wait(insist=ranks.world == 1) as stops:
                 quiet = args.quiet or not ranks.first
@@ -363,18 +373,15 @@ def train(args, config, ranks):
     print(f"{run.folder}: {outcome}")
 
 
-def keeps_in_memory(run, pairs, device, adaptor, neighbors):
-    """Whether a run copies the embeddings of `pairs` to its device, or on a CPU each of its `neighbors` processes does.
-
-    It is decided once a run, as the order of the pairs depends on it.
-    """
-    chosen, state = run.config.train.in_memory, run.resume()
-    if chosen is not None:
-        return chosen
-    if state:
-        return state.get("in_memory", True)
-    copies = 1 if device.type == "cuda" else neighbors
-    return trains(adaptor) and fits(copies * bytes_of(pairs, adaptor.pooled), device)
+def keeps_in_memory(run, pairs, device, adaptor):
+    """Whether a run copies the embeddings of `pairs` to its device; decided once, as their order depends on it."""
+    if not trains(adaptor):
+        return False
+    if run.config.train.in_memory is not None:
+        return run.config.train.in_memory
+    state, size = run.resume(), bytes_of(pairs, adaptor.pooled)
+    # They pass through the CPU's memory on their way.
+    return state.get("in_memory", True) if state else fits(size, device) and fits(size, "cpu")
 
 
 def trains(adaptor):

@@ -366,8 +366,13 @@ class Pairs:
 
     def to(self, device, pooled=False):
         """Copy to `device`: inputs of images and of captions (see `fed`), float16, and image_of_text (M,), int64."""
-        arrays = (self.fed("image", pooled)[:], self.fed("text", pooled)[:], self.image_of_text)
-        return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
+
+        def copied(array):
+            rows = array[:]  # of a cache in parts a copy already
+            return torch.from_numpy(np.array(rows) if isinstance(rows, np.memmap) else rows).to(device)
+
+        image, text = (copied(self.fed(side, pooled)) for side in ("image", "text"))
+        return image, text, torch.from_numpy(np.array(self.image_of_text)).to(device)
 
 
 def stamp_of(path):

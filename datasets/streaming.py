@@ -43,20 +43,24 @@ class OnDisk:
 
     An epoch is cut into windows of whole batches. A window is filled from blocks of neighbouring captions that are
     drawn at random, and its captions are shuffled; while batches are drawn from it, a thread reads the next. So every
-    caption comes once an epoch, but neighbours stay within a window. pooled: as in `Pairs.fed`.
+    caption comes once an epoch, but neighbours stay within a window. pooled: as in `Pairs.fed`. meet: called once a
+    window is read, by which processes that share a step wait for the slowest disk.
     """
 
     in_memory = False
 
-    def __init__(self, pairs, device, pooled=False):
+    def __init__(self, pairs, device, pooled=False, meet=lambda: None):
         self.image, self.text = pairs.fed("image", pooled), pairs.fed("text", pooled)
         self.image_of_text, self.device = np.asarray(pairs.image_of_text), device
+        self.meet = meet
 
     def order(self, rows, batch):
         """Captions `rows` (M,) in a random order, as windows are."""
         # Where blocks begin is drawn, too: captions share a block in one epoch, and do not in another.
-        blocks = rows.roll(int(torch.randint(BLOCK, ()))).split(BLOCK)
-        drawn = torch.cat([blocks[number] for number in torch.randperm(len(blocks)).tolist()])
+        rows = rows.roll(int(torch.randint(BLOCK, ())))
+        blocks = torch.randperm(-(-len(rows) // BLOCK))
+        places = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+        drawn = rows[places[places < len(rows)]]
         return torch.cat([part[torch.randperm(len(part))] for part in drawn.split(_window(batch))])
 
     def batches(self, order, batch, first=0):
@@ -67,6 +71,7 @@ class OnDisk:
             reading = thread.submit(self._read, windows[0]) if windows else None
             for number, rows in enumerate(windows):
                 image, text, image_at, text_at = reading.result()
+                self.meet()
                 reading = thread.submit(self._read, windows[number + 1]) if number + 1 < len(windows) else None
                 for start in range(0 if number else first % each * batch, len(rows), batch):
                     part = slice(start, start + batch)

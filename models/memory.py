@@ -1,5 +1,6 @@
 """Memory: how much a device has free, and arrays that lie in a file where they would take too much of it."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def fits(size, device):
     """Whether `size` bytes leave half of a device's free memory to everything else.
 
     device: a torch.device. Of the CPU's memory, what the system can give without swapping, and no more than what the
-    limit of the job (a cgroup's, as of Slurm and containers) leaves.
+    limit of the job (a cgroup's, as of Slurm and containers) leaves, shared by the processes that torchrun starts here.
     """
     return size <= SHARE * _free(torch.device(device))
 
@@ -23,7 +24,8 @@ def _free(device):
     """Bytes that a device has free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, *_left_to_group())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(psutil.virtual_memory().available, *_left_to_group()) // processes
 
 
 def _left_to_group():
@@ -64,6 +66,9 @@ def empty(rows, count):
 
 
 def _in_file(shape, dtype, device):
+    size = int(np.prod(shape)) * dtype.itemsize
     with tempfile.TemporaryFile(dir=".") as file:
-        content = np.memmap(file, dtype=np.uint8, mode="w+", shape=(int(np.prod(shape)) * dtype.itemsize,))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later, writing to the map would be a signal
+            os.posix_fallocate(file.fileno(), 0, size)
+        content = np.memmap(file, dtype=np.uint8, mode="r+" if hasattr(os, "posix_fallocate") else "w+", shape=(size,))
     return torch.from_numpy(content).view(dtype).view(shape)

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from scipy import sparse
 
 from metrics import eccv, retrieval, summary
@@ -72,11 +71,11 @@ def sides(compute, image, text, image_of_text, scale):
 
     def to_text(rows):
         part = image.rows(rows)
-        return _joined([compute(part, text.rows(block)) for block in _blocks(texts)])
+        return _by_blocks(lambda block: compute(part, text.rows(block)), texts)
 
     def to_image(rows):
         part = text.rows(rows)
-        return _joined([compute(image.rows(block), part).T for block in _blocks(images)])
+        return _by_blocks(lambda block: compute(image.rows(block), part).T, images)
 
     if images * texts <= STORED_SCORES:
         scores = all_scores(to_text, images, texts)
@@ -86,14 +85,17 @@ def sides(compute, image, text, image_of_text, scale):
     return {"text_to_image": text_side, "image_to_text": image_side}
 
 
-def _blocks(count):
-    """Slices of `count` items of a gallery that are scored at once."""
-    return [slice(start, start + GALLERY) for start in range(0, count, GALLERY)]
-
-
-def _joined(scores):
-    """Scores (q, G) of blocks of the gallery (q, g); a single one is not copied."""
-    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
+def _by_blocks(compute, gallery):
+    """Scores (q, G) of queries, a block of the gallery at a time: `compute` returns those of a slice of it, (q, g)."""
+    scores = compute(slice(0, min(gallery, GALLERY)))
+    if gallery <= GALLERY:
+        return scores
+    whole = scores.new_empty((len(scores), gallery))
+    whole[:, :GALLERY] = scores
+    for start in range(GALLERY, gallery, GALLERY):
+        block = slice(start, start + GALLERY)
+        whole[:, block] = compute(block)
+    return whole
 
 
 def truths(pairs):

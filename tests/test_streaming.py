@@ -98,6 +98,28 @@ def test_a_run_from_disk_goes_on_at_the_same_step(world, small, monkeypatch):
     assert not weights("memory")["text_log_variance.0.weight"].equal(weights("whole")["text_log_variance.0.weight"])
 
 
+def test_a_long_epoch_is_saved_within(world, small, monkeypatch):
+    command = [*COMMAND, "--tag", "whole", *SETTINGS]
+    train.main(command)
+    monkeypatch.setattr(train, "WITHIN", 0)
+    loss, calls = PCMEPP.loss, []
+
+    def killed(self, *args):
+        calls.append(0)
+        if len(calls) == 17:  # the fifth step of the second epoch
+            raise ChildProcessError
+        return loss(self, *args)
+
+    command[command.index("whole")] = "killed"
+    with monkeypatch.context() as patch, pytest.raises(ChildProcessError):
+        patch.setattr(PCMEPP, "loss", killed)
+        train.main([*command, "train.save_every=0"])
+    state = Run(load_config("shapes", "pcmepp", tag="killed")).resume()
+    assert len(state["log"]) == 1 and state["inside"]["step"] == 4
+    train.main([*command, "train.save_every=0"])
+    torch.testing.assert_close(weights("killed"), weights("whole"), rtol=0, atol=0, equal_nan=True)
+
+
 def test_free_memory_is_what_system_and_job_leave(tmp_path, monkeypatch):
     gigabyte = 2**30
     assert memory.fits(2**10, "cpu") and not memory.fits(2**60, "cpu")

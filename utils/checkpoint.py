@@ -88,7 +88,7 @@ class Run:
         """Read the trained adaptor, its configuration and identity; raises UserError if missing or damaged.
 
         Sets `seen`, which images it was trained on, `bank`, the fields of its bank or None if it was trained before
-        there were banks, and `untrained` and `start_kept`, see `finish`.
+        there were banks, and `untrained`, `start_kept` and `from_disk`, see `finish`.
         """
         if not self.done:
             state = "its training is unfinished" if self.state_file.is_file() else "it is not trained yet"
@@ -103,6 +103,7 @@ class Run:
         try:
             self.seen, self.bank, self.untrained = saved["seen"], saved.get("bank"), saved.get("untrained", False)
             self.start_kept = saved.get("start_kept", self.untrained)
+            self.from_disk = saved.get("from_disk", False)
             adaptor.load_state_dict(saved["state_dict"])
         except UNREADABLE as error:
             reason = str(error).splitlines()[-1].strip()

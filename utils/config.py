@@ -87,7 +87,7 @@ class Train:
     deterministic: bool = False  # the same bits each time on CUDA, too, in training and evaluation; slower
     compile: bool = False  # the loss by torch.compile, on CUDA as graphs; rounds differently
     in_memory: bool | None = None  # false: read from disk in shuffled blocks; none: if half the memory is too small
-    save_every: float = 5.0  # seconds between saved states, from which a killed run resumes
+    save_every: float = 5.0  # seconds between saved states at ends of epochs; within one, a minute passes at least
 
 
 @dataclass
