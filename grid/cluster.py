@@ -217,9 +217,9 @@ class Cluster:
 
 
 def _runs_here(job):
-    """Whether a job of this machine and this folder, by its id, a process's, has not ended."""
-    try:
-        command = " ".join(psutil.Process(int(job)).cmdline())
-    except (ValueError, psutil.Error):  # an id of Slurm's array; a process of someone else
-        return False
+    """Whether a job of this machine and this folder, by its id, that of a process, has not ended."""
+    command = ""
+    with contextlib.suppress(psutil.Error):  # it is gone
+        if job.isdecimal():  # an id of Slurm may hold "_"
+            command = " ".join(psutil.Process(int(job)).cmdline())
     return "submitit.local._local" in command and str(FOLDER.absolute()) in command
