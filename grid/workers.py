@@ -35,7 +35,6 @@ class Workers:
         # Killed pools leave semaphores. Python's tracker removes them; its other process would count them on stderr.
         sys.warnoptions.append("ignore:resource_tracker")
         self.workers = [_Worker(device, len(devices), log) for device in devices]
-        self.interrupted = set()  # processes
 
     def __enter__(self):
         return self
@@ -64,9 +63,8 @@ class Workers:
         """Interrupt the jobs, which save what they can, and wait for it; may be called by a signal's handler."""
         started = [worker for worker in self.workers if worker.process and worker.future]
         busy = [worker.process for worker in started if not worker.future.done()]
-        for process in set(busy) - self.interrupted:  # a second SIGTERM would cut short what a first has begun
+        for process in busy:
             process.terminate()
-        self.interrupted.update(busy)
         for process in busy:
             process.join(PATIENCE)
 

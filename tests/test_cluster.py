@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -19,7 +18,7 @@ import reproduce
 import train
 from grid import cluster
 from grid.cluster import Chunk, Cluster
-from grid.workers import Workers, _cause_of_death
+from grid.workers import _cause_of_death
 from utils.config import HOME
 from utils.errors import UserError
 
@@ -199,14 +198,6 @@ def test_a_second_sigterm_leaves_the_saving_alone():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(interrupted) == 1
-
-
-def test_a_process_that_saves_for_long_is_interrupted_once():
-    workers, process = Workers(["cpu"]), Mock()
-    workers.workers[0].process, workers.workers[0].future = process, Mock(**{"done.return_value": False})
-    workers.interrupt()
-    workers.interrupt()
-    assert process.terminate.call_count == 1 and process.join.call_count == 2
 
 
 def test_causes_of_death():
