@@ -45,11 +45,12 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import itertools
 import shutil
 import sys
 
 from datasets.caching import identity, mismatch, write_cache, write_given
-from datasets.embeddings import META, WORKING, cache_folder, cached_as, read_meta
+from datasets.embeddings import META, WORKING, cache_folder, cached_as, changed_part, read_meta
 from datasets.listing import list_split
 from datasets.ranks import Ranks, reported
 from models.backbones import make_backbone
@@ -80,6 +81,9 @@ def finished(folder, wanted, args):
         return False
     existing = read_meta(folder)
     difference = mismatch(existing, wanted)
+    parts = itertools.chain(*existing.get("parts", {}).values())
+    if not difference and (part := changed_part(folder, parts)):
+        difference = f"from {part}, which is missing or has changed since"
     if not difference and args.on_error == "stop" and existing["unreadable"]:
         difference = f"without {existing['unreadable']:,} unreadable images, which --on-error skip accepts"
     if difference and not args.overwrite:

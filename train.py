@@ -56,7 +56,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.bank import draw
-from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, cache_folder, hold_out, name_rows
+from datasets.embeddings import BLOCKS, Pairs, all_seen, blocks, hold_out, name_rows
 from datasets.ranks import Ranks, reported
 from datasets.streaming import InMemory, OnDisk, bytes_of
 from models.base import Adaptor, best_temperature
@@ -224,8 +224,9 @@ def fault(run, place, adaptor, objective, before, pairs, chosen):
         what = spoiled[0] if spoiled else "the state of the optimizer"
         cause = f"after it {what} is not finite, although loss and gradient are, computed again"
     elif wrong.any():
-        table = cache_folder(config.dataset, config.backbone, config.data.train_split) / "text.npy"
-        cause += f", with {name_rows(chosen.cpu().numpy()[wrong.numpy()])} of {table}"
+        cached = Pairs(config.dataset, config.backbone, config.data.train_split)
+        places = cached.by_file("text", chosen.cpu().numpy()[wrong.numpy()])
+        cause += f", with {' and '.join(f'{name_rows(rows)} of {file}' for file, rows in places)}"
     hint, kept = "try a lower learning rate with --set optim.lr=...", ""
     if cause.startswith("the loss") and place == (1, 1):
         hint = "no weight has changed yet, so look at the method and at these pairs"

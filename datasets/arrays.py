@@ -29,7 +29,7 @@ import torch
 from scipy import sparse
 
 from datasets import Caption, Classes, Image, Source, check_folds, fold_splits
-from datasets.embeddings import name_rows
+from datasets.embeddings import name_rows, stamp_of
 from datasets.parts import Parts, choose
 from utils.errors import UserError
 from utils.files import UNREADABLE, is_name
@@ -194,13 +194,15 @@ class Arrays(Source):
         if key not in arrays:
             raise self._error(f"it has no key '{key}': name the embeddings 'image' and 'text'.")
         array = arrays[key]
-        faults, sizes = [], set()
-        for number in range(len(array.parts) if isinstance(array, Parts) else 1):
-            part = array.opened(number) if isinstance(array, Parts) else array
-            sizes.add(part.shape[1:])
-            if part.ndim != 2 or part.dtype.kind != "f" or not part.size or len(sizes) > 1:
+        faults, in_parts = [], isinstance(array, Parts)
+        for number in range(len(array.parts) if in_parts else 1):
+            part, name = (array.opened(number), array.parts[number].name) if in_parts else (array, f"'{key}'")
+            if part.ndim != 2 or part.dtype.kind != "f" or not part.size:
                 actual = f"not {part.dtype} of shape {part.shape}"
-                raise self._error(f"'{key}' must hold one embedding per row, floats of shape (rows, D), {actual}.")
+                raise self._error(f"{name} must hold one embedding per row, floats of shape (rows, D), {actual}.")
+            if part.shape[1] != array.shape[1]:
+                sizes = f"rows of size {part.shape[1]}, the first part of {array.shape[1]}"
+                raise self._error(f"{name} has {sizes}: give embeddings of one model.")
             faults += [_faults(part[start : start + BLOCK]) for start in range(0, len(part), BLOCK)]
         faults = [np.concatenate(of_kind) for of_kind in zip(*faults, strict=True)]
         again = "encode these items again, or leave them out"
@@ -218,7 +220,7 @@ class Arrays(Source):
             if wrong.any():
                 rows = name_rows(np.flatnonzero(wrong))
                 raise self._error(f"'{key}' holds {problem} in {rows} of {len(array):,}: {hint}.")
-        return array if isinstance(array, Parts) else array.astype(np.float16, order="C")
+        return array if in_parts else array.astype(np.float16, order="C")
 
     def _read_column(self, arrays, key, kinds, values, length):
         """Read one value per row, or None if the key is absent; kinds: NumPy's letters for the types allowed."""
@@ -312,29 +314,39 @@ def _read_folder(folder):
 
 
 def _read_clip_retrieval(folder):
-    """Open what `clip-retrieval inference` writes, where it is; returns {} if the folder has another layout."""
+    """Open what `clip-retrieval inference` writes, where it is; returns {} if the folder has another layout.
+
+    Parts without rows are left out.
+    """
     image_files = _numbered(folder, "img_emb", ".npy")
     text_files, metadata_files = _numbered(folder, "text_emb", ".npy"), _numbered(folder, "metadata", ".parquet")
-    files = {"image": [], "text": []}
+    files, stamps = {"image": [], "text": []}, {"image": [], "text": []}
     captions, counts = [], []
     for number, image in sorted(image_files.items()):
         if number not in text_files:
             raise UserError(f"{folder}: {image.name} has no text_emb_{number}.npy beside it: embed the captions, too.")
-        files["image"].append(image.absolute())
-        files["text"].append(text_files[number].absolute())
-        if number in metadata_files:
-            captions.append(_captions(metadata_files[number]))
-        counts.append(len(_load(image, "r")))
-        lengths = {counts[-1], len(_load(files["text"][-1], "r")), *(len(part) for part in captions[-1:])}
+        part = {"image": image.absolute(), "text": text_files[number].absolute()}
+        stamp = {side: stamp_of(path) for side, path in part.items()}  # a change while they are read is noticed later
+        named = [_captions(metadata_files[number])] if number in metadata_files else []
+        lengths = {len(_load(path, "r")) for path in part.values()} | {len(of_part) for of_part in named}
         if len(lengths) > 1:
             raise UserError(
                 f"{folder}: part {number} has {' and '.join(map(str, sorted(lengths)))} rows: embed it again."
             )
-    if len(captions) not in (0, len(image_files)):
+        if lengths == {0}:
+            continue
+        for side, path in part.items():
+            files[side].append(path)
+            stamps[side].append(stamp[side])
+        captions += named
+        counts += lengths
+    if len(captions) not in (0, len(counts)):
         raise UserError(f"{folder}: some parts have a metadata_*.parquet and some have none: complete them.")
     if not image_files:
         return {}
-    arrays = {side: Parts(paths, counts) for side, paths in files.items()}
+    if not counts:
+        raise UserError(f"{folder}: its parts have no rows: embed them again.")
+    arrays = {side: Parts(paths, counts, stamps=stamps[side]) for side, paths in files.items()}
     return arrays | ({"caption": np.concatenate(captions)} if captions else {})
 
 

@@ -96,15 +96,22 @@ def _join(folder, identity, listing, backbone, encoder, prompts, ranks):
     Embeddings of more than PART rows become several files, of which every rank writes some; the first writes the rest.
     """
     counts = {"image": len(listing.images), "text": len(listing.captions), "prompt": len(prompts)}
-    error, cut, unreadable = {"image": 0.0, "text": 0.0}, 0, {}
-    for kind in counts:
-        for rows, block in encoder.parts(kind, counts[kind]):
-            side = "image" if kind == "image" else "text"
-            error[side] = max(error[side], float(block["error"]))
-            if kind == "image":
-                unreadable |= {rows[i]: str(reason) for i, reason in zip(block["bad"], block["reason"], strict=True)}
-            elif kind == "text":
-                cut += int(block["cut"])
+
+    def gathered():
+        """The largest error of each side, how many captions were cut, and the reasons of unreadable images by row."""
+        error, cut, unreadable = {"image": 0.0, "text": 0.0}, 0, {}
+        for kind in counts:
+            for rows, block in encoder.parts(kind, counts[kind]):
+                side = "image" if kind == "image" else "text"
+                error[side] = max(error[side], float(block["error"]))
+                if kind == "image":
+                    bad = zip(block["bad"], block["reason"], strict=True)
+                    unreadable |= {rows[i]: str(reason) for i, reason in bad}
+                elif kind == "text":
+                    cut += int(block["cut"])
+        return error, cut, unreadable
+
+    error, cut, unreadable = ranks.from_first(gathered)  # it reads every block whole
     keep_image, keep_text = _kept(listing, unreadable)
     keep = {"image": keep_image, "text": keep_text, "prompt": np.full(len(prompts), True)}
 
@@ -183,7 +190,8 @@ def write_given(folder, identity, source, listing):
             save_array(folder / f"{name}.npy", array)
             continue
         lengths = np.diff(array.ends, prepend=0).tolist()
-        in_place[name] = [[str(path), rows, stamp_of(path)] for path, rows in zip(array.parts, lengths, strict=True)]
+        listed = zip(array.parts, lengths, array.stamps, strict=True)
+        in_place[name] = [[str(path), rows, stamp] for path, rows, stamp in listed]
         if array.rows is not None:
             save_array(folder / f"{name}_rows.npy", array.rows)
     identity = identity | ({"parts": in_place} if in_place else {})

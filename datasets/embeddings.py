@@ -201,7 +201,7 @@ class Pairs:
 
     def _read(self, name, read):
         """Read a file of the cache, or return None if meta.json does not list it."""
-        if name not in (*self.meta["files"], META):
+        if name not in self.meta["files"]:
             return None
         try:
             return read(self.folder / name)
@@ -226,20 +226,22 @@ class Pairs:
         listed = self.meta.get("parts", {}).get(name)
         if listed is None:
             return self._array(name, shape)
-        paths = [self.folder / path for path, *_ in listed]
-        for path, (_, _, stamp) in zip(paths, listed, strict=True):
-            if not path.is_file() or stamp != stamp_of(path)[: len(stamp)]:
-                state = "has changed since" if path.is_file() else "is missing, and"
-                raise UserError(f"{path} {state} {self.folder} was made from it: run `{self.command} --overwrite`.")
-        rows = self._array(f"{name}_rows", None, "i8")
-
-        def read(_):
-            array = Parts(paths, [count for _, count, _ in listed], rows)
-            if shape not in (None, array.shape) or (rows is not None and rows.max() >= array.ends[-1]):
-                raise ValueError(f"it holds rows of shape {array.shape}")
-            return array
-
-        return self._read(META, read)
+        if path := changed_part(self.folder, listed):
+            state = "has changed since" if path.is_file() else "is missing, and"
+            raise UserError(
+                f"{path} {state} {self.folder} was made from it: run `{self.command} --overwrite`, with --root if the"
+                " data are not where their YAML says."
+            )
+        lengths, rows = [count for _, count, _ in listed], None
+        if f"{name}_rows.npy" in self.meta["files"]:
+            rows = self._numbers(f"{name}_rows", self._sizes[name == "text"], sum(lengths))
+        array = Parts([self.folder / path for path, *_ in listed], lengths, rows)
+        if shape not in (None, array.shape):
+            raise UserError(
+                f"{self.folder / META}: the parts of '{name}' hold rows of shape {array.shape}, not {shape}: delete"
+                f" {self.folder} and run `{self.command}`."
+            )
+        return array
 
     def _numbers(self, name, count, below=None):
         """Read ids, or numbers from 0 to `below`; raises UserError for others."""
@@ -359,10 +361,20 @@ class Pairs:
             array = self._embeddings(name)
             wrong = np.flatnonzero(~finite_rows(array))
             if len(wrong):
+                (file, wrong), *_ = self.by_file(name, wrong, array)
+                size = "" if isinstance(array, Parts) else f" of {len(array):,}"
                 raise UserError(
-                    f"{self.folder / name}.npy holds NaN or infinity in {name_rows(wrong)} of {len(array):,}: delete"
-                    f" {self.folder} and run `{self.command}`."
+                    f"{file} holds NaN or infinity in {name_rows(wrong)}{size}: delete {self.folder} and run"
+                    f" `{self.command}`."
                 )
+
+    def by_file(self, name, rows, array=None):
+        """Group rows (n,) of `image` or `text`, or of `array`, by the files they are in: [(path, rows (m,) of it)]."""
+        array, file = getattr(self, name) if array is None else array, self.folder / f"{name}.npy"
+        if not isinstance(array, Parts):
+            return [(file, rows)]
+        parts = [(array.parts[number], inside) for number, _, inside in array.places(rows)]
+        return [(part if isinstance(part, Path) else file, inside) for part, inside in parts]
 
     def to(self, device, pooled=False):
         """Copy to `device`: inputs of images and of captions (see `fed`), float16, and image_of_text (M,), int64."""
@@ -379,6 +391,18 @@ def stamp_of(path):
     """Size of a file in bytes and when it was written, in ns, by which a change is noticed."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def changed_part(folder, parts):
+    """The path of the first part that is missing or has changed since, or None.
+
+    folder: of the cache. parts: entries of meta.json, [path, rows, stamp].
+    """
+    for path, _, stamp in parts:
+        path = folder / path
+        if not path.is_file() or stamp != stamp_of(path)[: len(stamp)]:
+            return path
+    return None
 
 
 def finite_rows(array, block=2**16):

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.errors import UserError
+from utils.files import UNREADABLE
+
 PART = 2**20  # rows of a file in a cache of more: 1 GB at D = 512
 
 
@@ -12,14 +15,14 @@ class Parts:
     """Embeddings (N, D), float16, of which only the rows that are asked for are read; indexed like an array.
 
     parts: arrays (n, D), or the paths of .npy with floats, one after another. lengths: n of each. rows: those of all of
-    them, in order, that it has (N,); by default every one. A file is opened when it is read: some systems let a process
-    have no more than a thousand open.
+    them, in order, that it has (N,); by default every one. stamps: of the paths, taken before they were first read. A
+    file is opened when it is read: some systems let a process have no more than a thousand open.
     """
 
     ndim, dtype = 2, np.dtype(np.float16)
 
-    def __init__(self, parts, lengths, rows=None):
-        self.parts, self.rows = parts, rows
+    def __init__(self, parts, lengths, rows=None, stamps=None):
+        self.parts, self.rows, self.stamps = parts, rows, stamps
         self.ends = np.cumsum(lengths)
         self.shape = (int(self.ends[-1]) if rows is None else len(rows), self.opened(0).shape[-1])
 
@@ -27,9 +30,28 @@ class Parts:
         return self.shape[0]
 
     def opened(self, number):
-        """The part of a number, as it is."""
+        """The part of a number, as it is; raises UserError if it cannot be read."""
         part = self.parts[number]
-        return np.load(part, mmap_mode="r", allow_pickle=False) if isinstance(part, Path) else part
+        if not isinstance(part, Path):
+            return part
+        try:
+            return np.load(part, mmap_mode="r", allow_pickle=False)
+        except UNREADABLE as error:
+            again = "restore it, or delete the cache that has it and cache the split again"
+            raise UserError(f"{part} cannot be read ({error}): {again}.") from None
+
+    def places(self, rows):
+        """Yield the number of each part that has some of the rows (n,), which of them it has, and their rows in it."""
+        if self.rows is not None:
+            rows = self.rows[rows]
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.ends[-1]:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.ends[-1]}")
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows, [0, *self.ends], sorter=order)
+        for number, (first, last) in enumerate(pairwise(bounds)):
+            if first < last:
+                here, start = order[first:last], self.ends[number - 1] if number else 0
+                yield number, here, rows[here] - start
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -37,17 +59,9 @@ class Parts:
         else:
             rows = np.asarray(index)
             rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        if self.rows is not None:
-            rows = self.rows[rows]
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.ends[-1]:
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.ends[-1]}")
-        order = np.argsort(rows, kind="stable")
-        bounds = np.searchsorted(rows, [0, *self.ends], sorter=order)
         result = np.empty((len(rows), self.shape[1]), self.dtype)
-        for number, (first, last) in enumerate(pairwise(bounds)):
-            if first < last:
-                here, start = order[first:last], self.ends[number - 1] if number else 0
-                result[here] = self.opened(number)[rows[here] - start]
+        for number, here, inside in self.places(rows):
+            result[here] = self.opened(number)[inside]
         return result
 
     def __array__(self, dtype=None, copy=None):
@@ -62,4 +76,5 @@ def choose(array, rows):
     rows = np.flatnonzero(rows) if rows.dtype == bool else rows
     if not isinstance(array, Parts):
         return Parts([array], [len(array)], rows)
-    return Parts(array.parts, np.diff(array.ends, prepend=0), rows if array.rows is None else array.rows[rows])
+    rows = rows if array.rows is None else array.rows[rows]
+    return Parts(array.parts, np.diff(array.ends, prepend=0), rows, array.stamps)

@@ -1,5 +1,6 @@
 """Embeddings in parts: read as one array, cached by several processes or left where clip-retrieval wrote them."""
 
+import os
 import shutil
 
 import numpy as np
@@ -11,8 +12,33 @@ import cache_embeddings
 import eval as evaluation
 import train
 from datasets import blocks, caching
+from datasets.arrays import Arrays
 from datasets.embeddings import Pairs
 from datasets.parts import Parts, choose
+from utils.errors import UserError
+
+LAION = ["--dataset", "embeddings", "--splits", "all", "--quiet", "--root", "laion"]
+
+
+@pytest.fixture
+def laion(tmp_path, monkeypatch):
+    """clip-retrieval's layout: 12 pairs in the first and the last of three parts; returns images and texts (12, 8)."""
+    monkeypatch.chdir(tmp_path)
+    arrays = np.random.default_rng(0).normal(size=(2, 12, 8)).astype(np.float16)
+    for kind, array in zip(("img_emb", "text_emb"), arrays, strict=True):
+        (tmp_path / "laion" / kind).mkdir(parents=True)
+        for number, rows in enumerate(np.split(array, [6, 6])):
+            np.save(f"laion/{kind}/{kind}_{number}.npy", rows)
+    return arrays
+
+
+def damage(path, place, content):
+    """Overwrite bytes of a file from a place on, which neither its size nor its time shows."""
+    stat = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_parts_are_indexed_like_their_concatenation(tmp_path):
@@ -50,8 +76,17 @@ def test_two_processes_write_parts_that_open_as_one(world, small_world, monkeypa
     command = ["--dataset", "shapes", "--splits", "val", "--quiet", "--device", "cpu", "--workers", "0", "--set"]
     command += ["data.options.train_images=300", "data.options.val_images=100", "encoder.batch_size=8"]
     monkeypatch.setattr(caching, "PART", 40)
+    read = blocks.BlockEncoder.parts
+
+    def parts(encoder, kind, count, chosen=slice(None)):
+        if chosen == slice(None):
+            (world / f"{encoder.ranks.rank} reads all").touch()
+        return read(encoder, kind, count, chosen)
+
+    monkeypatch.setattr(blocks.BlockEncoder, "parts", parts)
     results = forked_ranks(2, cache_embeddings.main, command)
     assert [code for code, *_ in results] == [0, 0], results
+    assert [path.name for path in world.glob("* reads all")] == ["0 reads all"]
     files = sorted(path.name for path in folder.glob("image-*.npy"))
     assert files == [f"image-0000{number}.npy" for number in range(3)] and not (folder / "image.npy").exists()
     parted = Pairs("shapes", "shapes-tiny", "val")
@@ -73,6 +108,9 @@ def test_two_processes_write_parts_that_open_as_one(world, small_world, monkeypa
     for content, state in ((b"half", "has changed since"), (None, "is missing, and")):
         (folder / files[1]).unlink() if content is None else (folder / files[1]).write_bytes(content)
         assert f"{files[1]} {state}" in refusal(train.main, *run, "--tag", "lost", *short)
+    assert f"{files[1]}, which is missing or has changed since" in refusal(cache_embeddings.main, *command)
+    cache_embeddings.main([*command, "--overwrite"])
+    np.testing.assert_allclose(Pairs("shapes", "shapes-tiny", "val").image[:], image, atol=2e-3)
 
 
 def test_clip_retrievals_files_stay_where_they_are(tmp_path, monkeypatch, refusal):
@@ -102,6 +140,77 @@ def test_clip_retrievals_files_stay_where_they_are(tmp_path, monkeypatch, refusa
     assert (folder / "image_rows.npy").is_file() and not list(folder.glob("image.npy"))
     np.save("laion/img_emb/img_emb_01.npy", image[25:] + 1)
     assert "img_emb_01.npy has changed since" in refusal(evaluation.main, *run)
+
+
+def test_what_a_refusal_names_repairs_a_cache_in_place(laion, refusal):
+    """Parts that were touched, moved, or replaced while they were cached; one without rows is left out."""
+    cache_embeddings.main(LAION)
+    os.utime("laion/img_emb/img_emb_2.npy", (0, 0))
+    moved = [*LAION[:-1], "moved"]
+    for command, state in ((LAION, "img_emb_2.npy has changed since"), (moved, "img_emb_0.npy is missing, and")):
+        with pytest.raises(UserError, match=f"{state} .* --overwrite`, with --root"):
+            Pairs("embeddings", "given", "all")
+        error = refusal(cache_embeddings.main, *command)
+        assert ", which is missing or has changed since: replace it with --overwrite" in error
+        cache_embeddings.main([*command, "--overwrite"])
+        pairs = Pairs("embeddings", "given", "all")
+        np.testing.assert_array_equal([pairs.image[:], pairs.text[:]], laion)
+        cache_embeddings.main(command)  # there already
+        if command is LAION:
+            os.rename("laion", "moved")
+
+
+def test_a_part_replaced_while_it_is_cached_is_noticed(laion, monkeypatch, capsys):
+    """Its old content is in the cache's fingerprint."""
+    image = "laion/img_emb/img_emb_2.npy"
+
+    def write(*arguments):
+        np.save(image, laion[0, 6:] + 1)
+        caching.write_given(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_embeddings, "write_given", write)
+        cache_embeddings.main(LAION)
+    with pytest.raises(UserError, match=r"img_emb_2\.npy has changed since"):
+        Pairs("embeddings", "given", "all")
+    cache_embeddings.main([*LAION, "--overwrite"])
+    assert (Pairs("embeddings", "given", "all").image[6:] == laion[0, 6:] + 1).all()
+
+
+def test_the_damaged_part_is_named(laion):
+    """By its own path, with rows counted within it, in a cache and in a fold of one."""
+    cache_embeddings.main(LAION)
+    pairs, fold = Pairs("embeddings", "given", "all"), Pairs("embeddings", "given", "train1of2")
+    for row in range(len(fold.text)):
+        (path, rows), *others = fold.by_file("text", np.array([row]))
+        assert (np.load(path)[rows] == fold.text[[row]]).all() and not others
+    (first, low), (last, high) = pairs.by_file("image", np.array([7, 2, 11]))
+    assert (first.name, last.name) == ("img_emb_0.npy", "img_emb_2.npy") and [*low, *high] == [2, 1, 5]
+
+    damage(last, last.stat().st_size - 28, np.full(14, np.nan, np.float16).tobytes())
+    with pytest.raises(UserError, match=r"/img_emb_2\.npy holds NaN or infinity in rows 4 and 5: delete"):
+        pairs.must_be_finite()
+    damage(last, 10, b"{" * 9)
+    with pytest.raises(UserError, match=r"/img_emb_2\.npy cannot be read \(.*\): restore it, or delete the cache"):
+        Pairs("embeddings", "given", "all").image[:]
+    damage(first, 10, b"{" * 9)
+    with pytest.raises(UserError, match=r"/img_emb_0\.npy cannot be read"):
+        Pairs("embeddings", "given", "all")
+
+
+def test_parts_without_rows_and_of_another_size(laion):
+    np.testing.assert_array_equal([array[:] for array in Arrays("laion").embeddings("all")], laion)
+    np.save("laion/img_emb/img_emb_2.npy", np.ones((6, 9), np.float32))
+    with pytest.raises(UserError, match=r"laion: img_emb_2\.npy has rows of size 9, the first part of 8: give"):
+        Arrays("laion")
+    np.save("laion/img_emb/img_emb_2.npy", np.ones((6, 8), np.int64))
+    with pytest.raises(UserError, match=r"laion: img_emb_2\.npy must hold one .* not int64 of shape \(6, 8\)"):
+        Arrays("laion")
+    for number in (0, 2):
+        for kind in ("img_emb", "text_emb"):
+            os.unlink(f"laion/{kind}/{kind}_{number}.npy")
+    with pytest.raises(UserError, match="laion: its parts have no rows"):
+        Arrays("laion")
 
 
 def test_img2datasets_folder_is_read_in_place(tmp_path):
