@@ -19,6 +19,7 @@ from benchmarks.speed.pair_loss import info_nce
 from benchmarks.speed.step import step
 from metrics import retrieval
 from utils.device import pick_device
+from utils.errors import UserError, exits_cleanly
 
 QUERIES, DIM, REPEATS = 256, 512, 3
 SIZES = {"batch": (256, 512, 1024, 2048, 4096), "gallery": (1000, 4000, 16_000, 64_000, 256_000)}
@@ -95,12 +96,15 @@ def plot(costs, sizes, path):
     figure.savefig(path, dpi=110)
 
 
+@exits_cleanly()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", type=Path, help="where to draw")
     parser.add_argument("--points", type=int, default=5, help="sizes of each axis, the smallest ones")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
+    if args.points < 1:
+        raise UserError(f"--points must be at least 1, not {args.points}.")
     device = pick_device(args.device)
     torch.set_num_threads(1)
     sizes = {axis: of_axis[: args.points] for axis, of_axis in SIZES.items()}

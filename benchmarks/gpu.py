@@ -44,7 +44,7 @@ class Size(NamedTuple):
     images: int = 118_287
     tested: int = 5000  # images
     epochs: int = 40
-    batches: int = 20  # of the textbook loop
+    batches: int = 20  # of the textbook loop, beyond two
     pairs: int = 131_072  # of the large loss
     settings: tuple = ()
 
@@ -109,10 +109,14 @@ def trained(size, method, device, tag, *settings):
 
 
 def textbook(size, device):
-    """Seconds of an epoch of von Mises-Fisher InfoNCE as a first script has it, by some of its batches."""
+    """Seconds of an epoch of von Mises-Fisher InfoNCE as a first script has it.
+
+    On the line through a short and a longer epoch, as processes of the DataLoader start once an epoch, not a batch.
+    """
     folder = next(Path("embeddings").glob("**/train"))
     image, text = (torch.from_numpy(np.load(folder / f"{name}.npy")).float() for name in ("image", "text"))
-    text = text[: (size.batches + 2) * BATCH]
+    short, long = 2, 2 + size.batches
+    batch = min(BATCH, len(text) // long)
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self):
@@ -121,12 +125,12 @@ def textbook(size, device):
         def __getitem__(self, index):
             return image[index // 5], text[index]
 
-    loader = torch.utils.data.DataLoader(Rows(), batch_size=min(BATCH, len(text) // 2), shuffle=True, num_workers=2)
     model = perceptron(DIM, 1024, DIM, 3).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
 
-    def epoch():
-        for x, y in loader:
+    def epoch(batches):
+        order = torch.randperm(len(text))[: batches * batch].tolist()
+        for x, y in torch.utils.data.DataLoader(Rows(), batch_size=batch, sampler=order, num_workers=2):
             x, y = x.to(device), y.to(device)
             eta = model(y)
             kappa = eta.norm(dim=-1)
@@ -137,8 +141,9 @@ def textbook(size, device):
             loss.backward()
             optimizer.step()
 
-    epoch()
-    return seconds(epoch, device) / len(text) * 5 * size.images
+    epoch(short)
+    first, second = (seconds(lambda count=count: epoch(count), device) for count in (short, long))
+    return first + (second - first) * (len(text) / batch - short) / size.batches
 
 
 def side_by_side(size, device, seeds):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from tasks.made_with import made_with
@@ -84,7 +85,14 @@ def best_product(device, dtype=torch.float32):
 
 def resident(field):
     """Memory of this process in MB; field: VmRSS (now) or VmHWM (peak). A child inherits the peak of getrusage."""
-    status = Path("/proc/self/status").read_text()
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # macOS
+        if field == "VmRSS":
+            return psutil.Process().memory_info().rss / 2**20
+        import resource  # here, as Windows has none
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 

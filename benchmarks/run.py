@@ -18,6 +18,7 @@ from benchmarks.measure import REPEATS, best_product, machine, medians, peak_gro
 from benchmarks.speed import b_factor, density, encoding, epoch, evaluation, normalizers, pair_loss, ranks, step
 from reporting.words import NONE
 from utils.device import pick_device, usable_cores
+from utils.errors import exits_cleanly
 
 PIECES = (epoch, pair_loss, step, normalizers, evaluation, ranks, density, encoding, b_factor)
 CASES = {name: case for piece in PIECES for name, case in piece.CASES.items()}
@@ -75,6 +76,7 @@ def compare(case):
         torch.testing.assert_close(torch.as_tensor(result), torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
 
 
+@exits_cleanly()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"any of {', '.join(CASES)}; by default all")

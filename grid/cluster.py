@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,6 +11,9 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+
+import psutil
+from tqdm import tqdm
 
 from grid.workers import Workers, without_signals
 from utils.config import HOME, setting
@@ -19,6 +23,7 @@ from utils.files import UNREADABLE
 
 FOLDER = Path("jobs")  # scripts, logs and results of the cluster's jobs
 COMMON = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "name")  # parameters that are not Slurm's alone
+SINGLE = ("nodes", "tasks_per_node", "ntasks_per_node")  # parameters that only 1 is right for
 MINUTES = 240  # that a job may run; then it is requeued, three times at most
 POLL = 5  # seconds
 PATIENCE = 30  # seconds that jobs of this machine get to end by themselves
@@ -61,6 +66,7 @@ class Chunk:
 
         To requeue itself would undo the cancel; to end by itself would be a failure, which Slurm does not requeue.
         """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the saving
         self.workers.interrupt()
         print("terminated: saved, waits for the end", file=sys.stderr, flush=True)
         while os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
@@ -82,26 +88,38 @@ class Cluster:
         parameters = {"name": "reproduce", "timeout_min": MINUTES}
         for text in settings:
             for key, value in setting(text, "--slurm", "timeout_min=60").items():
+                if key in SINGLE and value != 1:
+                    raise UserError(f"--slurm {text}: a job is one process that starts others: use --devices.")
                 parameters[key if key in COMMON else f"slurm_{key}"] = value
+        most = parameters.get("slurm_array_parallelism", usable_cores())
+        if type(most) is not int or most < 1:
+            raise UserError(f"--slurm array_parallelism must be a whole number, 1 or more, not {most!r}.")
         # Jobs start in the working folder, and import this suite from wherever it is.
-        python = f"env PYTHONPATH={shlex.quote(str(HOME))} {shlex.quote(sys.executable)}"
+        python = f"PYTHONPATH={shlex.quote(str(HOME))} {shlex.quote(sys.executable)}"
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit hides all GPUs from jobs of this machine
+        gpus = "-u CUDA_VISIBLE_DEVICES" if seen is None else f"CUDA_VISIBLE_DEVICES={shlex.quote(seen)}"
+        pythons = {"slurm_python": f"env {python}", "local_python": f"env {gpus} {python}"}
         try:
-            self.executor = submitit.AutoExecutor(FOLDER, kind, slurm_python=python, local_python=python)
+            self.executor = submitit.AutoExecutor(FOLDER, kind, **pythons)
             self.executor.update_parameters(**parameters)
         except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
             raise UserError(f"--cluster {kind}, --slurm {' '.join(settings)}: {error}") from None
         self.slurm, self.devices, self.size = kind == "slurm", devices, size
         # A queue of its own has Slurm alone.
-        self.most = None if self.slurm else parameters.get("slurm_array_parallelism", usable_cores())
+        self.most = None if self.slurm else most
         self.running = {}  # {job of submitit: (names, polls in which it was gone)}
+        self.held = set()  # ids
         self.answered = time.monotonic()
 
     def __enter__(self):
+        earlier = {path.name.removesuffix("_submitted.pkl") for path in FOLDER.glob("*_submitted.pkl")}
         if self.slurm:
-            earlier = {path.name.removesuffix("_submitted.pkl") for path in FOLDER.glob("*_submitted.pkl")}
-            if still := sorted(earlier & (self._known() or set())):
-                hint = f"wait for them, or `scancel {' '.join(still)}`"
-                raise UserError(f"{len(still)} jobs of an earlier command are not over in {FOLDER.absolute()}: {hint}.")
+            still, end = earlier & (self._known() or {}).keys(), "scancel"
+        else:
+            still, end = set(filter(_runs_here, earlier)), "kill"
+        if still:
+            hint = f"wait for them, or `{end} {' '.join(sorted(still))}`"
+            raise UserError(f"{len(still)} jobs of an earlier command are not over in {FOLDER.absolute()}: {hint}.")
         return self
 
     def __exit__(self, *_):
@@ -164,12 +182,17 @@ class Cluster:
         for job, (chunk, gone) in self.running.items():
             absent = known is not None and job.job_id not in known
             self.running[job] = chunk, gone + 1 if absent else 0
+            reason = (known or {}).get(job.job_id, "")
+            if re.search("[Hh]eld|JobHold", reason) and job.job_id not in self.held:
+                self.held.add(job.job_id)
+                hint = f"`scontrol release {job.job_id}` or `scancel {job.job_id}`"
+                tqdm.write(f"job {job.job_id} is held ({reason}) and does not start: {hint}", file=sys.stderr)
         return [job for job, (_, gone) in self.running.items() if gone >= GONE or job.paths.result_pickle.exists()]
 
     def _known(self):
-        """The ids of one's jobs that Slurm has pending or running; None if it does not answer."""
+        """One's jobs that Slurm has pending or running, {id: why it is pending}; None if it does not answer."""
         try:
-            command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+            command = ["squeue", "--me", "--noheader", "--array", "--format=%i %r"]
             listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
         except (OSError, subprocess.SubprocessError) as error:
             if time.monotonic() - self.answered > SILENT:
@@ -177,7 +200,7 @@ class Cluster:
                 raise UserError(f"squeue has not answered for {SILENT // 60} minutes: {reason}") from None
             return None
         self.answered = time.monotonic()
-        return set(listed.split())
+        return {job: reason for job, _, reason in (line.strip().partition(" ") for line in listed.splitlines())}
 
     def _errors(self, job, chunk):
         """What failed of the names in a chunk whose job has ended: {name: sentences}."""
@@ -191,3 +214,12 @@ class Cluster:
             last = job.paths.stderr.read_text(errors="replace").strip().rpartition("\n")[2]
             reason += f" ({last})" if last else ""
         return {name: [f"job {job.job_id} ended {reason}. Log: {log}"] for name in chunk}
+
+
+def _runs_here(job):
+    """Whether a job of this machine and this folder, by its id, that of a process, has not ended."""
+    command = ""
+    with contextlib.suppress(psutil.Error):  # it is gone
+        if job.isdecimal():  # an id of Slurm may hold "_"
+            command = " ".join(psutil.Process(int(job)).cmdline())
+    return "submitit.local._local" in command and str(FOLDER.absolute()) in command

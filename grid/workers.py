@@ -129,7 +129,7 @@ def without_signals(*names):
 def _cause_of_death(code):
     if code is None or code >= 0:
         return f"its process ended with exit code {code}."
-    name = signal.Signals(-code).name
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"  # of real time: no name
     return f"its process was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}."
 
 

@@ -1,10 +1,13 @@
 """The benchmarks of speed: what they compare is equal, and every figure that they promise is printed."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import cost, gpu, run
-from benchmarks.measure import Case, machine, medians, processor
+from benchmarks.measure import Case, machine, medians, processor, resident
 from benchmarks.speed.evaluation import evaluation
 from utils.device import pick_device
 
@@ -67,6 +70,40 @@ def test_the_gpu_benchmark_prints_every_figure(tmp_path, monkeypatch, capsys):
 
 def test_the_gpu_benchmark_needs_a_gpu(refusal):
     assert "a CPU would take hours" in refusal(gpu.main, "--device", "cpu")
+
+
+def test_the_textbook_starts_its_loader_once_an_epoch(tmp_path, monkeypatch):
+    """An epoch of n batches takes 7 + 3 n seconds; 1,000 captions are 250 batches of 4."""
+    folder = tmp_path / "embeddings/d/train"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("image", 200), ("text", 1000)):
+        np.save(folder / f"{name}.npy", np.zeros((rows, gpu.DIM), np.float16))
+    epochs = []
+    monkeypatch.setattr(gpu, "BATCH", 4)
+    monkeypatch.setattr(gpu, "perceptron", lambda *_: torch.nn.Linear(gpu.DIM, gpu.DIM))
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda _, batch_size, sampler, num_workers: epochs.append(
+        len(sampler) // batch_size) or [])  # fmt: skip
+    monkeypatch.setattr(gpu, "seconds", lambda call, device: call() or 7 + 3 * epochs[-1])
+    assert gpu.textbook(gpu.Size(images=200), CPU) == 7 + 3 * 250
+    assert epochs == [2, 2, 22]
+
+
+def test_mistakes_are_told_in_one_sentence(refusal):
+    assert "--points must be at least 1, not 0." in refusal(cost.main, "--points", "0", "--device", "cpu")
+    if not torch.cuda.is_available():
+        assert "cuda" in refusal(cost.main, "--device", "cuda")
+        assert "cuda" in refusal(run.main, "--device", "cuda")
+
+
+def test_memory_where_there_is_no_proc(monkeypatch):
+    expected = resident("VmRSS")
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert resident("VmRSS") == pytest.approx(expected, rel=0.1) and resident("VmHWM") > 0
 
 
 def test_cost_is_drawn_for_every_axis(tmp_path, capsys, monkeypatch):

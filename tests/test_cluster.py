@@ -1,11 +1,14 @@
 """The grid on a cluster: what Slurm is asked and answers, and a grid of jobs, one killed and one preempted."""
 
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +18,7 @@ import reproduce
 import train
 from grid import cluster
 from grid.cluster import Chunk, Cluster
+from grid.workers import _cause_of_death
 from utils.config import HOME
 from utils.errors import UserError
 
@@ -100,7 +104,7 @@ def test_what_slurm_refuses_is_told_in_one_sentence(slurm, monkeypatch):
         Path("queue").unlink()
         with pytest.raises(UserError, match=r"squeue has not answered for .* minutes: cat: queue: No such file"):
             list(jobs.run(JOBS, nothing))
-    Path("queue").write_text("7_3\n8\n")
+    Path("queue").write_text("7_3 Resources\n8 None\n")
     with pytest.raises(UserError, match=r"1 jobs of an earlier command are not over in .*`scancel 7_3`"):
         Cluster("slurm", [], ["cpu"], 1).__enter__()
 
@@ -113,11 +117,93 @@ def test_mistakes_end_before_anything_is_submitted(world, refusal, monkeypatch):
     assert "--slurm and --cells-per-job are of jobs of a cluster" in error("--slurm", "partition=gpu")
     assert "--slurm takes key=value, not 'gpu'" in error("--cluster", "local", "--slurm", "gpu")
     assert "Unknown argument 'partitoin'" in error("--cluster", "local", "--slurm", "partitoin=gpu")
+    for most in ("0", "two", "1.5", "true"):
+        expected = "array_parallelism must be a whole number, 1 or more, not "
+        assert expected in error("--cluster", "local", "--slurm", f"array_parallelism={most}")
+    for setting in ("nodes=2", "tasks_per_node=2", "ntasks_per_node=2"):
+        expected = f"--slurm {setting}: a job is one process that starts others: use --devices."
+        assert expected in error("--cluster", "local", "--slurm", setting)
     assert 'Parameter "timeout_min" expected type' in error("--cluster", "local", "--slurm", "timeout_min=soon")
     if shutil.which("srun") is None:
         assert 'Could not detect "srun"' in error("--cluster", "slurm")
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert "--cluster needs submitit: run `pip install -r requirements-extra.txt`." in error("--cluster", "local")
+
+
+def test_a_held_job_is_named_once(slurm, capsys):
+    Path("queue").write_text("7_0 None\n7_1 JobHeldUser\n7_2 launch failed requeued held\n7_3 QOSUsageThreshold\n")
+    looks = []
+
+    def look():
+        looks.append(capsys.readouterr().err)
+        if len(looks) == 3:
+            Path("queue").write_text("")
+
+    with Cluster("slurm", [], ["cpu"], size=1) as jobs:
+        list(jobs.run({name: JOBS[name] for name in "abcd"}, look))
+    assert looks[0] == (
+        "job 7_1 is held (JobHeldUser) and does not start: `scontrol release 7_1` or `scancel 7_1`\n"
+        "job 7_2 is held (launch failed requeued held) and does not start: `scontrol release 7_2` or `scancel 7_2`\n"
+    )
+    assert not any(looks[1:])
+
+
+@pytest.mark.parametrize("seen", [None, "", "1,3"])
+def test_jobs_of_this_machine_see_its_gpus(tmp_path, monkeypatch, seen):
+    """Submitit starts them with CUDA_VISIBLE_DEVICES=""; they have that of the command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    python = Cluster("local", [], ["auto"], 1).executor._executor.python
+    program = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['PYTHONPATH'])"
+    started = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.check_output([*shlex.split(python), "-S", "-c", program], text=True, env=started)
+    assert printed == f"{seen} {HOME}\n"
+
+
+def test_jobs_of_this_machine_that_outlived_their_command_are_named(tmp_path, monkeypatch):
+    """Of three processes, whose ids are those of jobs, one is a job's of this folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("jobs").mkdir()
+    wait = [sys.executable, "-S", "-c", "input()"]
+    job = ["submitit.local._local", str(tmp_path / "jobs")]
+    flags = (job, [job[0], "elsewhere"], [])
+    processes = [subprocess.Popen([*wait, *words], stdin=subprocess.PIPE) for words in flags]
+    try:
+        for name in [*(process.pid for process in processes), "7_0"]:
+            Path("jobs", f"{name}_submitted.pkl").touch()
+        with pytest.raises(UserError, match=rf"1 jobs of an earlier .*: wait for them, or `kill {processes[0].pid}`"):
+            Cluster("local", [], ["cpu"], 1).__enter__()
+    finally:
+        for process in processes:
+            process.communicate(b"\n")
+    Cluster("local", [], ["cpu"], 1).__enter__()
+
+
+def test_a_second_sigterm_leaves_the_saving_alone():
+    interrupted, before = [], signal.getsignal(signal.SIGTERM)
+
+    def save():
+        interrupted.append(True)
+        if len(interrupted) < 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    chunk = Chunk({}, ["cpu"])
+    chunk.workers = SimpleNamespace(interrupt=save)
+    try:
+        signal.signal(signal.SIGTERM, chunk._terminated)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(interrupted) == 1
+
+
+def test_causes_of_death():
+    assert _cause_of_death(1) == "its process ended with exit code 1."
+    assert _cause_of_death(-signal.SIGKILL) == "its process was ended by SIGKILL (out of memory?)."
+    assert _cause_of_death(-40) == "its process was ended by signal 40."
 
 
 def test_a_preempted_chunk_goes_on_with_what_is_left(monkeypatch):
