@@ -20,7 +20,7 @@ import os
 from pathlib import Path
 
 from reporting.runs import DECISIONS, OF_EVAL  # modules of tasks/
-from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.arguments import add_data_flags, add_run_flags, check_share, make_parser, run_config
 from utils.config import FOLLOWED, HUBS, LEVELS, SCORES, evaluated_as, load_config, make_adaptor, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
@@ -196,10 +196,10 @@ def check(args, run, pairs, task, count):
     for flag, tasks in FLAGS.items():
         if getattr(args, flag) is not None and task not in tasks:
             raise UserError(f"--{flag} is for --task {' or '.join(tasks)}: leave it out of --task {task}.")
-    for flag, shares in (("alpha", args.alpha), ("prior", [args.prior])):
-        for share in shares or ():
-            if share is not None and not 0 < share < 1:
-                raise UserError(f"--{flag} must lie between 0 and 1, not {share:g}: it is a share, not a percentage.")
+    for alpha in args.alpha or ():
+        check_share("--alpha", alpha)
+    if args.prior is not None:
+        check_share("--prior", args.prior)
     for flag in ("uncer_levels", "levels_by", "drop_remainder"):
         has_none = task in DECISIONS and (task != "conformal" or flag == "drop_remainder")
         if has_none and getattr(args, flag) not in (None, False):

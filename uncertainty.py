@@ -17,7 +17,7 @@ import utils.interrupt  # noqa: F401
 # isort: split
 from pathlib import Path
 
-from utils.arguments import add_data_flags, add_run_flags, make_parser, run_config
+from utils.arguments import add_data_flags, add_run_flags, check_share, make_parser, run_config
 from utils.config import Encoder, evaluated_as, load_config, needs_pooled
 from utils.errors import UserError, exits_cleanly
 
@@ -46,10 +46,9 @@ def parse(argv=None):
         if getattr(args, flag) is not None and not args.gallery:
             raise UserError(f"--{flag.replace('_', '-')} is for the answers of a --gallery: name one, or leave it out.")
     for flag in ("alpha", "unanswerable"):
-        share = SHARE if getattr(args, flag) is None else getattr(args, flag)
-        if not 0 < share < 1:
-            raise UserError(f"--{flag} must lie between 0 and 1, not {share:g}: it is a share, not a percentage.")
-        setattr(args, flag, share)
+        if getattr(args, flag) is None:
+            setattr(args, flag, SHARE)
+        check_share(f"--{flag}", getattr(args, flag))
     if args.html and args.html.is_dir():
         raise UserError(f"--html {args.html} is a folder: name a file.")
     if any(not item.strip() for item in args.items):
@@ -200,8 +199,8 @@ def search(args, run, weights, config, identity, embeddings, adaptor, device):
         if not 0.9 < count / usual < 1.1:
             print(f"what was learned is of galleries of {usual:,}, and this has {count:,}: no probability or set is"
                   " certain to hold.", file=sys.stderr)  # fmt: skip
-        score, place = results["conformal"]["score"], evaluated_as(config.dataset, args.gallery, data.eval_split)
-        terms = config.result(place, f"gallery-{other}-{score}").with_suffix(".npz")
+        score, gallery = results["conformal"]["score"], evaluated_as(config.dataset, args.gallery, data.eval_split)
+        terms = config.result(gallery, f"gallery-{other}-{score}").with_suffix(".npz")
         kept = terms, f"{weights} {pairs.meta['fingerprint']}"
         try:
             scores = answers.gallery_scores(adaptor, pairs, kind, embedding, score, device, kept)

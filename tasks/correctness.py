@@ -246,9 +246,8 @@ def _logistic(taught, asked, quiet):
 def _linear(taught, asked, quiet):
     mean, spread = (getattr(taught["inputs"], name)(axis=0, dtype=np.float64) for name in ("mean", "std"))
     features = [(each["inputs"] - mean) / np.where(spread > 0, spread, 1) for each in (taught, asked)]
-    return _regression(features[0], taught["hit"].astype(int), taught["group"], features[1], np.logspace(-5, 0, 6))[
-        :, 1
-    ]
+    hit, penalties = taught["hit"].astype(int), np.logspace(-5, 0, 6)
+    return _regression(features[0], hit, taught["group"], features[1], penalties)[:, 1]
 
 
 def _vilu(preset, taught, asked, quiet):

@@ -3,6 +3,7 @@
 import argparse
 
 from utils.config import known, load_config
+from utils.errors import UserError
 
 PRESET = (
     "default: the method with known errors corrected; reference: as in the public AsymVLM suite (or BayesVLM's code);"
@@ -34,6 +35,12 @@ def add_run_flags(parser):
     parser.add_argument("--objective", default="native", help="native: the method's own loss; infonce: unified InfoNCE")
     parser.add_argument("--mean", default="", help="frozen, residual or learned: overrides the method's own choice")
     parser.add_argument("--tag", default="", help="a name that tells this run apart from others of the method")
+
+
+def check_share(flag, value):
+    """Raise UserError unless the value of a flag is a share of something."""
+    if not 0 < value < 1:
+        raise UserError(f"{flag} must lie between 0 and 1, not {value:g}: it is a share, not a percentage.")
 
 
 def run_config(args, dataset, settings=()):
