@@ -348,6 +348,10 @@ def evaluate(args, config, data, ranks):
         result_file.write(path, metadata | made | figures, arrays)
         if task == "matching":
             write_text(path.with_suffix(".csv"), chosen_task.thresholds_csv(figures))
+        if task == "conformal" and pairs.classes is None and kind == "none":
+            from tasks.answers import keep  # only here the split becomes a gallery
+
+            keep(adaptor, pairs, first, device, config, evaluated_on, metadata["checkpoint"], quiet)
     if not args.quiet:
         values = metadata | made | figures
         print(evaluations.as_text(path, values) if task in DECISIONS else result_text(values))

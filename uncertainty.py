@@ -199,11 +199,10 @@ def search(args, run, weights, config, identity, embeddings, adaptor, device):
         if not 0.9 < count / usual < 1.1:
             print(f"what was learned is of galleries of {usual:,}, and this has {count:,}: no probability or set is"
                   " certain to hold.", file=sys.stderr)  # fmt: skip
-        score, gallery = results["conformal"]["score"], evaluated_as(config.dataset, args.gallery, data.eval_split)
-        terms = config.result(gallery, f"gallery-{other}-{score}").with_suffix(".npz")
-        kept = terms, f"{weights} {pairs.meta['fingerprint']}"
+        score, evaluated_on = results["conformal"]["score"], evaluated_as(config.dataset, args.gallery, data.eval_split)
+        gallery = answers.Gallery(adaptor, pairs, other, score, device)
         try:
-            scores = answers.gallery_scores(adaptor, pairs, kind, embedding, score, device, kept)
+            scores = gallery.scores(embedding, answers.kept(config, evaluated_on, other, score, weights, pairs))
         except FloatingPointError as error:
             raise UserError(f"{run.folder} on {pairs.folder}: {error}.") from None
         part = answers.answers(scores, embedding, sets, rejection, args.alpha, args.unanswerable)

@@ -21,84 +21,120 @@ from utils.files import UNREADABLE, save_arrays
 
 KIND = "lac"  # of the sets: the smallest on average; a threshold for each level makes up for its uneven coverage
 BLOCK = 8192  # rows of the gallery that are in memory at once
+PROBE = slice(0, 8)  # rows that are adapted in every search, to learn the form of the score
 
 
-@torch.inference_mode()
-def gallery_scores(adaptor, pairs, kind, queries, score, device, kept=None):
-    """Scores (Q, G) of adapted queries of a kind, `image` or `text`, against the other side of memory-mapped pairs.
+class Gallery:
+    """One side, `image` or `text`, of memory-mapped pairs, which queries of the other side are scored against.
 
-    kept: a file (and what it must be of) in which a score that follows from a cosine and terms of each item keeps these
-    terms, (G,), so that the next search adapts one item; see `PairScore`. Raises FloatingPointError for a score that is
-    not finite.
+    score: `log_likelihood` or `similarity`. A score that follows from a cosine and terms of each item, see `PairScore`,
+    needs no adapted item once its terms are known.
     """
-    other = "text" if kind == "image" else "image"
-    adapt = adaptor.adapt_text if kind == "image" else adaptor.adapt_image
-    compute = {"log_likelihood": adaptor.log_likelihood, "similarity": adaptor.similarity}[score]
-    rows, parts = pairs.fed(other, adaptor.pooled), []
 
-    def frozen(start):
-        return torch.as_tensor(np.array(rows[start : start + BLOCK])).to(device).float()
+    def __init__(self, adaptor, pairs, side, score, device):
+        self.adaptor, self.side, self.score, self.device = adaptor, side, score, device
+        self.embeddings = pairs.fed(side, adaptor.pooled)
+        self.blocks = [slice(start, start + BLOCK) for start in range(0, len(self.embeddings), BLOCK)]
 
-    def in_order(items):
-        return (queries, items) if kind == "image" else (items, queries)
+    def frozen(self, rows):
+        """Frozen embeddings (n, D) of a slice of rows."""
+        return torch.as_tensor(np.array(self.embeddings[rows])).to(self.device).float()
 
-    block = frozen(0)[:1]
-    items = adapt(block)
-    form = _pair_score(adaptor, score, *in_order(items))
-    first = None if form is None else _terms(form, other, block, items)
-    terms = None if first is None or kept is None else _read_terms(*kept, len(rows), first)
-    computed = []
-    silent = None if terms is None else True  # a product alone takes no second
-    for start in tqdm(range(0, len(rows), BLOCK), unit="block", desc="gallery", disable=silent):
-        block = frozen(start)
-        if terms is None:
-            items = adapt(block)
-            each = None if form is None else _pair_score(adaptor, score, *in_order(items))
-            computed.append(each and _terms(each, other, block, items))
-        else:
-            of_block = {name: values[start : start + BLOCK].to(device) for name, values in terms.items()}
-            each = replace(form, **{other: F.normalize(block, dim=-1)}, **of_block)
-        scores = compute(*in_order(items)) if each is None else each.dense()
-        parts.append(scores if kind == "image" else scores.T)
-    scores = torch.cat(parts, dim=1).cpu()
-    if not torch.isfinite(scores).all():
-        raise FloatingPointError("a score is not finite")
-    if kept and computed and all(computed):
-        _write_terms(*kept, {name: np.concatenate([each[name] for each in computed]) for name in computed[0]})
-    return scores
+    def unit(self, rows):
+        """The same, of length 1."""
+        return F.normalize(self.frozen(rows), dim=-1)
+
+    @torch.inference_mode()
+    def adapted(self, rows):
+        """The same, adapted."""
+        adapt = self.adaptor.adapt_image if self.side == "image" else self.adaptor.adapt_text
+        return adapt(self.frozen(rows))
+
+    def _in_order(self, queries, items):
+        return (items, queries) if self.side == "image" else (queries, items)
+
+    def form(self, queries, rows):
+        """The scores of some rows as a PairScore; None where they are no such function of a cosine."""
+        image, text = self._in_order(queries, self.adapted(rows))
+        if self.score == "log_likelihood" and (form := self.adaptor.pair_score(image, text)) is not None:
+            return form
+        changed = ["similarity", *(["log_likelihood"] if self.score == "log_likelihood" else [])]
+        if any(getattr(type(self.adaptor), name) is not getattr(Adaptor, name) for name in changed):
+            return None
+        return PairScore(*(F.normalize(each.mean, dim=-1) for each in (image, text)))
+
+    def terms_of(self, queries, rows):
+        """The terms (n,) of some rows, {name: (n,)}, empty where all items have the same; None where none suffice.
+
+        That is where the score is no function of a cosine, and where the method moves or computes embeddings.
+        """
+        form = None if self.adaptor.pooled else self.form(queries, rows)
+        if form is None or not torch.allclose(getattr(form, self.side), self.unit(rows), atol=1e-6):
+            return None
+        names = ("row", "row_parameter") if self.side == "image" else ("slope", "column", "column_parameter")
+        values = {name: getattr(form, name) for name in names}
+        return {name: value.cpu().numpy() for name, value in values.items() if getattr(value, "ndim", 0)}
+
+    @torch.inference_mode()
+    def terms(self, queries, kept=None, quiet=None):
+        """As `terms_of`, of every row; queries: any.
+
+        kept: a file that keeps them, and what it must be of, so that no later search adapts more than PROBE items.
+        """
+        first = self.terms_of(queries, PROBE)
+        if not first:
+            return first
+        if kept and (terms := _read_terms(*kept, len(self.embeddings), first)) is not None:
+            return terms
+        parts = []
+        for rows in tqdm(self.blocks, unit="block", desc="gallery", disable=quiet):
+            parts.append(self.terms_of(queries, rows))
+            if parts[-1] is None:
+                return None
+        terms = {name: np.concatenate([part[name] for part in parts]) for name in first}
+        if kept and all(np.isfinite(values).all() for values in terms.values()):
+            with contextlib.suppress(OSError, UserError):  # a full disk, or a read-only folder: all is computed again
+                save_arrays(kept[0], of=np.array(kept[1]), **terms)
+        return {name: torch.from_numpy(values) for name, values in terms.items()}
+
+    @torch.inference_mode()
+    def scores(self, queries, kept=None):
+        """Scores (Q, G) of adapted queries; kept: see `terms`. Raises FloatingPointError for one that is not finite."""
+        compute = {"log_likelihood": self.adaptor.log_likelihood, "similarity": self.adaptor.similarity}[self.score]
+        terms, parts = self.terms(queries, kept), []
+        form = None if terms is None else self.form(queries, PROBE)
+        silent = None if terms is None else True  # a product alone takes no second
+        for rows in tqdm(self.blocks, unit="block", desc="gallery", disable=silent):
+            if terms is None:
+                scores = compute(*self._in_order(queries, self.adapted(rows)))
+            else:
+                of_block = {name: values[rows].to(self.device) for name, values in terms.items()}
+                scores = replace(form, **{self.side: self.unit(rows)}, **of_block).dense()
+            parts.append(scores.T if self.side == "image" else scores)
+        scores = torch.cat(parts, dim=1).cpu()
+        if not torch.isfinite(scores).all():
+            raise FloatingPointError("a score is not finite")
+        return scores
 
 
-def _pair_score(adaptor, score, image, text):
-    """A score as a PairScore; None where it is no such function of a cosine."""
-    if score == "log_likelihood" and (form := adaptor.pair_score(image, text)) is not None:
-        return form
-    changed = ["similarity", *(["log_likelihood"] if score == "log_likelihood" else [])]
-    if any(getattr(type(adaptor), name) is not getattr(Adaptor, name) for name in changed):
-        return None
-    return PairScore(*(F.normalize(each.mean, dim=-1) for each in (image, text)))
+def kept(config, evaluated_on, side, score, weights, pairs):
+    """The file in which `Gallery.terms` keeps a side of a gallery, and what it is of; weights: their hash."""
+    path = config.result(evaluated_on, f"gallery-{side}-{score}").with_suffix(".npz")
+    return path, f"{weights} {pairs.meta['fingerprint']}"
 
 
-def _terms(form, side, block, items):
-    """The terms of the items of a `side`, {name: (n,)}; None where they are not needed, or do not suffice.
-
-    That is where a method knows of an item only its embedding, and where it moves that.
-    """
-    unit = getattr(form, side)
-    if items.uncertainty is None or not torch.allclose(unit, F.normalize(block, dim=-1), atol=1e-6):
-        return None
-    names = ("row", "row_parameter") if side == "image" else ("slope", "column", "column_parameter")
-    values = {
-        name: torch.as_tensor(getattr(form, name), dtype=unit.dtype)
-        for name in names
-        if getattr(form, name) is not None
-    }
-    return {name: value.expand(len(unit)).cpu().numpy() for name, value in values.items()}
+def keep(adaptor, pairs, score, device, config, evaluated_on, weights, quiet):
+    """Keep the terms of both sides, so that the first search is as fast as any other."""
+    image, text = (Gallery(adaptor, pairs, side, score, device) for side in ("image", "text"))
+    for gallery, other in ((image, text), (text, image)):
+        place = kept(config, evaluated_on, gallery.side, score, weights, pairs)
+        gallery.terms(other.adapted(PROBE), place, quiet or None)
 
 
 def _read_terms(path, of, count, first):
     """Terms that a file keeps, {name: (G,)}; None where there is none of these weights, this gallery and this code.
 
-    first: the terms of the first item, computed anew: code that has changed since gives others.
+    first: the terms of the first items, computed anew: code that has changed since gives others.
     """
     try:
         with np.load(path) as file:
@@ -106,17 +142,12 @@ def _read_terms(path, of, count, first):
         if str(terms.pop("of")) != of or any(values.shape != (count,) for values in terms.values()):
             return None
         if terms.keys() != first.keys() or not all(
-            np.allclose(terms[name][:1], first[name], rtol=1e-4, atol=1e-6) for name in first
+            np.allclose(terms[name][PROBE], first[name], rtol=1e-4, atol=1e-6) for name in first
         ):
             return None
         return {name: torch.from_numpy(values) for name, values in terms.items()}
     except UNREADABLE:
         return None
-
-
-def _write_terms(path, of, terms):
-    with contextlib.suppress(OSError, UserError):  # a full disk, or a folder to read: the next search takes as long
-        save_arrays(path, of=np.array(of), **terms)
 
 
 def answers(scores, query: Embedding, sets, rejection, alpha, share, best=5):

@@ -125,22 +125,43 @@ def test_decisions_have_parts_in_the_report(searched):
                 assert len(drawing.draw(part, looks, width).findobj()) > 50
 
 
-@pytest.mark.parametrize("method", ["pcmepp", "pfe", "asymvlm-psd", "symmetric-vmf", "loss-prediction", "clip"])
-def test_a_second_search_adapts_no_item(method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "method, score, keeps",
+    [
+        ("pcmepp", "log_likelihood", {"image", "text"}),
+        ("pfe", "log_likelihood", {"image", "text"}),
+        ("symmetric-vmf", "log_likelihood", {"image", "text"}),
+        ("asymvlm-psd", "log_likelihood", {"text"}),
+        ("loss-prediction", "log_likelihood", set()),
+        ("clip", "log_likelihood", set()),
+        ("probvlm", "similarity", set()),
+        ("probvlm", "log_likelihood", None),
+    ],
+)
+def test_a_search_adapts_items_once_at_most(method, score, keeps, tmp_path, monkeypatch):
     """What a method knows of each item is kept: the same scores from one product; of other weights it is not read.
 
-    Nor is it of other code, for which other numbers stand here; and nothing is kept where a score is not finite.
+    Nor is it of other code, for which other numbers stand here; and nothing is kept of what is not finite. keeps: the
+    sides of which there is something to keep; None for a score that is no function of a cosine.
     """
     rows, cpu = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float16), torch.device("cpu")
-    gallery = SimpleNamespace(fed=lambda side, pooled: rows)
+    pairs = SimpleNamespace(fed=lambda side, pooled: rows)
     for kind, other in (("text", "image"), ("image", "text")):
         adaptor = make_adaptor(load_config("embeddings", method), 16).eval()
         adapt = {side: getattr(adaptor, f"adapt_{side}") for side in ("image", "text")}
+
+        def scores(query, kept, adaptor=adaptor, other=other):
+            return answers.Gallery(adaptor, pairs, other, score, cpu).scores(query, kept)
+
+        def wanted(query, adaptor=adaptor, kind=kind, of=adapt[other]):
+            with torch.inference_mode():
+                items = of(torch.from_numpy(rows).float())
+                both = (query, items) if kind == "image" else (items, query)
+                values = getattr(adaptor, score)(*both)
+            return values if kind == "image" else values.T
+
         with torch.inference_mode():
             query = adapt[kind](torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
-            both = {kind: query, other: adapt[other](torch.from_numpy(rows).float())}
-            wanted = adaptor.log_likelihood(both["image"], both["text"])
-        wanted = wanted if kind == "image" else wanted.T
         adapted = []
 
         def spy(items, of=adapt[other], adapted=adapted):
@@ -151,21 +172,43 @@ def test_a_second_search_adapts_no_item(method, tmp_path, monkeypatch):
         place = tmp_path / f"{kind}.npz"
         counts = []
         for of in ("weights", "weights", "others"):
-            scores = answers.gallery_scores(adaptor, gallery, kind, query, "log_likelihood", cpu, (place, of))
-            assert torch.allclose(scores, wanted, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(scores(query, (place, of)), wanted(query), rtol=1e-5, atol=1e-5)
             counts.append(sum(adapted))
             adapted.clear()
-        # One item is adapted for the form of the score.
-        assert counts == [51, 1 if place.exists() else 51, 51]
-        assert place.exists() == (both[other].uncertainty is not None)
+        # The first items are adapted twice: for the terms, and for the form of the score.
+        whole = {None: 8 + 50, True: 8 + 50 + 8, False: 8 + 8}[keeps if keeps is None else other in keeps]
+        assert counts == [whole, 16 if keeps is not None else whole, whole]
+        assert place.exists() == (keeps is not None and other in keeps)
         for name, change in contract_of(method, "default").get("wider", {}).items():
             change_part(adaptor, name, CHANGES[change])
-        with torch.inference_mode():
-            both[other] = adapt[other](torch.from_numpy(rows).float())
-            wanted = adaptor.log_likelihood(both["image"], both["text"])
-        scores = answers.gallery_scores(adaptor, gallery, kind, query, "log_likelihood", cpu, (place, "others"))
-        assert torch.allclose(scores, wanted if kind == "image" else wanted.T, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(scores(query, (place, "others")), wanted(query), rtol=1e-5, atol=1e-5)
         broken = query._replace(mean=query.mean * torch.nan)
         with pytest.raises(FloatingPointError, match="a score is not finite"):
-            answers.gallery_scores(adaptor, gallery, kind, broken, "log_likelihood", cpu, (tmp_path / "none.npz", "a"))
+            scores(broken, None)
+        for parameter in adaptor.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+        if keeps and other in keeps:
+            with pytest.raises(FloatingPointError, match="a score is not finite"):
+                scores(query, (tmp_path / "none.npz", "a"))
         assert not (tmp_path / "none.npz").exists()
+
+
+def test_eval_keeps_what_a_search_needs(searched, monkeypatch):
+    """After `eval.py --task conformal`, even the first search of a trained method adapts no more than a few items."""
+    import eval as evaluation
+    import train
+    from models.pcmepp import PCMEPP
+
+    run = [*SEARCH[:2], "--method", "pcmepp", "--device", "cpu"]
+    train.main([*run, "--quiet", "--set", "train.epochs=1"])
+    for task in ("conformal", "unanswerable"):
+        evaluation.main([*run, "--quiet", "--split", "val", "--task", task])
+    adapted = []
+
+    def spy(self, items, of=PCMEPP.adapt_image):
+        adapted.append(len(items))
+        return of(self, items)
+
+    monkeypatch.setattr(PCMEPP, "adapt_image", spy)
+    uncertainty.main([*run, "--gallery", "val", "a photo of a red circle"])
+    assert adapted == [8, 8]

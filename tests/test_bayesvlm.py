@@ -575,3 +575,21 @@ def test_traces_with_impossible_sizes_are_refused(place, capsys, flags, message)
         factor_trace.main(["--dataset", "shapes", "--device", "cpu", *flags.split()])
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (place / "results").exists()
+
+
+@pytest.mark.parametrize("score", ["log_likelihood", "similarity"])
+def test_a_gallery_of_pooled_features_is_searched(place, score, capsys):
+    """The best answer to a caption is that of all scores, for whose gallery embeddings are computed from features."""
+    train.main(TRAIN)
+    for task in ("conformal", "unanswerable"):
+        evaluation.main([*RUN, "--quiet", "--split", "val", "--task", task, "--score", score])
+    pairs = Pairs("shapes", "shapes-tiny", "val", pooled=True)
+    capsys.readouterr()
+    uncertainty.main([*RUN, "--gallery", "val", "--json", pairs.items["text"][3]])
+    best = json.loads(capsys.readouterr().out)[0]["best"][0]
+    adaptor = Run(load_config("shapes", "bayesvlm")).load(torch.device("cpu"))[0]
+    with torch.inference_mode():
+        image, text = (torch.as_tensor(np.array(pairs.fed(side, True)[:])).float() for side in ("image", "text"))
+        scores = getattr(adaptor, score)(adaptor.adapt_image(image), adaptor.adapt_text(text[3:4]))[:, 0]
+    assert best["answer"] == pairs.items["image"][int(scores.argmax())]
+    assert best["score"] == pytest.approx(float(scores.max()), abs=1e-3)
