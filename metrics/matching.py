@@ -59,8 +59,8 @@ def scored_pairs(
     score is not finite.
 
     >>> pairs, _ = scored_pairs(lambda rows: torch.eye(3)[rows], 3, range(3), range(3))
-    >>> pairs.match.sum(), pairs.weight.sum()
-    (np.float64(3.0), np.float64(9.0))
+    >>> float(pairs.match.sum()), float(pairs.weight.sum())
+    (3.0, 9.0)
     """
     positives, rng = Positives(query_of_positive, item_of_positive), np.random.default_rng(seed)
     whole, parts, totals = gallery <= hardest + others, [], []
@@ -170,8 +170,8 @@ def fit_isotonic(scored, prior):
     """Fit an Isotonic to Scored pairs at a prior; no probability is closer to 0 or 1 than the pairs can tell.
 
     >>> pairs = Scored(np.array([0.0, 0.0, 1.0, 1.0]), np.array([1.0, 0.0, 1.0, 1.0]), np.ones(4), np.zeros(4, int))
-    >>> fit_isotonic(pairs, prior=0.75)(0.0)
-    np.float64(0.5)
+    >>> float(fit_isotonic(pairs, prior=0.75)(0.0))
+    0.5
     """
     from sklearn.isotonic import IsotonicRegression  # only here: it takes a second to import
 

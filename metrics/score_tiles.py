@@ -46,7 +46,7 @@ class Positives:
     """
 
     def __init__(self, query, item):
-        query, item = torch.as_tensor(np.array(query)), torch.as_tensor(np.array(item))
+        query, item = (torch.as_tensor(np.array(rows)).long() for rows in (query, item))
         order = query.argsort(stable=True)
         self.query, self.item = query[order], item[order]
         self.queries = int(self.query[-1]) + 1

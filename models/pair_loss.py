@@ -7,7 +7,7 @@ none beyond KEPT pairs. Gradients are exact. Processes that share a step share t
 same score as a matrix.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,8 @@ class PairScore:
 
     def scaled(self, factor: Tensor | float) -> "PairScore":
         """Return the scores times a factor ()."""
-        return replace(self, slope=self.slope * factor, column=self.column * factor, row=self.row * factor)
+        terms = self.slope * factor, self.column * factor, self.row * factor
+        return PairScore(self.image, self.text, *terms, self.kernel, self.row_parameter, self.column_parameter)
 
     def dense(self) -> Tensor:
         """Return the matrix of scores (N, M)."""
