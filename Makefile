@@ -27,8 +27,11 @@ METHODS = $(filter-out symmetric-vmf knn kde typicality vmf-mixture flow joint-f
 demo: $(CACHE)
 	$(PY) reproduce.py --datasets shapes --methods $(METHODS) --seeds 0 --score both --devices auto auto --overwrite
 
+# The built-in backbone is too small for a second thread, which would wait for work by spinning.
+CACHING = OMP_NUM_THREADS=1 $(PY) cache_embeddings.py
+
 $(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
-	$(PY) cache_embeddings.py --dataset shapes --features pooled --overwrite
+	$(CACHING) --dataset shapes --features pooled --overwrite
 	touch $@
 
 bayesvlm: $(CACHE) $(CLASSES:%=embeddings/%/shapes-tiny/shifted-test/meta.json)
@@ -43,7 +46,7 @@ bayesvlm: $(CACHE) $(CLASSES:%=embeddings/%/shapes-tiny/shifted-test/meta.json)
 	$(PY) report.py --dataset shapes-colors --quiet
 
 embeddings/%/shapes-tiny/shifted-test/meta.json: $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/%.yaml datasets/shape_classes.py datasets/embeddings.py | .venv/demo
-	$(PY) cache_embeddings.py --dataset $* --features pooled --splits $(SPLITS) --overwrite
+	$(CACHING) --dataset $* --features pooled --splits $(SPLITS) --overwrite
 	touch $@
 
 test: lint
