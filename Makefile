@@ -28,10 +28,10 @@ demo: $(CACHE)
 	$(PY) reproduce.py --datasets shapes --methods $(METHODS) --seeds 0 --score both --devices auto auto --overwrite
 
 # The built-in backbone is too small for a second thread, which would wait for work by spinning.
-CACHING = OMP_NUM_THREADS=1 $(PY) cache_embeddings.py
+embeddings/%: export OMP_NUM_THREADS = 1
 
 $(CACHE): $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/shapes.yaml datasets/shapes.py datasets/embeddings.py | .venv/demo
-	$(CACHING) --dataset shapes --features pooled --overwrite
+	$(PY) cache_embeddings.py --dataset shapes --features pooled --overwrite
 	touch $@
 
 bayesvlm: $(CACHE) $(CLASSES:%=embeddings/%/shapes-tiny/shifted-test/meta.json)
@@ -46,7 +46,7 @@ bayesvlm: $(CACHE) $(CLASSES:%=embeddings/%/shapes-tiny/shifted-test/meta.json)
 	$(PY) report.py --dataset shapes-colors --quiet
 
 embeddings/%/shapes-tiny/shifted-test/meta.json: $(wildcard configs/backbones/shapes-tiny.*) configs/datasets/%.yaml datasets/shape_classes.py datasets/embeddings.py | .venv/demo
-	$(CACHING) --dataset $* --features pooled --splits $(SPLITS) --overwrite
+	$(PY) cache_embeddings.py --dataset $* --features pooled --splits $(SPLITS) --overwrite
 	touch $@
 
 test: lint
