@@ -198,7 +198,7 @@ def draw(results, path):
     counts = list(results)
     panels[0].plot(counts, [2048 * count / 1e9 for count in counts], ":", color="gray", label="embeddings on disk")
     panels[0].set(yscale="log")
-    panels[1].set(ylim=(0, None))
+    panels[1].set(ylim=(0, 1.1 * panels[1].dataLim.ymax))  # room for the top marker
     panels[2].set(yscale="log")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

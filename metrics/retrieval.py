@@ -173,39 +173,50 @@ def at_r(score, matches):
     [0.5]
     """
     matches = matches.tocsr()
-    if not np.diff(matches.indptr).all():
+    positives = np.diff(matches.indptr)
+    if not positives.all():
         raise ValueError("a query has no positive")
+    level = np.log2(positives).astype(int) // 2  # queries whose lists are about equally long are read together
     columns = Columns(matches.shape[0])
     for rows, scores in tiles(score, *matches.shape, mine=True):
         true = torch.from_numpy(matches[rows].toarray() != 0).to(scores.device)
-        positives = true.sum(dim=1, keepdim=True).cpu()
-        depth = int(positives.max())
-        value, item = scores.topk(depth, dim=1)
-        if not torch.isfinite(value).all():
-            raise FloatingPointError("a score is not finite")
-        tied = scores == value[:, -1:]
-        tied, tied_positives = (x.sum(dim=1, keepdim=True).cpu() for x in (tied, tied & true))
-        # The rest is small, and not every device has float64.
-        value, hit = value.cpu(), true.gather(1, item).cpu()
-        place = torch.arange(depth).expand_as(hit)
-        hits = F.pad(hit.cumsum(dim=1), (1, 0))  # among the first 0 .. depth places
-        # Where the group of ties around each place starts and stops.
-        changes = value[:, 1:] != value[:, :-1]
-        start = torch.where(F.pad(changes, (1, 0), value=True), place, 0).cummax(dim=1).values
-        stop = torch.where(F.pad(changes, (0, 1), value=True), place + 1, depth)
-        stop = stop.flip(1).cummin(dim=1).values.flip(1)
-        before = hits.gather(1, start)
-        size, tied_hits = stop - start, hits.gather(1, stop) - before
-        # The last group may go on beyond the list.
-        last = stop == depth
-        size, tied_hits = torch.where(last, tied, size).double(), torch.where(last, tied_positives, tied_hits).double()
-        # A place in the group has a positive with probability tied_hits / size. The group's other positives are spread
-        # evenly over its other places, so that this many of them are expected above.
-        above = (place - start) * (tied_hits - 1) / (size - 1).clamp_min(1)
-        chance = tied_hits / size * (place < positives)
-        precision = (before + 1 + above) / (place + 1)
-        columns.put(rows, *((x.sum(dim=1) / positives[:, 0]) for x in (chance * precision, chance)))
+        both = torch.empty(2, len(scores), dtype=torch.float64)
+        for each in np.unique(level[rows]):
+            chosen = torch.from_numpy(np.flatnonzero(level[rows] == each)).to(scores.device)
+            both[:, chosen.cpu()] = _of_lists(scores[chosen], true[chosen])
+        columns.put(rows, *both)
     return AtR(*columns.complete())
+
+
+def _of_lists(scores, true):
+    """mAP@R and R-precision (2, q) of queries from their scores (q, G), and which items answer them, (q, G)."""
+    positives = true.sum(dim=1, keepdim=True).cpu()
+    depth = int(positives.max())
+    value, item = scores.topk(depth, dim=1)
+    if not torch.isfinite(value).all():
+        raise FloatingPointError("a score is not finite")
+    tied = scores == value[:, -1:]
+    tied, tied_positives = (x.sum(dim=1, keepdim=True).cpu() for x in (tied, tied & true))
+    # The rest is small, and not every device has float64.
+    value, hit = value.cpu(), true.gather(1, item).cpu()
+    place = torch.arange(depth).expand_as(hit)
+    hits = F.pad(hit.cumsum(dim=1), (1, 0))  # among the first 0 .. depth places
+    # Where the group of ties around each place starts and stops.
+    changes = value[:, 1:] != value[:, :-1]
+    start = torch.where(F.pad(changes, (1, 0), value=True), place, 0).cummax(dim=1).values
+    stop = torch.where(F.pad(changes, (0, 1), value=True), place + 1, depth)
+    stop = stop.flip(1).cummin(dim=1).values.flip(1)
+    before = hits.gather(1, start)
+    size, tied_hits = stop - start, hits.gather(1, stop) - before
+    # The last group may go on beyond the list.
+    last = stop == depth
+    size, tied_hits = torch.where(last, tied, size).double(), torch.where(last, tied_positives, tied_hits).double()
+    # A place in the group has a positive with probability tied_hits / size. The group's other positives are spread
+    # evenly over its other places, so that this many of them are expected above.
+    above = (place - start) * (tied_hits - 1) / (size - 1).clamp_min(1)
+    chance = tied_hits / size * (place < positives)
+    precision = (before + 1 + above) / (place + 1)
+    return torch.stack([x.sum(dim=1) / positives[:, 0] for x in (chance * precision, chance)])
 
 
 def ambiguity(matches):

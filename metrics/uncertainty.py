@@ -21,7 +21,7 @@ def auroc(uncertainty, hit):
     0.75
     """
     _, hit, starts = _in_order(uncertainty, hit)
-    [area] = _auroc(*_totals(np.ones((1, len(hit))), np.arange(len(hit)), hit, starts))
+    [area] = _auroc(*_totals(np.ones((1, len(hit)), int), np.arange(len(hit)), hit, starts))
     return None if np.isnan(area) else float(area)
 
 
@@ -31,12 +31,18 @@ def _totals(times, columns, hit, starts):
     times: (B, G), how often each group of queries is drawn. columns (Q,): the groups of the queries. hit (Q,), starts
     (T,): sorted by uncertainty, as `_in_order` returns them. Returns (B, T) each.
     """
-    times = np.take(times.astype(np.float64), columns, axis=1)
-    queries, hits = np.cumsum(times, axis=1), np.cumsum(times * hit, axis=1)
+    times = np.take(times, columns, axis=1)
+    queries, hits = np.cumsum(times, axis=1), np.cumsum(times * _whole(hit), axis=1)
     if len(starts) == len(hit):  # without ties
         return queries, hits
     stops = np.append(starts[1:], len(hit)) - 1
     return queries[:, stops], hits[:, stops]
+
+
+def _whole(hit):
+    """Hits (Q,) as integers where they are whole, as they are unless scores tie: integers sum eight times as fast."""
+    whole = hit.astype(np.int64)
+    return whole if (whole == hit).all() else hit
 
 
 def _auroc(queries, hits):
@@ -64,11 +70,11 @@ def auroc_of_draws(uncertainty, hit, times, group=None):
     hits, misses = np.flatnonzero(hit > 0), np.flatnonzero(hit < 1)
     tied = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(hit)))
     lower, upper = (np.searchsorted(tied[hits], tied[misses], side) for side in ("left", "right"))
-    aurocs = np.full(len(times), np.nan)
+    hit, aurocs = _whole(hit), np.full(len(times), np.nan)
     step = max(1, DRAWN // len(hit))
     for rows in (slice(start, start + step) for start in range(0, len(times), step)):
-        drawn = times[rows].astype(np.float64)
-        right = np.zeros((len(drawn), len(hits) + 1))
+        drawn = times[rows].astype(hit.dtype)
+        right = np.zeros((len(drawn), len(hits) + 1), hit.dtype)
         np.cumsum(np.take(drawn, columns[hits], axis=1) * hit[hits], axis=1, out=right[:, 1:])
         wrong = np.take(drawn, columns[misses], axis=1)
         wrong *= 1 - hit[misses]

@@ -130,7 +130,7 @@ def svg(figure, name):
     body = re.sub(r' id="([^"]*)"', lambda match: f' id="{used[match[1]]}"' if match[1] in used else "", body)
     body = re.sub(r"#([\w-]+)([\")])", lambda match: f"#{used[match[1]]}{match[2]}", body)
     # Fewer digits: hundredths of a point are invisible. Only inside tags; the rest is text.
-    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()), body)
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(?<=\d\.\d\d)\d+", "", tag.group()), body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return f'<svg {box} aria-hidden="true" stroke-linejoin="round" stroke-linecap="butt">{body}</svg>'
 
