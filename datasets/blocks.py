@@ -19,7 +19,7 @@ from tqdm import tqdm
 from datasets.embeddings import WORKING
 from models.backbones.pixels import ended, lenient
 from utils.errors import UserError
-from utils.files import UNREADABLE, atomic, read_json, write_json
+from utils.files import UNREADABLE, atomic, not_downloaded, read_json, write_json
 from utils.interrupt import end_with_parent
 
 BLOCK = 256  # images per block, rounded up to whole batches
@@ -103,7 +103,7 @@ class _Decoded(torch.utils.data.Dataset):
                         raise
                     return self.transform(whole)
         except PIL.UnidentifiedImageError:
-            return "it is not an image that Pillow can read"
+            return not_downloaded(self.images[row].path or "") or "it is not an image that Pillow can read"
         except Exception as error:  # Pillow raises a dozen types on broken files
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

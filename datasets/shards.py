@@ -20,7 +20,7 @@ from tqdm import tqdm
 from datasets import Caption, Described, Image, check_folds, fold_splits, name_id, visible
 from datasets.captions import captions_in, folded
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, reason
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "gif", "tif", "tiff", "avif", "ppm")
 
@@ -46,7 +46,8 @@ class Shards(Described):
         self.folder, self.pattern = Path(self.root), "*.tar"
         if not self.splits and not self.folder.is_dir():
             parts = self.folder.parts
-            first = next((i for i, part in enumerate(parts) if re.search(r"[*?{[]", part)), len(parts) - 1)
+            is_pattern = lambda i: re.search(r"[*?{[]", parts[i]) and not Path(*parts[: i + 1]).is_dir()  # noqa: E731
+            first = next(filter(is_pattern, range(len(parts))), len(parts) - 1)
             self.folder, self.pattern = Path(*parts[:first]), str(Path(*parts[first:]))
         self.places = {}  # of images in shards: {path: (sorted ids (N,), their first byte and size (N, 2))}
 
@@ -119,8 +120,12 @@ class Shards(Described):
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"it has no member at byte {tar.offset:,} and does not end there")
+                if any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(2**20), b"")):
+                    hint = "unpack it with tar --ignore-zeros, and make one shard of it"
+                    raise UserError(f"{path} goes on after its end, as several archives in one file do: {hint}.")
         except (tarfile.TarError, *UNREADABLE) as error:
-            raise UserError(f"{path} is not a complete .tar ({error}): download or make it again.") from None
+            why = reason(error, path)
+            raise UserError(f"{path} is not a complete .tar ({why}): download or make it again.") from None
         samples, places = [], {}
         with path.open("rb") as file:
             for key, sample in _grouped(members, path).items():
@@ -153,7 +158,7 @@ class Shards(Described):
         start, size = sample[kind]
         file.seek(start)
         # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
-        text = file.read(size).decode("utf-8", "surrogateescape")
+        text = file.read(size).decode("utf-8-sig", "surrogateescape")
         if kind.endswith("json"):
             try:
                 text = json.loads(text).get(self.caption_key or "caption") or ""
@@ -184,6 +189,8 @@ def _members(tar, path):
             continue
         if member.name in files:
             raise UserError(f"{path} has the file {name} twice: make the shard again.")
+        if member.issparse():
+            raise UserError(f"{path}: {name} is stored without its zeros: make the shard without tar --sparse.")
         if member.isreg():
             files[member.name] = content[name] = member.offset_data, member.size
         elif member.islnk():
