@@ -21,6 +21,7 @@ SAMPLE = 16  # files whose content is hashed, to detect other pictures under the
 OF_ALL = {  # what helps where no caption can be read, by what is wrong with the first
     "UTF-8": "save the file that holds them as UTF-8",
     "list of captions": "write each caption as an entry of its own",
+    "not a string but [": "write each caption as an entry of its own",
     "": "name the column or key that holds them",
 }
 

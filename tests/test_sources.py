@@ -983,3 +983,17 @@ def test_coco_without_captions_is_named(tmp_path):
         UserError, match=r"captions_val2017\.json: no annotation has a 'caption': put a file of captions"
     ):
         Coco(tmp_path).images("val")
+
+
+@pytest.mark.parametrize("batch", [2, 256])
+def test_pictures_that_repeat_are_counted(tmp_path, monkeypatch, capsys, batch):
+    """As where a table has a row per caption, each with the picture; or a shard was downloaded twice."""
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("webdataset")
+    for name in ("a.tar", "a (1).tar"):
+        shard(tmp_path / name, sample("0", 0, "one") | sample("1", 90, "two") | {"2.jpg": b"?", "2.txt": b"three"})
+    cache = ["--dataset", "webdataset", "--root", ".", "--backbone", "shapes-tiny", "--device", "cpu", "--workers", "1"]
+    cache += ["--splits", "all", "--on-error", "skip", "--quiet", "--set", f"encoder.batch_size={batch}"]
+    cache_embeddings.main(cache)
+    line = "4 images, 4 captions, D = 64, 2 with the pixels of an earlier image, 2 left out"
+    assert line in capsys.readouterr().out
