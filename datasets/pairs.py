@@ -1,5 +1,4 @@
-"""Your own pairs in a table: .csv, .tsv or .txt, .jsonl (an object per line), .json (a list of them), .parquet; or a
-folder.
+"""Your own pairs in a table: .csv, .tsv, .txt, .jsonl (an object per line), .json (a list), .parquet; or a folder.
 
 A folder holds the .parquet files of one table, as from the Hugging Face hub, whose names then tell the split (
 `train-00000-of-00002.parquet`), or images with a text file of the same name beside each, a caption per line.

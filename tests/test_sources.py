@@ -997,3 +997,13 @@ def test_pictures_that_repeat_are_counted(tmp_path, monkeypatch, capsys, batch):
     cache_embeddings.main(cache)
     line = "4 images, 4 captions, D = 64, 2 with the pixels of an earlier image, 2 left out"
     assert line in capsys.readouterr().out
+
+
+def test_every_line_of_a_shard_may_be_a_caption(tmp_path):
+    pytest.importorskip("webdataset")
+    members = sample("0", 0, "one\ntwo\n") | sample("1", 0, "three\n\nfour ") | sample("2", 0, "\n")
+    shard(tmp_path / "a.tar", members)
+    source = Shards(tmp_path, folds=2)
+    assert list(texts(source, "all").values()) == [["one", "two"], ["three", "four"], [""]]
+    shard(tmp_path / "a.tar", members | sample("2", 0, "five"))  # lines of one caption, then
+    assert list(texts(Shards(tmp_path, folds=2), "all").values()) == [["one two"], ["three four"], ["five"]]
