@@ -127,8 +127,18 @@ def is_id(value):
 
 
 def visible(path):
-    """Whether no part of a relative path is hidden or the system's: `.git`, `__MACOSX`, `Thumbs.db`."""
-    return not any(part.startswith(".") or part.lower() in SYSTEM for part in PurePath(path).parts)
+    """Whether no part of a relative path is hidden or the system's: `.git`, `__MACOSX`, `a.jpg:Zone.Identifier`."""
+    parts = [part.lower() for part in PurePath(path).parts]
+    return not any(p in SYSTEM or p.startswith((".", "~$")) or p.endswith(":zone.identifier") for p in parts)
+
+
+def check_splits(names, where):
+    """Raise UserError if two names of splits in `where` differ in upper and lower case alone, as by mistake."""
+    first = {}
+    for name in names:
+        other = first.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(f"{where} has the splits '{other}' and '{name}': write them alike, or rename one.")
 
 
 def check_folds(folds, seed):

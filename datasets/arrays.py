@@ -28,11 +28,11 @@ import safetensors.torch
 import torch
 from scipy import sparse
 
-from datasets import Caption, Classes, Image, Source, check_folds, fold_splits
+from datasets import Caption, Classes, Image, Source, check_folds, check_splits, fold_splits
 from datasets.embeddings import name_rows, stamp_of
 from datasets.parts import Parts, choose
 from utils.errors import UserError
-from utils.files import UNREADABLE, is_name
+from utils.files import UNREADABLE, is_name, reason
 
 IDS = ("image_id", "coco_image_id")
 STRINGS = ("caption", "class_name", "split")
@@ -127,6 +127,7 @@ class Arrays(Source):
         if not all(map(is_name, names.tolist())):
             row = next(row for row, name in enumerate(names.tolist()) if not is_name(name))
             raise self._error(f"row {row} of 'split' is {str(names[row])!r}, but a split names a folder: rename it.")
+        check_splits(np.unique(names).tolist(), f"'split' of {self.file}")
         return {"all": np.full(len(names), True)} | {str(name): names == name for name in np.unique(names)}
 
     def _read_match(self, arrays, images, texts):
@@ -279,7 +280,7 @@ def _read_npz(file):
                         raise ValueError(f"'{key}' is not an .npy")
             return arrays
     except UNREADABLE as error:  # an .npy by the name of .npz opens as an array
-        message = " ".join(str(error).split())
+        message = reason(error, file)
         if "Object arrays" in message:
             hint = "store plain values, strings with numpy.array(..., dtype=str)"
             raise UserError(f"{file}: '{key}' is an array of Python objects: {hint}.") from None
@@ -296,7 +297,7 @@ def _read_safetensors(file):
         strings = {key: np.array(json.loads(metadata[key]), dtype=str) for key in STRINGS if key in metadata}
         return {key: arrays[key] for key in KEYS if key in arrays} | strings
     except (*UNREADABLE, safetensors.SafetensorError) as error:
-        message = " ".join(str(error).split())
+        message = reason(error, file)
         raise UserError(f"{file}: it is not a .safetensors of plain arrays ({message}): write it again.") from None
 
 
@@ -305,8 +306,7 @@ def _load(path, mode=None):
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except UNREADABLE as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"{path} is not an .npy of plain numbers ({message}): write it again.") from None
+        raise UserError(f"{path} is not an .npy of plain numbers ({reason(error, path)}): write it again.") from None
 
 
 def _read_folder(folder):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from datasets.embeddings import WORKING
 from models.backbones.pixels import ended, lenient
 from utils.errors import UserError
-from utils.files import UNREADABLE, atomic, read_json, write_json
+from utils.files import UNREADABLE, atomic, not_downloaded, read_json, write_json
 from utils.interrupt import end_with_parent
 
 BLOCK = 256  # images per block, rounded up to whole batches
@@ -103,7 +103,7 @@ class _Decoded(torch.utils.data.Dataset):
                         raise
                     return self.transform(whole)
         except PIL.UnidentifiedImageError:
-            return "it is not an image that Pillow can read"
+            return not_downloaded(self.images[row].path or "") or "it is not an image that Pillow can read"
         except Exception as error:  # Pillow raises a dozen types on broken files
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -113,13 +113,15 @@ class _Decoded(torch.utils.data.Dataset):
 
 
 def _collate(items):
-    """Return the images that could be read, stacked (or None), and {place in the batch: reason} of the others.
+    """Return the images that could be read, stacked (or None), their hashes, and {place: reason} of the others.
 
     NumPy's arrays are sent from a worker as they are. A tensor needs room in /dev/shm, of which containers have little,
     and a socket in TMPDIR; where these lack, torch prints an error, drops the batch and waits for ever.
     """
     good = [item.numpy() for item in items if not isinstance(item, str)]
-    return np.stack(good) if good else None, {i: item for i, item in enumerate(items) if isinstance(item, str)}
+    hashes = [int.from_bytes(hashlib.blake2b(item.tobytes(), digest_size=8).digest(), "big") for item in good]
+    failed = {place: item for place, item in enumerate(items) if isinstance(item, str)}
+    return np.stack(good) if good else None, np.array(hashes, dtype=np.uint64), failed
 
 
 def _stamp(images):
@@ -181,7 +183,7 @@ class BlockEncoder:
         def redo(rows, block):
             """Whether a file has changed since, or unreadable images were left out that must now stop the run."""
             left_out = self.on_error == "stop" and len(block["bad"])
-            return left_out or block["stamp"].item() != _stamp(images[rows.start : rows.stop])
+            return left_out or "hashes" not in block or block["stamp"].item() != _stamp(images[rows.start : rows.stop])
 
         size = self.backbone.config.batch_size
         todo, bar = self._todo("image", len(images), redo)
@@ -198,10 +200,11 @@ class BlockEncoder:
         decoded = _decoded(loader)
         with bar:
             for number, rows in todo:
-                parts, bad = [], {}
+                parts, hashes, bad = [], [], {}
                 for start in range(0, len(rows), size):
                     batch = rows[start : start + size]
-                    pixels, failed = next(decoded)
+                    pixels, of_pixels, failed = next(decoded)
+                    hashes.append(of_pixels)
                     bad |= {start + i: reason for i, reason in failed.items()}
                     if failed and self.on_error == "stop":
                         i, reason = next(iter(failed.items()))
@@ -215,7 +218,8 @@ class BlockEncoder:
                     bar.update(len(batch))
                 bad_rows, reasons = np.array(list(bad), dtype=np.int64), np.array(list(bad.values()), dtype=str)
                 stamp = np.array(_stamp(images[rows.start : rows.stop]))
-                self.blocks.write("image", number, **_joined(parts), bad=bad_rows, reason=reasons, stamp=stamp)
+                others = {"reason": reasons, "stamp": stamp, "hashes": np.concatenate(hashes)}
+                self.blocks.write("image", number, **_joined(parts), bad=bad_rows, **others)
 
     def texts(self, kind, texts):
         """Encode strings in batches of about equal length; repeated strings are encoded once."""

@@ -98,8 +98,8 @@ def _join(folder, identity, listing, backbone, encoder, prompts, ranks):
     counts = {"image": len(listing.images), "text": len(listing.captions), "prompt": len(prompts)}
 
     def gathered():
-        """The largest error of each side, how many captions were cut, and the reasons of unreadable images by row."""
-        error, cut, unreadable = {"image": 0.0, "text": 0.0}, 0, {}
+        """The largest error of each side, and counts: captions cut, pictures repeated; reasons of unreadable rows."""
+        error, cut, hashes, unreadable = {"image": 0.0, "text": 0.0}, 0, [], {}
         for kind in counts:
             for rows, block in encoder.parts(kind, counts[kind]):
                 side = "image" if kind == "image" else "text"
@@ -107,11 +107,13 @@ def _join(folder, identity, listing, backbone, encoder, prompts, ranks):
                 if kind == "image":
                     bad = zip(block["bad"], block["reason"], strict=True)
                     unreadable |= {rows[i]: str(reason) for i, reason in bad}
+                    hashes.append(block["hashes"])
                 elif kind == "text":
                     cut += int(block["cut"])
-        return error, cut, unreadable
+        hashes = np.concatenate(hashes)
+        return error, cut, len(hashes) - len(np.unique(hashes)), unreadable
 
-    error, cut, unreadable = ranks.from_first(gathered)  # it reads every block whole
+    error, cut, repeated, unreadable = ranks.from_first(gathered)  # it reads every block whole
     keep_image, keep_text = _kept(listing, unreadable)
     keep = {"image": keep_image, "text": keep_text, "prompt": np.full(len(prompts), True)}
 
@@ -174,7 +176,8 @@ def _join(folder, identity, listing, backbone, encoder, prompts, ranks):
         {"image_id": listing.images[row].id, "path": listing.images[row].place, "reason": reason}
         for row, reason in unreadable.items()
     ]
-    identity = identity | {"dim": backbone.dim, "captions_cut": cut, "unreadable": len(unreadable)}
+    counted = {"captions_cut": cut, "images_repeated": repeated, "unreadable": len(unreadable)}
+    identity = identity | {"dim": backbone.dim} | counted
     _finish(folder, identity, listing, backbone, keep_image, keep_text, encoded_prompts, skipped)
 
 

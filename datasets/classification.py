@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +12,11 @@ import torchvision
 
 from datasets import Classes, Image, Source, visible
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, reason
 
 RULES = ("own", "folders", "imagenet")
 IMAGENET_TEMPLATES = ("openai", "simple")
+SPLIT = re.compile(r"(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)?|dev)(?![a-z])", re.IGNORECASE)
 NOT_OPTIONS = ("root", "download", "loader", "transform", "target_transform", "transforms")
 
 
@@ -129,10 +131,10 @@ class Classification(Source):
             data = reader(str(folder), **options)
             files, labels = _listed(data)
         except Exception as error:  # torchvision's readers of pickles, JSON, .mat and text files raise many types
-            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
+            why = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
             if not folder.is_dir():
-                reason = "it is not a folder" if folder.exists() else "there is no such folder"
-            raise self._error(f"{self.dataset} cannot be read from {folder} ({reason})") from None
+                why = "it is not a folder" if folder.exists() else "there is no such folder"
+            raise self._error(f"{self.dataset} cannot be read from {folder} ({why})") from None
         if not len(labels):
             raise self._error(f"{self.dataset} in {folder} lists no images")
         labels = np.asarray(labels, dtype=np.int64)
@@ -145,17 +147,23 @@ class Classification(Source):
         return UserError(f"{message}: {self.get or 'point --root to the folder that holds it'}.")
 
     def _refuse_nested_splits(self, split, folder):
-        """Raise UserError if `root` is read as one split but holds folders of others, which would pass for classes."""
-        if folder != self.root or self.dataset != "ImageFolder":
+        """Raise UserError if folders of `folder` hold the classes, as one that is called like a split, or is alone."""
+        if self.dataset != "ImageFolder" or not folder.is_dir():
             return
-        folders = {name: self._place(name)[0] for name in self.splits if name != split}
-        holds_folders = lambda path: any(p.is_dir() and visible(p.name) for p in path.iterdir())  # noqa: E731
-        nested = [name for name, path in folders.items() if path.is_dir() and holds_folders(path)]
-        if nested:
+        inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and visible(path.name)]
+        called = [path for path in inside if SPLIT.search(path.name) and any(_kinds(path))]
+        alone = [path for path in inside if len(inside) == 1 and any(_kinds(path)) and all(_kinds(path))]
+        places = {self._place(name)[0]: name for name in self.splits if name != split}
+        if called and all(path in places for path in called):
+            nested = [name for path, name in places.items() if path in called]
             raise UserError(
                 f"{self.root} is laid out in the splits {', '.join(nested)}: choose with --splits {' '.join(nested)},"
                 " or point --root to one of their folders."
             )
+        if called or alone:
+            names = ", ".join(path.name for path in called or alone)
+            hint = "point --root to the folder that holds a folder per class"
+            raise UserError(f"{folder} has folders of folders ({names}), not of pictures: {hint}.")
 
     def _names(self, listed):
         """Return the class names; listed: the names that torchvision lists. Raises UserError for one that repeats."""
@@ -196,7 +204,7 @@ class Classification(Source):
             shares = np.load(file, allow_pickle=False)
             shape, kind = shares.shape, shares.dtype.kind
         except UNREADABLE as error:
-            raise self._error(f"the human answers {file} cannot be read ({' '.join(str(error).split())})") from None
+            raise self._error(f"the human answers {file} cannot be read ({reason(error, file)})") from None
         if shape != (images, classes) or kind != "f":
             actual = f"not {shares.dtype} of shape {shape}"
             raise self._error(f"{file} must hold floats of shape ({images}, {classes}), {actual}")
@@ -206,6 +214,12 @@ class Classification(Source):
             row = wrong.argmax()
             raise self._error(f"row {row} of {file} must hold shares that sum to 1, not to {sums[row]:.4g}")
         return shares
+
+
+def _kinds(folder):
+    """Tell of each entry of a folder whether it is a folder."""
+    with os.scandir(folder) as entries:
+        yield from (entry.is_dir() for entry in entries if visible(entry.name))
 
 
 def _zero_shot():

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from datasets import Caption, Image, Source, is_id
 from datasets.captions import folded
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, not_downloaded
 
 
 class Coco(Source):
@@ -33,7 +33,8 @@ class Coco(Source):
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 coco.createIndex()
         except UNREADABLE as error:
-            reason = f"{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
+            # Not the repr, which may hold the whole file.
+            reason = not_downloaded(path) or f"{type(error).__name__}: {error}"
             raise UserError(f"{path} is not a file of COCO captions ({reason}): download it again.") from None
         folder = self.root / f"{split}2017"
         images = [Image(id, folder / coco.imgs[id]["file_name"]) for id in sorted(coco.imgs)]
@@ -79,3 +80,5 @@ def _check(path, listing):
             if id in place[kind]:
                 raise UserError(f"{where} has the id of {kind}[{place[kind][id]}], {id}: leave one of them out.")
             place[kind][id] = number
+    if listing["annotations"] and not any("caption" in entry for entry in listing["annotations"]):
+        raise UserError(f"{path}: no annotation has a 'caption': put a file of captions there, not of objects.")

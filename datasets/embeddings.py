@@ -44,7 +44,7 @@ from datasets.parts import Parts, choose
 from models.backbones.last_map import Joined
 from utils.config import HOME, Encoder, load_backbone
 from utils.errors import UserError
-from utils.files import UNREADABLE, is_name, read_json
+from utils.files import UNREADABLE, is_name, read_json, reason
 
 WORKING = "unfinished"  # folder inside the split's folder for the blocks of an unfinished run
 META = "meta.json"
@@ -207,7 +207,8 @@ class Pairs:
             return read(self.folder / name)
         except UNREADABLE as error:
             raise UserError(
-                f"{self.folder / name} cannot be read ({error}): delete {self.folder} and run `{self.command}`."
+                f"{self.folder / name} cannot be read ({reason(error, self.folder / name)}): delete {self.folder} and"
+                f" run `{self.command}`."
             ) from None
 
     def _array(self, name, shape=None, dtype="f2"):

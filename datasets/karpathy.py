@@ -9,10 +9,10 @@ import operator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from datasets import Caption, Described, Image
+from datasets import Caption, Described, Image, check_splits
 from datasets.captions import folded
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, not_downloaded
 
 
 class Karpathy(Described):
@@ -35,7 +35,8 @@ class Karpathy(Described):
         listed = self._read()
         splits = {part: [part] for part, _, _ in listed}
         if "restval" in splits:
-            splits |= {"train": ["train", "restval"], "train_only": ["train"]}
+            splits |= {"train_only": ["train"]} if "train" in splits else {}
+            splits["train"] = ["train", "restval"]
         if split not in splits:
             raise UserError(f"{self.root} has no split '{split}'; it has {', '.join(sorted(splits))}.")
         return [(image, captions) for part, image, captions in listed if part in splits[split]]
@@ -53,11 +54,13 @@ class Karpathy(Described):
                 where = f"images[{number}]: "
                 listed.append((str(entry["split"]), *self._pair(entry)))
         except UNREADABLE as error:
-            reason = f"{where}{type(error).__name__}: {error}"  # not the repr, which may hold the whole file
+            # Not the repr, which may hold the whole file.
+            reason = not_downloaded(self.file) or f"{where}{type(error).__name__}: {error}"
             raise UserError(f"{self.file} is not a file of Karpathy's splits ({reason}): download it again.") from None
         if not listed:
             raise UserError(f"{self.file} lists no images: download it again.")
         refuse_repeats(self.file, (image for _, image, _ in listed))
+        check_splits(dict.fromkeys(split for split, _, _ in listed), self.file)
         return listed
 
     def _pair(self, entry):

@@ -18,6 +18,12 @@ from datasets.parts import choose
 from utils.errors import UserError
 
 SAMPLE = 16  # files whose content is hashed, to detect other pictures under the same names
+OF_ALL = {  # what helps where no caption can be read, by what is wrong with the first
+    "UTF-8": "save the file that holds them as UTF-8",
+    "list of captions": "write each caption as an entry of its own",
+    "not a string but [": "write each caption as an entry of its own",
+    "": "name the column or key that holds them",
+}
 
 
 @dataclass
@@ -54,6 +60,9 @@ def list_split(source, split, on_error="stop"):
     reasons = [_fault(caption.text) for caption in captions]
     if absent and on_error == "stop":
         first = next(image for image in images if image.id in absent)
+        if not first.path.name.isprintable() and len(absent) == len(images):
+            hint = "save the file that lists them as UTF-8"
+            raise UserError(f"no image of '{split}' is there, as the name of {first.place} is not UTF-8: {hint}.")
         raise UserError(
             f"{len(absent):,} of the {len(images):,} images of '{split}' are absent from {first.path.parent} (the first"
             f" is {first.path.name}): complete the folder, or leave them and their captions out with --on-error skip."
@@ -69,11 +78,11 @@ def list_split(source, split, on_error="stop"):
     if faults and on_error == "stop":
         first, reason = faults[0]
         more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
-        if len(faults) == len(captions) > 1:
-            raise UserError(
-                f"no caption of '{split}' can be read, as the first {reason}: name the column or key that holds them."
-            )
         where = f" ({first.where})" if first.where else ""
+        if len(faults) == len(captions) > 1:
+            hint = next(hint for part, hint in OF_ALL.items() if part in reason)
+            first = f"the first{where} is of {by_id[first.image_id].place}"
+            raise UserError(f"no caption of '{split}' can be read, as the first {reason}: {hint}; {first}.")
         caption = f"caption {first.id} of '{split}'{where}, of {by_id[first.image_id].place},"
         raise UserError(f"{caption} {reason}{more}: fix it, or leave it out with --on-error skip.")
     skipped = [{"image_id": i.id, "path": i.place, "reason": "absent"} for i in images if i.id in absent]
@@ -129,7 +138,12 @@ def _check_ids(kind, items, shown):
 
 
 def _on_disk(path):
-    """Return the path of a file as the disk writes it: an accented letter has two spellings in Unicode."""
+    """Return the path of a file as the disk writes it.
+
+    An accented letter has two spellings in Unicode, and paths that were written on Windows have backslashes.
+    """
+    if "\\" in str(path) and _size(path) is None and (folded := Path(str(path).replace("\\", "/"))).is_file():
+        return folded
     if str(path).isascii() or _size(path) is not None or path == path.parent:
         return path
     folder = _on_disk(path.parent)

@@ -1,4 +1,4 @@
-"""Your own pairs in one table: .csv, .tsv, .jsonl (an object per line), .parquet, or a folder.
+"""Your own pairs in a table: .csv, .tsv, .txt, .jsonl (an object per line), .json (a list), .parquet; or a folder.
 
 A folder holds the .parquet files of one table, as from the Hugging Face hub, whose names then tell the split (
 `train-00000-of-00002.parquet`), or images with a text file of the same name beside each, a caption per line.
@@ -7,12 +7,14 @@ The columns:
 
     image     a file's path, relative to the table's folder (or `image_root`); rows of one image are its captions; in
               .parquet also the file itself, bytes or {bytes, path}, as the Hugging Face hub has it
-    caption   text, or a list of texts; or several columns, caption_0, caption_1, ..., of which some may be empty
+    caption   text, or a list of texts; or several columns, caption_0, caption_1, ..., of which some may be empty; a
+              first one may have no number, as pandas writes columns of one name: caption, caption.1, ...
     split     optional: train, test, ...; without it images are split at random
 
 Other columns are ignored. Rows and captions are counted from 0.
 """
 
+import collections
 import contextlib
 import csv
 import io
@@ -27,10 +29,10 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from datasets import Caption, Described, Image, check_folds, fold_splits, name_id, visible
+from datasets import Caption, Described, Image, check_folds, check_splits, fold_splits, name_id, visible
 from datasets.captions import captions_in, folded
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, not_downloaded, reason
 
 # Default names of the columns.
 COLUMNS = {
@@ -45,7 +47,7 @@ PICTURES = re.compile(r"\.(avif|bmp|gif|hei[cf]|j(fif|pe?g|p2|xl)|png|ppm|tiff?|
 SEPARATORS = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon"}
 
 
-PART = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]+)?")  # the stem of a .parquet of the hub: split, number, hash
+PART = re.compile(r"(.+?)-\d+-of-(\d+)(-[0-9a-f]+)?")  # the stem of a .parquet of the hub: split, number, hash
 
 
 class _Inside(NamedTuple):
@@ -115,6 +117,7 @@ class PairsFile(Described):
         if not images:
             raise self._error("it holds no pairs: write a row per caption.")
         splits = {split: list(pairs.values()) for split, pairs in described.items()}
+        check_splits(splits, self.file)
         if split_column:
             every = {}
             for id, (image, captions) in (item for pairs in described.values() for item in pairs.items()):
@@ -175,10 +178,11 @@ class PairsFile(Described):
         """List the file's columns of a kind: one, several of captions, or no split; raises UserError without one."""
         option = self.columns[kind]
         candidates = [option] if option else COLUMNS[kind]
-        numbered = re.compile(rf"({'|'.join(map(re.escape, candidates))})[ _-]?\d+")
         columns = [name for name in candidates if name in names][:1]
-        if not columns and kind == "caption":
-            columns = [name for name in names if numbered.fullmatch(name)]
+        columns = columns or [name for one in candidates for name in names if name.lower() == one.lower()][:1]
+        if kind == "caption" and not (option and columns):
+            stems = "|".join(map(re.escape, columns or candidates))
+            columns += [name for name in names if re.fullmatch(rf"({stems})[ _.-]?\d+", name, re.IGNORECASE)]
         if not columns and (option or kind != "split"):
             hint = f"choose one with --set data.options.{kind}_column=NAME"
             if len(names) == 1 and ";" in names[0]:
@@ -196,6 +200,8 @@ class PairsFile(Described):
             ".tsv": lambda: self._csv("\t"),
             ".jsonl": self._jsonl,
             ".parquet": lambda: self._parquet([self.file]),
+            ".txt": lambda: self._csv(","),
+            ".json": self._json,
         }
         if self.file.is_dir():
             return self._of_folder()
@@ -211,12 +217,22 @@ class PairsFile(Described):
         parts = [path for path in files if path.suffix.lower() == ".parquet"]
         texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
         pictures = [path for path in files if PICTURES.fullmatch(path.suffix)]
-        if parts:
-            return self._parquet(parts)
-        if any(path.with_suffix("") in texts for path in pictures):
+        if any(path.with_suffix("") in texts for path in pictures):  # with .parquet beside them, as by img2dataset
             return ["image", "caption"], self._text_files(pictures, texts)
+        if parts:
+            self._refuse_incomplete(parts)
+            return self._parquet(parts)
         lacks = "it is a folder without .parquet, and without pictures that have a .txt beside them"
         raise self._error(f"{lacks}: point --root to the file of pairs itself.")
+
+    def _refuse_incomplete(self, parts):
+        """Raise UserError if .parquet files whose names count them lack one."""
+        names = [(path.parent, PART.fullmatch(path.stem)) for path in parts]
+        counts = collections.Counter((folder, name[1], int(name[2])) for folder, name in names if name)
+        for (folder, split, whole), count in counts.items():
+            if count < whole:
+                hint = "download the others, or rename those that you want alone"
+                raise UserError(f"{folder} has {count} of the {whole} parts of '{split}': {hint}.")
 
     def _text_files(self, pictures, texts):
         """Yield a row per line of the text file beside each picture; texts: {path without suffix: text file}."""
@@ -227,6 +243,8 @@ class PairsFile(Described):
                 yield (text or path).name, {"image": str(path), "caption": caption}
 
     def _text(self, header=False):
+        if other := not_downloaded(self.file):
+            raise self._error(f"{other}: download the table itself.")
         data = self.file.read_bytes()
         # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
         text = data.decode("utf-8-sig", "surrogateescape")
@@ -240,7 +258,7 @@ class PairsFile(Described):
 
     def _csv(self, delimiter):
         csv.field_size_limit(2**31 - 1)  # the default refuses captions of 10,000 words and more
-        text = self._text(header=True)
+        text = re.sub(r"\Asep=.\r?\n", "\n", self._text(header=True))  # the first line of some programs' tables
         delimiter = next((one for one in (delimiter, *SEPARATORS) if self._separates(text, one)), delimiter)
         # Strict, because an unclosed quote would otherwise turn the following rows into one caption.
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -250,6 +268,7 @@ class PairsFile(Described):
             try:
                 for row in reader:
                     width = width or len(row)
+                    row = row if any(field.strip() for field in row[width:]) else row[:width]  # only separators
                     if len(row) > width:
                         hint = f"put captions with {SEPARATORS[delimiter]} in quotes"
                         raise self._error(f"line {start} has {len(row)} fields, but the header has {width}: {hint}.")
@@ -271,7 +290,7 @@ class PairsFile(Described):
 
     def _separates(self, text, delimiter):
         """Whether `delimiter` cuts the header of a table into known columns."""
-        names = [name.strip() for name in text.split("\n", 1)[0].replace('"', "").split(delimiter)]
+        names = [name.strip() for name in text.lstrip().split("\n", 1)[0].replace('"', "").split(delimiter)]
         with contextlib.suppress(UserError):
             return bool(self._columns(names, "image") and self._columns(names, "caption"))
 
@@ -280,12 +299,24 @@ class PairsFile(Described):
         for number, line in enumerate(self._text().split("\n"), start=1):  # captions may hold other line ends
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    rows.append((f"line {number}", json.loads(line)))
                 except (ValueError, RecursionError) as error:
                     raise self._error(f"line {number} is not valid JSON ({error}): fix the line.") from None
-                if not isinstance(row, dict):
-                    raise self._error(f"line {number} is not an object: write one per line, with the columns as keys.")
-                rows.append((f"line {number}", row))
+        return self._objects(rows, "write one per line")
+
+    def _json(self):
+        try:
+            entries = json.loads(self._text())
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"it is not valid JSON ({error}): fix it; an object per line is a .jsonl.") from None
+        if not isinstance(entries, list):
+            raise self._error("it is not a list: write [{...}, {...}], an object per caption or image.")
+        return self._objects([(f"entry {number}", row) for number, row in enumerate(entries)], "write a list of them")
+
+    def _objects(self, rows, hint):
+        for where, row in rows:
+            if not isinstance(row, dict):
+                raise self._error(f"{where} is not an object: {hint}, with the columns as keys.")
         return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
     def _parquet(self, parts):
@@ -296,7 +327,7 @@ class PairsFile(Described):
         names = file.schema_arrow.names
         (image,), captions, split = (self._columns(names, kind) for kind in COLUMNS)
         type = file.schema_arrow.field(image).type
-        inside = pyarrow.types.is_struct(type) or pyarrow.types.is_binary(type) or pyarrow.types.is_large_binary(type)
+        inside = pyarrow.types.is_struct(type) or str(type).endswith(("binary", "binary_view"))
         # Other columns are skipped, and images inside the table are read when they are opened.
         read = [*captions, *split] if inside else [image, *captions, *split]
         split_of = {} if split or len(parts) == 1 else {path: PART.fullmatch(path.stem) for path in parts}
@@ -330,8 +361,9 @@ class PairsFile(Described):
             raise self._unreadable(error, path) from None
 
     def _unreadable(self, error, path):
-        message = " ".join(str(error).split())
-        return UserError(f"{path}: it is not a Parquet file that pyarrow can read ({message}): write it again.")
+        return UserError(
+            f"{path}: it is not a Parquet file that pyarrow can read ({reason(error, path)}): write it again."
+        )
 
 
 def _texts(values):

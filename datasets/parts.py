@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, reason
 
 PART = 2**20  # rows of a file in a cache of more: 1 GB at D = 512
 
@@ -38,7 +38,7 @@ class Parts:
             return np.load(part, mmap_mode="r", allow_pickle=False)
         except UNREADABLE as error:
             again = "restore it, or delete the cache that has it and cache the split again"
-            raise UserError(f"{part} cannot be read ({error}): {again}.") from None
+            raise UserError(f"{part} cannot be read ({reason(error, part)}): {again}.") from None
 
     def places(self, rows):
         """Yield the number of each part that has some of the rows (n,), which of them it has, and their rows in it."""

@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -38,6 +39,15 @@ def reported(main):
     return wrapped
 
 
+def _number(name, default, allowed):
+    """Read an environment variable of torchrun; raises UserError unless it is one of a range of numbers."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) not in allowed:
+        limits = f"from {allowed[0]} to {allowed[-1]:,}" if len(allowed) > 1 else f"{allowed[0]}"
+        raise UserError(f"{name} must be {limits}, not '{text:.40}': start with torchrun, or unset it.")
+    return int(text)
+
+
 class Ranks:
     """This process among those that torchrun started; rank 0 of 1 without torchrun.
 
@@ -47,10 +57,10 @@ class Ranks:
     """
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.world = _number("WORLD_SIZE", 1, range(1, 2**31))
+        self.rank = _number("RANK", 0, range(self.world))
+        self.neighbors = _number("LOCAL_WORLD_SIZE", 1, range(1, self.world + 1))
+        self.local = _number("LOCAL_RANK", 0, range(self.neighbors))
         self.first = self.rank == 0
         self.group = self.steps = self.store = None
         if self.world > 1:

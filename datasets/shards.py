@@ -18,9 +18,9 @@ import PIL.Image
 from tqdm import tqdm
 
 from datasets import Caption, Described, Image, check_folds, fold_splits, name_id, visible
-from datasets.captions import captions_in, folded
+from datasets.captions import captions_in, folded, spelled_list
 from utils.errors import UserError
-from utils.files import UNREADABLE
+from utils.files import UNREADABLE, reason
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "gif", "tif", "tiff", "avif", "ppm")
 
@@ -31,7 +31,8 @@ class Shards(Described):
     root: a folder, or without `splits` also a pattern of shards, 'folder/cc3m-train-{0000..0575}.tar'. splits: pattern
     of each split's shards in that folder, with {a,b}, {0..9}, * and ?; without it, samples are split at random by
     `fold_splits`. caption_key: the key of .json that holds the caption; by default the caption is .txt, or 'caption' of
-    .json if .txt is absent. folds, seed: of the random split.
+    .json if .txt is absent; where every .txt of a shard has several lines, each is a caption. folds, seed: of the
+    random split.
     """
 
     def __init__(self, root, splits=None, caption_key="", folds=5, seed=0):
@@ -46,7 +47,8 @@ class Shards(Described):
         self.folder, self.pattern = Path(self.root), "*.tar"
         if not self.splits and not self.folder.is_dir():
             parts = self.folder.parts
-            first = next((i for i, part in enumerate(parts) if re.search(r"[*?{[]", part)), len(parts) - 1)
+            is_pattern = lambda i: re.search(r"[*?{[]", parts[i]) and not Path(*parts[: i + 1]).is_dir()  # noqa: E731
+            first = next(filter(is_pattern, range(len(parts))), len(parts) - 1)
             self.folder, self.pattern = Path(*parts[:first]), str(Path(*parts[first:]))
         self.places = {}  # of images in shards: {path: (sorted ids (N,), their first byte and size (N, 2))}
 
@@ -119,13 +121,23 @@ class Shards(Described):
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"it has no member at byte {tar.offset:,} and does not end there")
+                if any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(2**20), b"")):
+                    hint = "unpack it with tar --ignore-zeros, and make one shard of it"
+                    raise UserError(f"{path} goes on after its end, as several archives in one file do: {hint}.")
         except (tarfile.TarError, *UNREADABLE) as error:
-            raise UserError(f"{path} is not a complete .tar ({error}): download or make it again.") from None
+            why = reason(error, path)
+            raise UserError(f"{path} is not a complete .tar ({why}): download or make it again.") from None
         samples, places = [], {}
         with path.open("rb") as file:
-            for key, sample in _grouped(members, path).items():
+            grouped = _grouped(members, path)
+            read = {key: self._captions(file, sample, path, key) for key, sample in grouped.items()}
+            several = [len(texts) > 1 for texts, in_lines in read.values() if in_lines and texts]
+            a_line_each = len(several) > 1 and all(several)  # as in the shards of CLIP_benchmark
+            for key, sample in grouped.items():
                 kind = _kind(path, key, sample, IMAGES)
-                texts = self._captions(file, sample, path, key)
+                texts, in_lines = read[key]
+                texts = [" ".join(texts)] if in_lines and not a_line_each else texts
+                texts = [folded(text) for text in texts] or [""]
                 image = Image(name_id(f"{path.resolve()}/{key}"), path, f"{shard}/{key}.{kind}")
                 if kind is not None:
                     places[image.id] = sample[kind]
@@ -137,7 +149,7 @@ class Shards(Described):
                 ids = [image.id, *(name_id(f"{image.id} {number}") for number in range(1, len(texts)))]
                 samples.append((image, [Caption(id, image.id, text) for id, text in zip(ids, texts)]))
         if samples and not places:
-            kinds = sorted({kind for sample in _grouped(members, path).values() for kind in sample})
+            kinds = sorted({kind for sample in grouped.values() for kind in sample})
             hint = f"make it again with images named .{', .'.join(IMAGES)}"
             raise UserError(f"no sample of {path} has an image, but .{', .'.join(kinds[:5])}: {hint}.")
         ids = np.array(sorted(places), dtype=np.int64)
@@ -145,22 +157,23 @@ class Shards(Described):
         return samples
 
     def _captions(self, file, sample, path, key):
-        """Read the captions of a sample, [""] if it has none."""
+        """Read the captions of a sample, and whether they are the lines of a text."""
         kind = None if self.caption_key else _kind(path, key, sample, ["txt"])
         kind = kind or _kind(path, key, sample, ["json"])
         if kind is None:
-            return [""]
+            return [], False
         start, size = sample[kind]
         file.seek(start)
         # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
-        text = file.read(size).decode("utf-8", "surrogateescape")
+        text = file.read(size).decode("utf-8-sig", "surrogateescape")
         if kind.endswith("json"):
             try:
                 text = json.loads(text).get(self.caption_key or "caption") or ""
             except (ValueError, AttributeError, RecursionError) as error:
                 hint = "make the shard again"
                 raise UserError(f"{path}: {key}.{kind} is not a JSON object ({error}): {hint}.") from None
-        return [folded(text) for text in captions_in(text)]
+        in_lines = kind.endswith("txt") and not spelled_list(text)
+        return (list(filter(str.strip, text.split("\n"))) if in_lines else captions_in(text)), in_lines
 
 
 def _webdataset(module):
@@ -184,6 +197,8 @@ def _members(tar, path):
             continue
         if member.name in files:
             raise UserError(f"{path} has the file {name} twice: make the shard again.")
+        if member.issparse():
+            raise UserError(f"{path}: {name} is stored without its zeros: make the shard without tar --sparse.")
         if member.isreg():
             files[member.name] = content[name] = member.offset_data, member.size
         elif member.islnk():

@@ -179,7 +179,7 @@ class Folds(Block, Part):
 
 def paths(folder):
     """The result files of eval.py under the folder of a data set."""
-    return [path for task in OF_EVAL for path in sorted(folder.glob(f"**/*-{task}.json"))]
+    return [path for task in OF_EVAL for path in sorted(folder.glob(f"**/[!.]*-{task}.json"))]
 
 
 def read(folder, backbone=None):

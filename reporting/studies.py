@@ -174,7 +174,7 @@ class Study(Part):
 
 def paths(folder):
     """The result files of active_learning.py under the folder of a data set."""
-    return sorted(folder.glob("*/active/*/*-seed*.json"))
+    return sorted(folder.glob("*/active/*/[!.]*-seed*.json"))
 
 
 def read(folder, backbone=None):

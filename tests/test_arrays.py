@@ -240,7 +240,11 @@ def test_invalid_files_splits_and_options_are_named(here, refusal):
     (here / "text.npz").write_text("image, text")
     (here / "cut.npz").write_bytes((here / "pairs.npz").read_bytes()[:2000])
     for name in ("text.npz", "cut.npz"):
-        assert f"{name}: it is not an .npz" in refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", name)
+        error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", name)
+        assert f"{name}: it is not an .npz" in error and "pickle" not in error
+    (here / "text.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    error = refusal(cache_embeddings.main, "--dataset", "embeddings", "--root", "text.npz")
+    assert "(it is a pointer of Git LFS, which `git lfs pull` replaces by the file)" in error
     error = refusal(cache_embeddings.main, "--dataset", "embeddings")
     assert "data/embeddings.npz are missing: point --root to an .npz, a .safetensors or a folder of .npy" in error
     error = refusal(cache_embeddings.main, *CACHE, "--splits", "val")

@@ -374,7 +374,8 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, capsys):
     hidden = ".git", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "cat/.thumbnails", "dog/a/.ipynb_checkpoints"
     folders("cat", "dog/a", "dog/b", *hidden)(tmp_path / "images")
     (tmp_path / "images" / "owl").mkdir()
-    (tmp_path / "images" / "cat" / "Thumbs.db").write_text("of Windows")
+    for name in ("Thumbs.db", "a.jpg:Zone.Identifier", "~$a.jpg"):
+        (tmp_path / "images" / "cat" / name).write_text("of Windows")
     source = source_of("folder", "images")
     assert source.classes("all").names == ["cat", "dog", "owl"]
     places = [image.path.relative_to("images").as_posix() for image in source.images("all")]
@@ -428,3 +429,23 @@ def test_one_flag_caches_a_folder(tmp_path, monkeypatch):
     assert pairs.image.shape == (4, 64) and pairs.text.shape == (2, 64)
     assert np.load(pairs.folder / "label.npy").tolist() == [0, 0, 1, 1]
     assert pairs.items["text"] == ["a photo of a blue ring.", "a photo of a red square."]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["Train/cat", "Test/cat"], "Test, Train"),
+        (["train/cat", "valid/cat"], "train, valid"),
+        (["seg_train/seg_train/sea"], "seg_train"),
+        (["images/cat", "images/dog"], "images"),
+    ],
+)
+def test_folders_that_hold_the_classes_are_none(tmp_path, paths, names):
+    folders(*paths)(tmp_path)
+    with pytest.raises(UserError, match=rf"has folders of folders \({names}\), not of pictures: point --root to the"):
+        source_of("folder", tmp_path).images("all")
+
+
+def test_pictures_of_a_class_may_lie_deeper(tmp_path):
+    folders("cat/images", "dog/images", "test/")(tmp_path)
+    assert source_of("folder", tmp_path).classes("all").names == ["cat", "dog", "test"]

@@ -517,8 +517,12 @@ def test_a_folder_that_cannot_be_written_into_is_named_before_anything_is_comput
     def refuse(dir):
         raise PermissionError(13, "Permission denied", f"{dir}/tmp")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("tasks.retrieval.evaluate", None)  # whoever computes ends with a TypeError
+    shutil.rmtree("results", ignore_errors=True)
+    Path("results").symlink_to("a disk that is not mounted")
+    assert "results cannot be written into (No such file or directory): change that" in refusal(evaluation.main, *RUN)
+    Path("results").unlink()
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     assert "cannot be written into (Permission denied): change that, or work" in refusal(evaluation.main, *RUN)
 
 

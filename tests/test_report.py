@@ -865,3 +865,9 @@ def test_the_uncertainty_of_an_untrained_start_is_left_out(tmp_path):
     write(tmp_path, "asymvlm", 0, 0.3, -0.5, truth=True, untrained=True)
     (part,) = blocks_of(tmp_path)
     assert baseline_of(part) == "clip"  # not the first that shows no uncertainty
+
+
+def test_what_macos_puts_beside_results_is_none(tmp_path):
+    for name in ("a-retrieval.json", "._a-retrieval.json"):
+        (tmp_path / name).touch()
+    assert [path.name for path in evaluations.paths(tmp_path)] == ["a-retrieval.json"]

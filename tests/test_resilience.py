@@ -141,6 +141,23 @@ def test_waiting_for_processes_that_never_come_ends(monkeypatch, capsys):
     assert "waiting for 2 processes, as WORLD_SIZE says" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("WORLD_SIZE", "x", "from 1 to 2,147,483,647"),
+        ("WORLD_SIZE", "0", "from 1 to 2,147,483,647"),
+        ("WORLD_SIZE", "", "from 1 to 2,147,483,647"),
+        ("RANK", "1", "0"),
+        ("LOCAL_WORLD_SIZE", "0", "1"),
+        ("LOCAL_RANK", "-1", "0"),
+    ],
+)
+def test_numbers_of_processes_that_cannot_be_are_named(monkeypatch, name, value, limits):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name} must be {limits}, not '{value}': start with torchrun, or unset it"):
+        Ranks()
+
+
 def test_waiting_for_the_work_of_another_process_ends(monkeypatch):
     one = Ranks()
     one.world = 2

@@ -827,3 +827,183 @@ def test_shards_are_cached_by_one_command(shards, tmp_path, monkeypatch, capsys)
     command = ["--dataset", "webdataset", "--root", str(shards), "--backbone", "shapes-tiny", "--quiet"]
     cache_embeddings.main([*command, "--splits", "all", "--on-error", "skip"])
     assert "5 images, 5 captions" in capsys.readouterr().out
+
+
+# What strangers' files hold, by the kinds of public bug reports
+
+
+ROWS = [("a.jpg", ["one", "two"]), ("b.jpg", ["three"])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.txt", "image,caption\na.jpg,one\na.jpg,two\nb.jpg,three\n"),  # Kaggle's Flickr8k
+        ("m.csv", "Image,Caption\na.jpg,one\na.jpg,two\nb.jpg,three\n"),
+        ("m.csv", "image,caption,caption.1,Caption.2\na.jpg,one,two,\nb.jpg,three,,\n"),  # pandas, of one name each
+        ("m.csv", "image,caption\na.jpg,one,\na.jpg,two,,\nb.jpg,three\n"),  # separators at the ends of lines
+        ("m.csv", "sep=;\r\nimage;caption\r\na.jpg;one\r\na.jpg;two\r\nb.jpg;three\r\n"),
+        ("m.json", json.dumps([{"image": image, "caption": texts} for image, texts in ROWS])),
+    ],
+)
+def test_tables_of_other_programs_are_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    pairs = source_of("pairs", tmp_path / name, folds=2).pairs("all")
+    assert [(image.path.name, [caption.text for caption in captions]) for image, captions in pairs] == ROWS
+
+
+def test_a_column_that_is_named_is_the_only_one(tmp_path):
+    (tmp_path / "m.csv").write_text("image,caption,caption.1\na.jpg,one,two\nb.jpg,three,four\n")
+    source = source_of("pairs", tmp_path / "m.csv", folds=2, caption_column="caption")
+    assert [caption.text for caption in source.captions("all")] == ["one", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "m.csv",
+            b"version https://git-lfs.github.com/spec/v1\noid x\n",
+            "it is a pointer of Git LFS, which `git lfs p",
+        ),
+        ("m.jsonl", b"\n<!DOCTYPE html><html>", "it is a web page: download the table itself"),
+        (
+            "m.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid x\n",
+            "pyarrow can read .it is a pointer of Git",
+        ),
+        ("m.json", b'{"image": "a.jpg"}', "it is not a list: write"),
+        ("m.json", b'["a.jpg"]', "entry 0 is not an object: write a list of them"),
+        ("m.json", b"[", "it is not valid JSON"),
+        ("m.csv", b"image,caption,split\na.jpg,one,train\nb.jpg,two,Train\n", "splits 'train' and 'Train': write them"),
+    ],
+)
+def test_tables_that_are_something_else_are_named(tmp_path, name, content, sentence):
+    if "pyarrow" in sentence:
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        source_of("pairs", tmp_path / name, folds=2).images("all")
+
+
+def test_a_table_that_is_not_utf8_is_to_be_saved_as_that(tmp_path):
+    (tmp_path / "m.csv").write_bytes("image,caption\na.jpg,caf\u00e9\nb.jpg,th\u00e9\n".encode("cp1252"))
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(jpeg(0))
+    sentence = (
+        r"it holds bytes that are not UTF-8, .*: save the file that holds them as UTF-8; the first \(line 2\) is of"
+    )
+    with pytest.raises(UserError, match=sentence):
+        list_split(source_of("pairs", tmp_path / "m.csv", folds=2), "all")
+    (tmp_path / "m.csv").write_bytes("image,caption\n\u00e9.jpg,one\n\u00e8.jpg,two\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"the name of .* is not UTF-8: save the file that lists them as UTF-8\.$"):
+        list_split(source_of("pairs", tmp_path / "m.csv", folds=2), "all")
+
+
+def test_paths_of_windows_are_found(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "photos" / name).write_bytes(jpeg(0))
+    (tmp_path / "m.csv").write_text("image,caption\nphotos\\a.jpg,one\nphotos\\b.jpg,two\n")
+    images = list_split(source_of("pairs", tmp_path / "m.csv", folds=2), "all").images
+    assert [image.path.relative_to(tmp_path).as_posix() for image in images] == ["photos/a.jpg", "photos/b.jpg"]
+
+
+def test_parts_of_a_split_that_are_missing_are_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": pyarrow.array([jpeg(0), jpeg(9)], pyarrow.binary_view()), "text": ["a", "b"]})
+    for name in ("train-00000-of-00002", "test-00000-of-00001"):
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="has 1 of the 2 parts of 'train': download the others, or rename"):
+        source_of("pairs", tmp_path).images("train")
+    source = source_of("pairs", tmp_path / "train-00000-of-00002.parquet", folds=2)  # alone, by its name
+    assert [color(source.open(image)) for image in source.images("all")] == [0, 10]
+
+
+def test_pictures_with_texts_come_before_the_metadata_of_img2dataset(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(sys.modules["pyarrow"].table({"url": ["x"], "caption": ["y"]}), tmp_path / "00000.parquet")
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(0))
+        (tmp_path / f"{name}.txt").write_text(f"caption {name}")
+    captions = source_of("pairs", tmp_path, folds=2).captions("all")
+    assert [caption.text for caption in captions] == ["caption 0", "caption 1"]
+
+
+def test_texts_of_shards_may_begin_with_a_mark(tmp_path):
+    pytest.importorskip("webdataset")
+    members = {"0.jpg": jpeg(0), "0.txt": "\ufeffone".encode(), "1.jpg": jpeg(0)}
+    shard(tmp_path / "a.tar", members | {"1.json": '\ufeff{"caption": "two"}'.encode()})
+    assert [caption.text for caption in Shards(tmp_path, folds=2).captions("all")] == ["one", "two"]
+
+
+def test_a_folder_of_shards_may_look_like_a_pattern(tmp_path):
+    pytest.importorskip("webdataset")
+    (tmp_path / "sh [a]").mkdir()
+    shard(tmp_path / "sh [a]/s-0.tar", sample("0", 0, "one") | sample("1", 0, "two"))
+    assert len(Shards(f"{tmp_path}/sh [a]/s-{{0..0}}.tar", folds=2).images("all")) == 2
+
+
+def test_shards_whose_samples_would_be_lost_or_changed_are_refused(tmp_path):
+    pytest.importorskip("webdataset")
+    first = shard(tmp_path / "a.tar", sample("0", 0, "one")).read_bytes()
+    second = shard(tmp_path / "a.tar", sample("1", 0, "two")).read_bytes()
+    (tmp_path / "a.tar").write_bytes(first + second)
+    with pytest.raises(
+        UserError, match=r"a\.tar goes on after its end, .*: unpack it with tar --ignore-zeros, and make"
+    ):
+        Shards(tmp_path, folds=2).images("all")
+    (tmp_path / "a.tar").write_bytes(first + bytes(10**5))
+    assert len(Shards(tmp_path, folds=2)._samples("*.tar")) == 1
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("0.bmp")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9999"}
+        content = b"1\n0\n5\n".ljust(512, b"\0") + b"BM123"
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match=r"0\.bmp is stored without its zeros: make the shard without tar --sparse"):
+        Shards(tmp_path, folds=2).images("all")
+
+
+def test_karpathy_names_the_splits_that_there_are(tmp_path):
+    source = karpathy(tmp_path, entry(1, "restval"), entry(2, "test"))
+    assert ids(source.images("train")) == [1]
+    with pytest.raises(UserError, match="has no split 'train_only'; it has restval, test, train"):
+        source.images("train_only")
+    with pytest.raises(UserError, match="has the splits 'train' and 'Train': write them alike"):
+        karpathy(tmp_path, entry(1, "train"), entry(2, "Train")).images("train")
+
+
+def test_coco_without_captions_is_named(tmp_path):
+    listing = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "bbox": []}]}
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps(listing))
+    with pytest.raises(
+        UserError, match=r"captions_val2017\.json: no annotation has a 'caption': put a file of captions"
+    ):
+        Coco(tmp_path).images("val")
+
+
+@pytest.mark.parametrize("batch", [2, 256])
+def test_pictures_that_repeat_are_counted(tmp_path, monkeypatch, capsys, batch):
+    """As where a table has a row per caption, each with the picture; or a shard was downloaded twice."""
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("webdataset")
+    for name in ("a.tar", "a (1).tar"):
+        shard(tmp_path / name, sample("0", 0, "one") | sample("1", 90, "two") | {"2.jpg": b"?", "2.txt": b"three"})
+    cache = ["--dataset", "webdataset", "--root", ".", "--backbone", "shapes-tiny", "--device", "cpu", "--workers", "1"]
+    cache += ["--splits", "all", "--on-error", "skip", "--quiet", "--set", f"encoder.batch_size={batch}"]
+    cache_embeddings.main(cache)
+    line = "4 images, 4 captions, D = 64, 2 with the pixels of an earlier image, 2 left out"
+    assert line in capsys.readouterr().out
+
+
+def test_every_line_of_a_shard_may_be_a_caption(tmp_path):
+    pytest.importorskip("webdataset")
+    members = sample("0", 0, "one\ntwo\n") | sample("1", 0, "three\n\nfour ") | sample("2", 0, "\n")
+    shard(tmp_path / "a.tar", members)
+    source = Shards(tmp_path, folds=2)
+    assert list(texts(source, "all").values()) == [["one", "two"], ["three", "four"], [""]]
+    shard(tmp_path / "a.tar", members | sample("2", 0, "five"))  # lines of one caption, then
+    assert list(texts(Shards(tmp_path, folds=2), "all").values()) == [["one two"], ["three four"], ["five"]]

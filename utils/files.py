@@ -30,6 +30,23 @@ UNREADABLE = (
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def not_downloaded(path):
+    """What lies in the place of a file that was not downloaded: a pointer of Git LFS or a web page; "" if neither."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            return "it is a pointer of Git LFS, which `git lfs pull` replaces by the file"
+        if start.startswith((b"<!doctype html", b"<html")):
+            return "it is a web page"
+    return ""
+
+
+def reason(error, path):
+    """Why the file `path` cannot be read, by an exception of UNREADABLE: on one line, without advice to unpickle it."""
+    message = " ".join(str(error).split())
+    return not_downloaded(path) or ("it does not begin as one" if "`allow_pickle=`" in message else message)
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and is removed if not.
@@ -80,7 +97,7 @@ def locked(folder):
 
 def must_write(folder):
     """Raise UserError unless files can be written into a folder, or into the nearest one above it that exists."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))  # also a link to nothing
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
