@@ -162,3 +162,19 @@ def test_a_gallery_scored_in_blocks_has_the_same_scores(monkeypatch):
         scores += [side.score(slice(3, 40)) for side in both.values()]
     assert [score.shape for score in parted] == [(37, 50), (37, 90)]
     torch.testing.assert_close(parted, whole, rtol=0, atol=1e-6)
+    exact = cosine(*(Embedding(each.mean.double()) for each in (image, text)))
+    torch.testing.assert_close([score.double() for score in parted], [exact.T[3:40], exact[3:40]], rtol=0, atol=1e-6)
+    assert all(score.is_contiguous() for score in parted)  # what reads transposed scores takes twice as long
+
+
+def test_equal_items_tie_across_blocks_in_both_directions(monkeypatch):
+    """2,049 items, as 2,048 are a block: one of a block of its own would be rounded otherwise."""
+    monkeypatch.setattr(retrieval, "STORED_SCORES", 0)
+    one, other = torch.randn(2, 100, 512, generator=torch.Generator().manual_seed(0))
+    row = np.arange(retrieval.GALLERY + 1) % len(other)
+    small, large = Embedding(one), Embedding(other[row])
+    sides = retrieval.sides(cosine, small, large, np.arange(len(row)), 1.0)
+    to_text = sides["image_to_text"].score(slice(0, 100))
+    sides = retrieval.sides(cosine, large, small, np.arange(100), 1.0)
+    for scores in (to_text, sides["text_to_image"].score(slice(0, 100))):
+        assert torch.equal(scores, scores[:, row])
