@@ -1,5 +1,6 @@
 """Cross-modal retrieval: an image for every caption and a caption for every image."""
 
+import math
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -34,7 +35,8 @@ from tasks import (
     without_correction,
 )
 
-GALLERY = 2**17  # items that are scored at once: methods need memory for each beside the score
+# Items that are scored at once, on a CPU and on a device: what methods compute beside the score stays in a CPU's cache.
+GALLERY, DEVICE_GALLERY = 2**11, 2**17
 COCO_5K = 5000  # images of the test split, whose fifths are COCO 1K
 
 
@@ -71,11 +73,11 @@ def sides(compute, image, text, image_of_text, scale):
 
     def to_text(rows):
         part = image.rows(rows)
-        return _by_blocks(lambda block: compute(part, text.rows(block)), texts)
+        return _by_blocks(lambda block: compute(part, text.rows(block)), texts, text.mean.device)
 
     def to_image(rows):
         part = text.rows(rows)
-        return _by_blocks(lambda block: compute(image.rows(block), part).T, images)
+        return _by_blocks(lambda block: compute(image.rows(block), part).T, images, image.mean.device)
 
     if images * texts <= STORED_SCORES:
         scores = all_scores(to_text, images, texts)
@@ -85,16 +87,17 @@ def sides(compute, image, text, image_of_text, scale):
     return {"text_to_image": text_side, "image_to_text": image_side}
 
 
-def _by_blocks(compute, gallery):
+def _by_blocks(compute, gallery, device):
     """Scores (q, G) of queries, a block of the gallery at a time: `compute` returns those of a slice of it, (q, g)."""
-    scores = compute(slice(0, min(gallery, GALLERY)))
-    if gallery <= GALLERY:
-        return scores
-    whole = scores.new_empty((len(scores), gallery))
-    whole[:, :GALLERY] = scores
-    for start in range(GALLERY, gallery, GALLERY):
-        block = slice(start, start + GALLERY)
-        whole[:, block] = compute(block)
+    most, whole = GALLERY if device.type == "cpu" else DEVICE_GALLERY, None
+    # Blocks are even: a product of few columns may round otherwise, and equal items have equal scores in every block.
+    step = math.ceil(gallery / math.ceil(gallery / most))
+    for start in range(0, gallery, step):
+        block = slice(start, start + step)
+        scores = compute(block)
+        if whole is None:
+            whole = scores.new_empty((len(scores), gallery))
+        whole[:, block] = scores
     return whole
 
 

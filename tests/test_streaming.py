@@ -162,3 +162,20 @@ def test_a_gallery_scored_in_blocks_has_the_same_scores(monkeypatch):
         scores += [side.score(slice(3, 40)) for side in both.values()]
     assert [score.shape for score in parted] == [(37, 50), (37, 90)]
     torch.testing.assert_close(parted, whole, rtol=0, atol=1e-6)
+    exact = cosine(*(Embedding(each.mean.double()) for each in (image, text)))
+    torch.testing.assert_close([score.double() for score in parted], [exact.T[3:40], exact[3:40]], rtol=0, atol=1e-6)
+    assert all(score.is_contiguous() for score in parted)  # what reads transposed scores takes twice as long
+
+
+def test_blocks_of_a_gallery_are_even(monkeypatch):
+    """2,049 items, as 2,048 are a block: a product with one would round scores otherwise, and equal items not tie."""
+    monkeypatch.setattr(retrieval, "STORED_SCORES", 0)
+    few, many, shapes = Embedding(torch.randn(3, 4)), Embedding(torch.randn(retrieval.GALLERY + 1, 4)), []
+
+    def compute(image, text):
+        shapes.append((len(image.mean), len(text.mean)))
+        return cosine(image, text)
+
+    retrieval.sides(compute, few, many, np.arange(len(many.mean)), 1.0)["image_to_text"].score(slice(0, 3))
+    retrieval.sides(compute, many, few, np.arange(3), 1.0)["text_to_image"].score(slice(0, 3))
+    assert shapes == [(3, 1025), (3, 1024), (1025, 3), (1024, 3)]

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from benchmarks.measure import Case
 from metrics import retrieval
+from models.base import Embedding, cosine
+from tasks.retrieval import sides
 
 IMAGES, PER_IMAGE, DIM = 118_287, 5, 512
 SAMPLE = 256  # images, with their captions, that are ranked
@@ -22,10 +24,12 @@ def ranks(device):
         part.div_(part.norm(dim=-1, keepdim=True))
     image, text = image.to(device), text.to(device)
     caption = np.arange(SAMPLE * PER_IMAGE)
+    adapted = (Embedding(x, direction=x) for x in (image, text))
+    both = sides(cosine, *adapted, np.arange(len(text)) // PER_IMAGE, 1.0)
 
     def ours():
-        t2i = retrieval.rank(lambda rows: text[rows] @ image.T, IMAGES, caption, caption // PER_IMAGE)
-        i2t = retrieval.rank(lambda rows: image[rows] @ text.T, len(text), caption // PER_IMAGE, caption)
+        t2i = retrieval.rank(both["text_to_image"].score, IMAGES, caption, caption // PER_IMAGE)
+        i2t = retrieval.rank(both["image_to_text"].score, len(text), caption // PER_IMAGE, caption)
         return [float(retrieval.recall_at(ranking, k).mean()) for ranking in (t2i, i2t) for k in (1, 5, 10)]
 
     def textbook():
