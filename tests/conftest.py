@@ -124,6 +124,17 @@ def forked(main, argv, errors=os.devnull):
     return process
 
 
+@contextlib.contextmanager
+def handlers_kept(*numbers):
+    """Put the handlers of these signals back after the block."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def made_once(tmp_path_factory, name, make):
     """Call `make` in a folder of its own, once for all workers of pytest-xdist; returns the folder."""
     base = tmp_path_factory.getbasetemp()
