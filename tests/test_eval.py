@@ -69,10 +69,10 @@ def slow_uncertainty(uncertainty, hits, count, limit, truth):
     figures["levels"]["uncertainty"] = [[uncertainty[rows].min(), uncertainty[rows].max()] for rows in groups]
 
     same = (uncertainty[:, None] == uncertainty).astype(float)
-    same /= same.sum(axis=1, keepdims=True)
+    ties = same.sum(axis=1)
 
     def by_level(values):  # tied queries, such as captions of the same words, are in random order
-        even = same @ values
+        even = same @ values / ties
         return [even[rows].mean() for rows in groups]
 
     figures["levels"]["recall"] = {str(k): by_level(hit) for k, hit in hits.items()}
@@ -89,7 +89,7 @@ def slow_uncertainty(uncertainty, hits, count, limit, truth):
     kept = [uncertainty <= threshold for threshold in np.unique(uncertainty)]
     steps = np.diff([0, *(hit[rows].sum() for rows in kept)]) / hit.sum()
     figures["aupr"] = sum(step * hit[rows].mean() for step, rows in zip(steps, kept, strict=True))
-    even = (same @ hit)[order]
+    even = (same @ hit / ties)[order]
     risk = [1 - even[:answered].mean() for answered in range(1, len(hit) + 1)]
     best = [1 - np.sort(hit)[::-1][:answered].mean() for answered in range(1, len(hit) + 1)]
     figures["aurc"], figures["e_aurc"] = np.mean(risk), np.mean(risk) - np.mean(best)
