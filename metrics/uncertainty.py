@@ -31,12 +31,13 @@ def _totals(times, columns, hit, starts):
     times: (B, G), how often each group of queries is drawn. columns (Q,): the groups of the queries. hit (Q,), starts
     (T,): sorted by uncertainty, as `_in_order` returns them. Returns (B, T) each.
     """
-    times = np.take(times.astype(np.float64), columns, axis=1)
-    queries, hits = np.cumsum(times, axis=1), np.cumsum(times * hit, axis=1)
-    if len(starts) == len(hit):  # without ties
-        return queries, hits
-    stops = np.append(starts[1:], len(hit)) - 1
-    return queries[:, stops], hits[:, stops]
+    both = np.empty((len(times), len(hit)), dtype=np.complex128)  # a processor adds two numbers as fast as one
+    both.real = np.take(times, columns, axis=1)
+    np.multiply(both.real, hit, out=both.imag)
+    np.cumsum(both, axis=1, out=both)
+    if len(starts) < len(hit):  # ties
+        both = both[:, np.append(starts[1:], len(hit)) - 1]
+    return both.real, both.imag
 
 
 def _auroc(queries, hits):
