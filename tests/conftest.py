@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], 100)  # a full collection takes a tenth of a second
     gc.enable()
     import torch
 
@@ -158,6 +159,28 @@ def small_world(tmp_path_factory):
 
     cache = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
     return made_once(tmp_path_factory, "small_world", lambda: cache_embeddings.main(cache))
+
+
+@pytest.fixture(scope="session")
+def pooled_world(small_world, tmp_path_factory):
+    """A folder with the small `shapes`, cached with pooled features."""
+
+    def make():
+        from check_method import SMALL_WORLD
+
+        import cache_embeddings
+
+        Path("data").symlink_to(small_world / "data")
+        cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
+
+    return made_once(tmp_path_factory, "pooled_world", make)
+
+
+def share_pooled(pooled_world):
+    """Link the pooled `shapes` into the working folder, beside what is cached there."""
+    Path("data").symlink_to(pooled_world / "data")
+    Path("embeddings").mkdir()
+    Path("embeddings/shapes").symlink_to(pooled_world / "embeddings/shapes")
 
 
 @pytest.fixture
