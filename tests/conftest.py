@@ -14,6 +14,11 @@ from pathlib import Path
 # One thread for each of the workers that share the cores, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Files of tests in memory, where there is room for them and for programs: the system takes half the time for them.
+with contextlib.suppress(OSError, AttributeError):  # Windows has neither
+    memory = os.statvfs("/dev/shm")
+    if memory.f_bavail * memory.f_frsize > 4e9 and not memory.f_flag & os.ST_NOEXEC:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 import filelock
 import pytest
@@ -30,6 +35,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], 100)  # a full collection takes a tenth of a second
     gc.enable()
     import torch
 
@@ -124,6 +130,17 @@ def forked(main, argv, errors=os.devnull):
     return process
 
 
+@contextlib.contextmanager
+def handlers_kept(*numbers):
+    """Put the handlers of these signals back after the block."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def made_once(tmp_path_factory, name, make):
     """Call `make` in a folder of its own, once for all workers of pytest-xdist; returns the folder."""
     base = tmp_path_factory.getbasetemp()
@@ -147,6 +164,28 @@ def small_world(tmp_path_factory):
 
     cache = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
     return made_once(tmp_path_factory, "small_world", lambda: cache_embeddings.main(cache))
+
+
+@pytest.fixture(scope="session")
+def pooled_world(small_world, tmp_path_factory):
+    """A folder with the small `shapes`, cached with pooled features."""
+
+    def make():
+        from check_method import SMALL_WORLD
+
+        import cache_embeddings
+
+        Path("data").symlink_to(small_world / "data")
+        cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
+
+    return made_once(tmp_path_factory, "pooled_world", make)
+
+
+def share_pooled(pooled_world):
+    """Link the pooled `shapes` into the working folder, beside what is cached there."""
+    Path("data").symlink_to(pooled_world / "data")
+    Path("embeddings").mkdir()
+    Path("embeddings/shapes").symlink_to(pooled_world / "embeddings/shapes")
 
 
 @pytest.fixture

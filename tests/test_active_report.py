@@ -221,7 +221,7 @@ def test_backbone_filters_results_and_traces(tmp_path, capsys, one_figure):
     assert "of backbone 'small', but of huge, large, tiny" in fails(tmp_path, capsys, "--backbone", "small")
 
 
-def test_a_data_set_with_a_trace_or_a_study_alone_is_reported(tmp_path, capsys):
+def test_a_data_set_with_a_trace_or_a_study_alone_is_reported(tmp_path, capsys, one_figure):
     write_trace(tmp_path)
     write_study(tmp_path, dataset="shapes-colors")
     assert "but of shapes, shapes-colors: name one that is" in fails(tmp_path, capsys, dataset="shaeps")
@@ -289,7 +289,7 @@ def test_a_result_in_the_wrong_place_is_named(tmp_path, capsys, name, changes):
     assert f"{path} holds bald-seed1 of" in fails(tmp_path, capsys)
 
 
-def test_traces_are_means_over_trials(tmp_path, capsys):
+def test_traces_are_means_over_trials(tmp_path, capsys, one_figure):
     path = write_trace(tmp_path)
     out = run(tmp_path, capsys)
     [trace] = traces.read(tmp_path / "shapes")

@@ -141,7 +141,7 @@ def test_a_cache_of_other_content_is_refused(here, refusal, capsys):
     assert "already there" not in capsys.readouterr().out
 
 
-def test_scripts_need_no_backbone(here, refusal, monkeypatch):
+def test_scripts_need_no_backbone(here, refusal, monkeypatch, one_figure):
     for name in ("open_clip", "models.backbones.openclip"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     cache_embeddings.main(CACHE)

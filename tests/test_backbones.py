@@ -36,13 +36,15 @@ FAMILIES = sorted(
     {load_backbone(name).model for name in YAMLS if load_backbone(name).library == "open_clip"} - {"shapes-tiny"}
     | {"convnext_base", "PE-Core-T-16-384", "ViTamin-S", "convnext_large_d"}
 )
+SIDE = 64  # pixels of the pictures of a shrunk architecture
 TINY = {"clip": {"projection_dim": 24}, "siglip": {}, "blip": {"image_text_hidden_size": 24}}
 VOCABULARY = ["[PAD]", "[UNK]", "[EOS]", "a", "photo", "of", "cat", "dog"]
 
 
 def shrunk(name):
-    """An open_clip architecture at full width with few layers and 1,000 tokens."""
+    """An open_clip architecture at full width with few layers, small pictures and 1,000 tokens."""
     config = open_clip.get_model_config(name)
+    config["vision_cfg"]["image_size"] = SIDE
     for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
         if "layers" in config.get(part, {}):
             config[part]["layers"] = [1] * 4 if isinstance(config[part]["layers"], list) else 2
@@ -51,9 +53,9 @@ def shrunk(name):
 
 
 def shallow(name, *args, create=open_clip.timm_model.timm.create_model, **kwargs):
-    """A timm trunk at full width with few layers."""
+    """A timm trunk at full width with few layers and small pictures."""
     fewer = {"convnext": {"depths": (1, 1, 1, 1)}, "fastvit": {"layers": (1, 1, 1, 1)}}
-    return create(name, *args, **fewer.get(name.split("_")[0], {"depth": 2}), **kwargs)
+    return create(name, *args, **fewer.get(name.split("_")[0], {"depth": 2, "img_size": SIDE}), **kwargs)
 
 
 def repeating(draw, scale_of):
@@ -432,9 +434,9 @@ def test_archives_of_openai_want_quickgelu(small, tmp_path):
     for name in ("input_resolution", "context_length", "vocab_size"):
         vars(plain).pop(name, None)
         plain.register_buffer(name, torch.tensor(0))
-    pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (1, 3, SIDE, SIDE), dtype=torch.uint8)
     path = str(tmp_path / "ViT-B-32.pt")
-    torch.jit.trace(plain, (torch.zeros(1, 3, 224, 224), some_tokens()[:1]), check_trace=False).save(path)
+    torch.jit.trace(plain, (torch.zeros(1, 3, SIDE, SIDE), some_tokens()[:1]), check_trace=False).save(path)
     with pytest.raises(UserError, match="are not of ViT-B-32 but of ViT-B-32-quickgelu"):
         small("ViT-B-32", pretrained=path)
     backbone = small("ViT-B-32-quickgelu", pretrained=path)
@@ -511,7 +513,7 @@ def test_pixels_are_open_clips(small, name):
     settings = open_clip.pretrained.get_pretrained_cfg(name, tag)
     settings = {key: settings[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     theirs = open_clip.image_transform(backbone.model.visual.image_size, is_train=False, **settings)
-    for number, size in enumerate([(640, 480), (131, 400), (224, 224), (30, 20)]):
+    for number, size in enumerate([(640, 480), (131, 400), (SIDE, SIDE), (30, 20)]):
         for mode in ("RGB", "RGBA", "L", "LA"):
             image = photo(*size, mode=mode, seed=number)
             pixels = backbone.transform(image)

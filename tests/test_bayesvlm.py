@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from check_method import SMALL_WORLD, Drawn
-from conftest import POOLED, homogeneous, made_once, write_classes
+from check_method import Drawn
+from conftest import POOLED, homogeneous, made_once, share_pooled, write_classes
 from fresh import printed
 
 import cache_embeddings
@@ -36,22 +36,22 @@ FOLDER = "shapes/shapes-tiny/{}/seed0"
 
 
 @pytest.fixture(scope="module")
-def pooled_world(tmp_path_factory):
+def sorted_world(pooled_world, tmp_path_factory):
     """A folder where a small `shapes`, and its val images in folders by shape, are cached with pooled features."""
 
     def make():
-        cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
+        share_pooled(pooled_world)
         write_classes(Path("drawn"))
         templates = "data.options.templates=['a photo of a {}', 'a {}', 'there is a {}']"
         cache_embeddings.main([*CLASSES, "--root", "drawn", *POOLED, "--set", templates])
 
-    return made_once(tmp_path_factory, "pooled", make)
+    return made_once(tmp_path_factory, "sorted", make)
 
 
 @pytest.fixture
-def place(pooled_world, tmp_path, monkeypatch):
+def place(sorted_world, tmp_path, monkeypatch):
     for name in ("embeddings", "data", "drawn"):
-        (tmp_path / name).symlink_to(pooled_world / name)
+        (tmp_path / name).symlink_to(sorted_world / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -22,7 +22,7 @@ from utils.config import load_backbone, load_config, make_source
 from utils.errors import UserError
 from utils.files import locked, save_array, save_arrays, write_text
 
-SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--set", *SMALL_WORLD]
+SHAPES = ["--dataset", "shapes", "--quiet", "--device", "cpu", "--workers", "1", "--set", *SMALL_WORLD]
 VAL = ["--splits", "val"]
 
 
@@ -70,13 +70,18 @@ def test_cutting_captions_to_their_length_is_exact(backbone):
         torch.testing.assert_close(backbone.encode_texts([text])[0], whole[i], rtol=1e-5, atol=1e-6)
 
 
-def test_force_custom_text_is_the_ordinary_model():
+def test_force_custom_text_is_the_ordinary_model(monkeypatch):
     """The text tower as a separate module computes what open_clip's plain CLIP does, also on shortened tokens."""
     import open_clip
 
+    name = "ViT-B-32-quickgelu"
+    config = open_clip.get_model_config(name)
+    for tower in ("vision_cfg", "text_cfg"):
+        config[tower]["layers"] = 2
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
     backbone = Backbone(load_backbone("ViT-B-32-random"))
     torch.manual_seed(0)
-    plain = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
+    plain = open_clip.create_model(name, pretrained=None)
     state = {key.removeprefix("text."): value for key, value in backbone.model.state_dict().items()}
     plain.load_state_dict(state)
     texts = ["a photo of a cat", "two dogs run over a green field in the rain"]

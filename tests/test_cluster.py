@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from conftest import handlers_kept
 from test_reproduce import all_gone, files, start_by_fork, started
 
 import reproduce
@@ -182,7 +183,7 @@ def test_jobs_of_this_machine_that_outlived_their_command_are_named(tmp_path, mo
 
 
 def test_a_second_sigterm_leaves_the_saving_alone():
-    interrupted, before = [], signal.getsignal(signal.SIGTERM)
+    interrupted = []
 
     def save():
         interrupted.append(True)
@@ -191,12 +192,9 @@ def test_a_second_sigterm_leaves_the_saving_alone():
 
     chunk = Chunk({}, ["cpu"])
     chunk.workers = SimpleNamespace(interrupt=save)
-    try:
+    with handlers_kept(signal.SIGTERM), pytest.raises(SystemExit):
         signal.signal(signal.SIGTERM, chunk._terminated)
-        with pytest.raises(SystemExit):
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
     assert len(interrupted) == 1
 
 
@@ -224,16 +222,11 @@ def test_a_preempted_chunk_goes_on_with_what_is_left(monkeypatch):
         raise SystemExit(255)
 
     monkeypatch.setattr(train, "main", main)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
     chunk, left = Chunk({name: [("train", [name])] for name in "abc"}, ["cpu"]), []
-    try:
+    with handlers_kept(signal.SIGTERM, signal.SIGUSR2), pytest.raises(SystemExit):
         signal.signal(signal.SIGUSR2, preempt)
-        with pytest.raises(SystemExit):
-            chunk()
-        assert list(left[0].jobs) == ["b", "c"] and list(left[0].failed) == ["a"] and pids[0].exitcode == 130
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        chunk()
+    assert list(left[0].jobs) == ["b", "c"] and list(left[0].failed) == ["a"] and pids[0].exitcode == 130
 
 
 METHODS = ["asymvlm-psd", "pfe", "clip"]

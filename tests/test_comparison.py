@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from check_method import SMALL_WORLD
-from conftest import POOLED, made_once, write_classes
+from conftest import POOLED, made_once, share_pooled, write_classes
 from scipy import stats
 from test_report import make_result, mean, rows_of, save
 
@@ -34,11 +33,11 @@ RESULT = "results/shapes/shapes-tiny/bayesvlm/seed0/folder+test-classification.j
 
 
 @pytest.fixture(scope="module")
-def halved(tmp_path_factory):
+def halved(pooled_world, tmp_path_factory):
     """A folder with a small `shapes` and its val images in folders by shape, half of them as val and half as test."""
 
     def make():
-        cache_embeddings.main(["--dataset", "shapes", *POOLED, "--set", *SMALL_WORLD])
+        share_pooled(pooled_world)
         write_classes(Path("drawn"), ["val", "test"])
         cache_embeddings.main([*CLASSES, "--root", "drawn", *POOLED, "--splits", "val", "test"])
         run = ["--dataset", "shapes", "--device", "cpu", "--quiet"]

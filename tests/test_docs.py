@@ -17,7 +17,6 @@ from check_method import SMALL, SMALL_WORLD
 from conftest import write_classes
 from pages import DOCS, FENCE, README, blocks
 
-import cache_embeddings
 import train
 from datasets.shapes import Shapes
 from reporting.figures import style
@@ -140,7 +139,7 @@ def targets():
 
 
 @pytest.fixture(scope="module")
-def desk(small_world, tmp_path_factory):
+def desk(small_world, pooled_world, tmp_path_factory):
     """A working folder with everything that the pages take for granted, and a copy of configs that examples go to."""
     folder, home = tmp_path_factory.mktemp("desk"), tmp_path_factory.mktemp("home")
     shutil.copytree(HOME / "configs", home / "configs", copy_function=os.symlink)
@@ -157,7 +156,7 @@ def desk(small_world, tmp_path_factory):
         np.savez("pairs.npz", **arrays)
         examples = [block for path in [README, *DOCS] for block in blocks(path) if block.file]
         modules = [write_example(block, home, patch) for block in examples]
-        run(cache_embeddings, ["--dataset", "shapes", "--features", "pooled"])
+        shutil.copytree(pooled_world / "embeddings", "embeddings")
         run(train, ["--dataset", "shapes", "--method", "asymvlm-psd"])  # as `make demo` does
         yield folder
         for name in filter(None, modules):

@@ -51,14 +51,14 @@ def trained(world, trained_once):
 
 def slow(scores, positives, k):
     """Chance that a positive is among the k best of each row if tied items are in random order, by a loop."""
-    hits = []
+    tied_rows = []
     for row, items in zip(scores, positives, strict=True):
         best = row[items].max()
         others = np.delete(row, items)
         better, tied, tied_positives = (others > best).sum(), (others == best).sum(), (row[items] == best).sum()
         places = min(max(k - better, 0), tied + tied_positives)
-        hits.append(1 - stats.hypergeom(tied + tied_positives, tied_positives, places).pmf(0))
-    return np.array(hits)
+        tied_rows.append((tied + tied_positives, tied_positives, places))
+    return 1 - stats.hypergeom.pmf(0, *np.transpose(tied_rows))
 
 
 def slow_uncertainty(uncertainty, hits, count, limit, truth):
@@ -68,14 +68,16 @@ def slow_uncertainty(uncertainty, hits, count, limit, truth):
     figures = {"levels": {"count": [len(rows) for rows in groups]}}
     figures["levels"]["uncertainty"] = [[uncertainty[rows].min(), uncertainty[rows].max()] for rows in groups]
 
-    same = uncertainty[:, None] == uncertainty
+    same = (uncertainty[:, None] == uncertainty).astype(float)
+    ties = same.sum(axis=1)
 
-    def even(values):  # tied queries, such as captions of the same words, are in random order
-        return same @ values / same.sum(axis=1)
+    def by_level(values):  # tied queries, such as captions of the same words, are in random order
+        even = same @ values / ties
+        return [even[rows].mean() for rows in groups]
 
-    figures["levels"]["recall"] = {str(k): [even(hit)[rows].mean() for rows in groups] for k, hit in hits.items()}
+    figures["levels"]["recall"] = {str(k): by_level(hit) for k, hit in hits.items()}
     if limit is not None:
-        figures["levels"]["bayes_recall"] = [even(limit)[rows].mean() for rows in groups]
+        figures["levels"]["bayes_recall"] = by_level(limit)
     recalls = np.array(figures["levels"]["recall"]["1"])
     figures["s"] = stats.spearmanr(range(count), recalls).statistic
     figures["r2"] = stats.linregress(range(count), recalls).rvalue ** 2
@@ -87,7 +89,8 @@ def slow_uncertainty(uncertainty, hits, count, limit, truth):
     kept = [uncertainty <= threshold for threshold in np.unique(uncertainty)]
     steps = np.diff([0, *(hit[rows].sum() for rows in kept)]) / hit.sum()
     figures["aupr"] = sum(step * hit[rows].mean() for step, rows in zip(steps, kept, strict=True))
-    risk = [1 - even(hit)[order[:answered]].mean() for answered in range(1, len(hit) + 1)]
+    even = (same @ hit / ties)[order]
+    risk = [1 - even[:answered].mean() for answered in range(1, len(hit) + 1)]
     best = [1 - np.sort(hit)[::-1][:answered].mean() for answered in range(1, len(hit) + 1)]
     figures["aurc"], figures["e_aurc"] = np.mean(risk), np.mean(risk) - np.mean(best)
     wrongs = [risk[answered - 1] * answered / len(hit) for answered in range(1, len(hit) + 1)]

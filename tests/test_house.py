@@ -1,6 +1,7 @@
 """The house: which room may import which, no circle, and the words that names must not be."""
 
 import ast
+import functools
 import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -48,9 +49,15 @@ def modules():
 MODULES = modules()
 
 
+@functools.cache
+def nodes(path):
+    """The nodes of a file's syntax tree, read once."""
+    return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
 def imports(path):
     """The dotted names that a file imports, wherever in it, also by importlib with a literal name."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -58,7 +65,7 @@ def imports(path):
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 yield whole if whole in MODULES else node.module
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module"):
+        elif isinstance(node, ast.Call) and "import_module" in (getattr(node.func, key, "") for key in ("id", "attr")):
             yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
 
 
@@ -70,20 +77,23 @@ def room(module):
     return first if first in MAY_IMPORT else "scripts"
 
 
-GRAPH = {module: {other for other in imports(path) if other in MODULES} for module, path in MODULES.items()}
+@pytest.fixture(scope="module")
+def graph():
+    """The modules that each module imports."""
+    return {module: {other for other in imports(path) if other in MODULES} for module, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
-def test_a_room_imports_lower_rooms_alone(name):
-    for module, others in GRAPH.items():
+def test_a_room_imports_lower_rooms_alone(name, graph):
+    for module, others in graph.items():
         if room(module) == name:
             above = {other for other in others if room(other) not in MAY_IMPORT[name] | {name}}
             assert not above, f"{module} imports {', '.join(sorted(above))}"
 
 
-def test_no_two_modules_import_each_other():
+def test_no_two_modules_import_each_other(graph):
     try:
-        TopologicalSorter(GRAPH).prepare()
+        TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
 
@@ -125,7 +135,7 @@ def test_metrics_and_distributions_have_examples():
     kinds = {"metrics": ast.FunctionDef, "models/distributions": ast.FunctionDef | ast.ClassDef}
     for folder, kind in kinds.items():
         for path in (HOME / folder).glob("*.py"):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for node in nodes(path)[0].body:
                 if isinstance(node, kind) and not node.name.startswith("_"):
                     assert ">>> " in (ast.get_docstring(node) or ""), f"{path.name}: {node.name} has no example"
 
@@ -135,7 +145,7 @@ def test_names_say_what_they_hold():
     catch_alls = {"found", "said", "doubt", "doubts", "about", "own", "held", "told", "given", "way"}
     places = []
     for path in [*MODULES.values(), *Path(HOME / "tests").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
             if name in catch_alls:
                 places.append(f"{path.relative_to(HOME)}:{node.lineno} {name}")

@@ -16,8 +16,8 @@ from reporting.parts import Part
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """A copy of the list of figures, so that a test's figures end with it."""
+def registered(monkeypatch, blank_figures):
+    """A copy of the list of figures, all of them blank, so that a test's figures end with it."""
     figures = {task: list(drawings) for task, drawings in style.REGISTERED.items()}
     monkeypatch.setattr(style, "REGISTERED", figures)
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import draw_one_figure, forked
+from conftest import draw_one_figure, forked, handlers_kept
 
 import eval as evaluation
 import models
@@ -286,7 +286,8 @@ def test_ctrl_c_while_a_process_starts_is_not_lost(forks, monkeypatch):
         start(process)
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt), Workers(["cpu"]) as workers:
+    with handlers_kept(signal.SIGINT), pytest.raises(KeyboardInterrupt), Workers(["cpu"]) as workers:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
         list(workers.run({"job": [("train", ["--dataset", "nowhere"])]}, lambda: None))
     assert workers.workers[0].process is None and not multiprocessing.active_children()
 

@@ -22,7 +22,7 @@ import PIL.ImageOps
 import pytest
 import torch
 from check_method import SMALL_WORLD
-from conftest import forked_ranks
+from conftest import forked_ranks, handlers_kept
 
 import cache_embeddings
 from datasets import blocks, ranks
@@ -89,7 +89,8 @@ def torchrun(ranks, main, *arguments):
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, start_method="fork",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
     )  # fmt: skip
-    elastic_launch(config, main)(*arguments)
+    with handlers_kept(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # which torch replaces
+        elastic_launch(config, main)(*arguments)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import pickle
 import sys
 import tarfile
@@ -677,8 +678,9 @@ class Colors(torch.utils.data.Dataset):
         return color(self.source.open(self.images[row]))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", "forkserver"])  # the latter without an open file, like spawn
 def test_workers_open_images(shards, start):
+    multiprocessing.set_forkserver_preload(["torch"])  # as in fresh.py, whose server it shares
     source = Shards(shards)
     images = source.images("all")
     data = Colors(source, images)
