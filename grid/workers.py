@@ -114,16 +114,21 @@ class _Worker:
 def without_signals(*names):
     """Let processes that start in the block not hear signals, such as Ctrl-C: this process does, and ends them.
 
-    They inherit the mask. Signals are blocked, not ignored, so that one in the block is handled after it. Windows has
-    no masks.
+    They inherit the mask. Windows has no masks. A signal in the block is handled after it: what this thread blocks can
+    reach another one, and Python would call the handler here at once.
     """
     mask = getattr(signal, "pthread_sigmask", lambda *_: None)
-    numbers = {getattr(signal, name) for name in names if hasattr(signal, name)}
-    previous = mask(getattr(signal, "SIG_BLOCK", None), numbers)
-    try:
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers, caught = {number: signal.getsignal(number) for number in numbers}, []
+    with contextlib.ExitStack() as stack:  # whose steps are all taken, even if a handler raises in one
+        stack.callback(lambda: [signal.raise_signal(number) for number in dict.fromkeys(caught)])
+        for number, handler in handlers.items():
+            if handler not in (None, signal.SIG_IGN):
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, _: caught.append(number))
+        previous = mask(getattr(signal, "SIG_BLOCK", None), numbers)
+        stack.callback(mask, getattr(signal, "SIG_SETMASK", None), previous)
         yield
-    finally:
-        mask(getattr(signal, "SIG_SETMASK", None), previous)
 
 
 def _cause_of_death(code):

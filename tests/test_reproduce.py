@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import eval as evaluation
 import models
 import reproduce
 import train
-from grid.workers import Workers
+from grid.workers import Workers, without_signals
 from utils.config import HOME
 
 SETTINGS = ["--set", "train.epochs=2", "model.width=32"]
@@ -290,6 +291,22 @@ def test_ctrl_c_while_a_process_starts_is_not_lost(forks, monkeypatch):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
         list(workers.run({"job": [("train", ["--dataset", "nowhere"])]}, lambda: None))
     assert workers.workers[0].process is None and not multiprocessing.active_children()
+
+
+def test_a_signal_that_another_thread_gets_is_handled_after_the_block():
+    """As OpenBLAS's threads in the job of a cluster, which block no signal: Python calls the handler in this thread."""
+    inside, states, over = True, [], threading.Event()
+    thread = threading.Thread(target=over.wait)  # with the mask of now
+    thread.start()
+    with handlers_kept(signal.SIGUSR2):
+        signal.signal(signal.SIGUSR2, lambda *_: states.append(inside))
+        with without_signals("SIGUSR2"):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(0.1)
+            inside = False
+    over.set()
+    thread.join()
+    assert states == [False] and signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_mistakes_end_before_anything_is_done(world, refusal):
