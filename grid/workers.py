@@ -106,7 +106,6 @@ class _Worker:
         if self.process is not None:
             self.process.join(PATIENCE)
             self.process.kill()
-        self.pool.shutdown()
         self.pool = self.process = self.future = None
 
 

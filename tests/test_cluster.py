@@ -226,6 +226,9 @@ def test_a_preempted_chunk_goes_on_with_what_is_left(monkeypatch):
     with handlers_kept(signal.SIGTERM, signal.SIGUSR2), pytest.raises(SystemExit):
         signal.signal(signal.SIGUSR2, preempt)
         chunk()
+    deadline = time.monotonic() + 10
+    while pids[0].exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # the pool's thread waits for the process, too, and may yet have to note its exit code
     assert list(left[0].jobs) == ["b", "c"] and list(left[0].failed) == ["a"] and pids[0].exitcode == 130
 
 
