@@ -69,7 +69,7 @@ def say(ranks, folder, more=""):
     if empty := meta.get("classes_without_images"):  # such a class is a wrong answer to every image
         line += f", no image of {', '.join(map(repr, empty[:3]))}{f' and {len(empty) - 3:,} more' if empty[3:] else ''}"
     if repeated := meta.get("images_repeated"):  # of two equal images the right answer can be but one
-        line += f", {repeated:,} with the pixels of an earlier image"
+        line += f", {repeated:,} that the backbone sees as an earlier one"
     if meta["skipped"]:
         line += f", {meta['skipped']:,} left out (skipped.jsonl)"
     if meta["captions_cut"]:

@@ -147,21 +147,21 @@ class Classification(Source):
         return UserError(f"{message}: {self.get or 'point --root to the folder that holds it'}.")
 
     def _refuse_nested_splits(self, split, folder):
-        """Raise UserError if folders of `folder` hold the classes, as one that is called like a split, or is alone."""
+        """Raise UserError if folders of `folder` that are called like splits hold the classes."""
         if self.dataset != "ImageFolder" or not folder.is_dir():
             return
         inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and visible(path.name)]
-        called = [path for path in inside if SPLIT.search(path.name) and any(_kinds(path))]
-        alone = [path for path in inside if len(inside) == 1 and any(_kinds(path)) and all(_kinds(path))]
+        of_folders = [path for path in inside if any(_kinds(path)) and all(_kinds(path))]
+        called = [path for path in of_folders if SPLIT.search(path.name)]
         places = {self._place(name)[0]: name for name in self.splits if name != split}
-        if called and all(path in places for path in called):
-            nested = [name for path, name in places.items() if path in called]
+        nested = [name for path, name in places.items() if path in of_folders]
+        if nested and folder == self.root and len(nested) == len(called):
             raise UserError(
                 f"{self.root} is laid out in the splits {', '.join(nested)}: choose with --splits {' '.join(nested)},"
                 " or point --root to one of their folders."
             )
-        if called or alone:
-            names = ", ".join(path.name for path in called or alone)
+        if len(called) > 1 or called == inside != []:  # one among others may be a class
+            names = ", ".join(path.name for path in called)
             hint = "point --root to the folder that holds a folder per class"
             raise UserError(f"{folder} has folders of folders ({names}), not of pictures: {hint}.")
 

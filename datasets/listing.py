@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import unicodedata
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -60,7 +61,7 @@ def list_split(source, split, on_error="stop"):
     reasons = [_fault(caption.text) for caption in captions]
     if absent and on_error == "stop":
         first = next(image for image in images if image.id in absent)
-        if not first.path.name.isprintable() and len(absent) == len(images):
+        if re.search("[\udc80-\udcff]", first.path.name) and len(absent) == len(images):
             hint = "save the file that lists them as UTF-8"
             raise UserError(f"no image of '{split}' is there, as the name of {first.place} is not UTF-8: {hint}.")
         raise UserError(
@@ -138,12 +139,7 @@ def _check_ids(kind, items, shown):
 
 
 def _on_disk(path):
-    """Return the path of a file as the disk writes it.
-
-    An accented letter has two spellings in Unicode, and paths that were written on Windows have backslashes.
-    """
-    if "\\" in str(path) and _size(path) is None and (folded := Path(str(path).replace("\\", "/"))).is_file():
-        return folded
+    """Return the path of a file as the disk writes it: an accented letter has two spellings in Unicode."""
     if str(path).isascii() or _size(path) is not None or path == path.parent:
         return path
     folder = _on_disk(path.parent)

@@ -47,7 +47,7 @@ PICTURES = re.compile(r"\.(avif|bmp|gif|hei[cf]|j(fif|pe?g|p2|xl)|png|ppm|tiff?|
 SEPARATORS = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon"}
 
 
-PART = re.compile(r"(.+?)-\d+-of-(\d+)(-[0-9a-f]+)?")  # the stem of a .parquet of the hub: split, number, hash
+PART = re.compile(r"(.+?)-(\d+)-of-(\d+)(-[0-9a-f]+)?")  # the stem of a .parquet of the hub: split, number, hash
 
 
 class _Inside(NamedTuple):
@@ -81,6 +81,7 @@ class PairsFile(Described):
     def pairs(self, split):
         """List images with their captions, numbered over the file; raises UserError if the file cannot be read."""
         splits = self._read()
+        self._refuse_incomplete(split)
         if split not in splits:
             hint = "choose one with --splits here, --set data.train_split=NAME in train.py and --split in eval.py"
             raise self._error(f"it has no split '{split}'; it has {', '.join(splits)}: {hint}.")
@@ -172,6 +173,8 @@ class PairsFile(Described):
         if "://" in name:
             raise self._error(f"the image of {where} is a URL, {name}: download it, and give the path of its file.")
         path = Path(os.path.normpath(self.folder / name))
+        if "\\" in name and not os.path.isfile(path):  # as written on Windows
+            path = Path(os.path.normpath(self.folder / name.replace("\\", "/")))
         return Image(name_id(path.as_posix()), path)
 
     def _columns(self, names, kind):
@@ -179,10 +182,12 @@ class PairsFile(Described):
         option = self.columns[kind]
         candidates = [option] if option else COLUMNS[kind]
         columns = [name for name in candidates if name in names][:1]
-        columns = columns or [name for one in candidates for name in names if name.lower() == one.lower()][:1]
+        if kind != "split":  # a column of that name in another case may be anything
+            columns = columns or [name for one in candidates for name in names if name.lower() == one.lower()][:1]
         if kind == "caption" and not (option and columns):
             stems = "|".join(map(re.escape, columns or candidates))
-            columns += [name for name in names if re.fullmatch(rf"({stems})[ _.-]?\d+", name, re.IGNORECASE)]
+            number = rf"({stems})\.\d+" if columns else rf"({stems})[ _.-]?\d+"
+            columns += [name for name in names if re.fullmatch(number, name, re.IGNORECASE)]
         if not columns and (option or kind != "split"):
             hint = f"choose one with --set data.options.{kind}_column=NAME"
             if len(names) == 1 and ";" in names[0]:
@@ -217,22 +222,33 @@ class PairsFile(Described):
         parts = [path for path in files if path.suffix.lower() == ".parquet"]
         texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
         pictures = [path for path in files if PICTURES.fullmatch(path.suffix)]
-        if any(path.with_suffix("") in texts for path in pictures):  # with .parquet beside them, as by img2dataset
-            return ["image", "caption"], self._text_files(pictures, texts)
-        if parts:
-            self._refuse_incomplete(parts)
+        described = any(path.with_suffix("") in texts for path in pictures)
+        if parts and not (described and self._is_metadata(parts[0])):
             return self._parquet(parts)
+        if described:
+            return ["image", "caption"], self._text_files(pictures, texts)
         lacks = "it is a folder without .parquet, and without pictures that have a .txt beside them"
         raise self._error(f"{lacks}: point --root to the file of pairs itself.")
 
-    def _refuse_incomplete(self, parts):
-        """Raise UserError if .parquet files whose names count them lack one."""
-        names = [(path.parent, PART.fullmatch(path.stem)) for path in parts]
-        counts = collections.Counter((folder, name[1], int(name[2])) for folder, name in names if name)
-        for (folder, split, whole), count in counts.items():
-            if count < whole:
-                hint = "download the others, or rename those that you want alone"
-                raise UserError(f"{folder} has {count} of the {whole} parts of '{split}': {hint}.")
+    def _is_metadata(self, path):
+        """Whether a .parquet tells of pictures without naming their files, as img2dataset's beside them."""
+        try:
+            names = self._parquet_file(path).schema_arrow.names
+            return not (self._columns(names, "image") and self._columns(names, "caption"))
+        except UserError:
+            return True
+
+    def _refuse_incomplete(self, split):
+        """Raise UserError if .parquet files whose names count the parts of a split lack one."""
+        names = [PART.fullmatch(path.stem) for path in self.file.rglob("*.parquet")]  # none where it is no folder
+        numbers = collections.defaultdict(set)
+        for name in filter(None, names):
+            if split in ("all", name[1]):
+                numbers[name[1], int(name[3])].add(int(name[2]))
+        for (part_of, whole), present in numbers.items():
+            if len(present) < whole:
+                hint = f"download the others, or move those of '{part_of}' out of the folder"
+                raise self._error(f"it has {len(present)} of the {whole} parts of '{part_of}': {hint}.")
 
     def _text_files(self, pictures, texts):
         """Yield a row per line of the text file beside each picture; texts: {path without suffix: text file}."""
@@ -311,6 +327,8 @@ class PairsFile(Described):
             raise self._error(f"it is not valid JSON ({error}): fix it; an object per line is a .jsonl.") from None
         if not isinstance(entries, list):
             raise self._error("it is not a list: write [{...}, {...}], an object per caption or image.")
+        if not entries:
+            raise self._error("it holds no pairs: write an object per caption or image.")
         return self._objects([(f"entry {number}", row) for number, row in enumerate(entries)], "write a list of them")
 
     def _objects(self, rows, hint):

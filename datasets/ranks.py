@@ -60,7 +60,8 @@ class Ranks:
         self.world = _number("WORLD_SIZE", 1, range(1, 2**31))
         self.rank = _number("RANK", 0, range(self.world))
         self.neighbors = _number("LOCAL_WORLD_SIZE", 1, range(1, self.world + 1))
-        self.local = _number("LOCAL_RANK", 0, range(self.neighbors))
+        # Some launchers name no count for a machine, or no count at all.
+        self.local = _number("LOCAL_RANK", 0, range(self.neighbors if "LOCAL_WORLD_SIZE" in os.environ else 2**16))
         self.first = self.rank == 0
         self.group = self.steps = self.store = None
         if self.world > 1:

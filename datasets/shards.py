@@ -3,6 +3,7 @@
 The headers of a shard are read once; any worker then reads an image from its position in the tar.
 """
 
+import contextlib
 import glob
 import io
 import json
@@ -31,16 +32,16 @@ class Shards(Described):
     root: a folder, or without `splits` also a pattern of shards, 'folder/cc3m-train-{0000..0575}.tar'. splits: pattern
     of each split's shards in that folder, with {a,b}, {0..9}, * and ?; without it, samples are split at random by
     `fold_splits`. caption_key: the key of .json that holds the caption; by default the caption is .txt, or 'caption' of
-    .json if .txt is absent; where every .txt of a shard has several lines, each is a caption. folds, seed: of the
-    random split.
+    .json if .txt is absent. lines: whether each line of a .txt is a caption, as in the shards of CLIP_benchmark. folds,
+    seed: of the random split.
     """
 
-    def __init__(self, root, splits=None, caption_key="", folds=5, seed=0):
+    def __init__(self, root, splits=None, caption_key="", lines=False, folds=5, seed=0):
         check_folds(folds, seed)
         if not isinstance(splits, dict | None):
             raise ValueError("splits must give a pattern of shards for each split")
         self.root, self.splits, self.caption_key = str(root), splits or {}, caption_key
-        self.folds, self.seed = folds, seed
+        self.lines, self.folds, self.seed = lines, folds, seed
         for pattern in (self.root, *self.splits.values()):
             if re.match(r"[a-z][a-z0-9+.-]+:", pattern):
                 raise UserError(f"the shards {pattern} are not on this computer: download them, and give their folder.")
@@ -121,23 +122,18 @@ class Shards(Described):
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"it has no member at byte {tar.offset:,} and does not end there")
-                if any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(2**20), b"")):
+                if _goes_on(tar.fileobj):
                     hint = "unpack it with tar --ignore-zeros, and make one shard of it"
-                    raise UserError(f"{path} goes on after its end, as several archives in one file do: {hint}.")
+                    raise UserError(f"{path} holds another archive after its end: {hint}.")
         except (tarfile.TarError, *UNREADABLE) as error:
             why = reason(error, path)
             raise UserError(f"{path} is not a complete .tar ({why}): download or make it again.") from None
         samples, places = [], {}
         with path.open("rb") as file:
             grouped = _grouped(members, path)
-            read = {key: self._captions(file, sample, path, key) for key, sample in grouped.items()}
-            several = [len(texts) > 1 for texts, in_lines in read.values() if in_lines and texts]
-            a_line_each = len(several) > 1 and all(several)  # as in the shards of CLIP_benchmark
             for key, sample in grouped.items():
                 kind = _kind(path, key, sample, IMAGES)
-                texts, in_lines = read[key]
-                texts = [" ".join(texts)] if in_lines and not a_line_each else texts
-                texts = [folded(text) for text in texts] or [""]
+                texts = self._captions(file, sample, path, key)
                 image = Image(name_id(f"{path.resolve()}/{key}"), path, f"{shard}/{key}.{kind}")
                 if kind is not None:
                     places[image.id] = sample[kind]
@@ -157,11 +153,11 @@ class Shards(Described):
         return samples
 
     def _captions(self, file, sample, path, key):
-        """Read the captions of a sample, and whether they are the lines of a text."""
+        """Read the captions of a sample, [""] if it has none."""
         kind = None if self.caption_key else _kind(path, key, sample, ["txt"])
         kind = kind or _kind(path, key, sample, ["json"])
         if kind is None:
-            return [], False
+            return [""]
         start, size = sample[kind]
         file.seek(start)
         # A caption that is not UTF-8 must not spoil the others: datasets/listing.py names it.
@@ -172,8 +168,19 @@ class Shards(Described):
             except (ValueError, AttributeError, RecursionError) as error:
                 hint = "make the shard again"
                 raise UserError(f"{path}: {key}.{kind} is not a JSON object ({error}): {hint}.") from None
-        in_lines = kind.endswith("txt") and not spelled_list(text)
-        return (list(filter(str.strip, text.split("\n"))) if in_lines else captions_in(text)), in_lines
+        in_lines = self.lines and kind.endswith("txt") and not spelled_list(text)
+        texts = list(filter(str.strip, text.split("\n"))) if in_lines else captions_in(text)
+        return [folded(text) for text in texts] or [""]
+
+
+def _goes_on(file):
+    """Whether the next bytes of a file that are not zero begin another archive, as after `cat a.tar b.tar`."""
+    blocks = iter(lambda: file.read(tarfile.BLOCKSIZE), b"")
+    block = next((block for block in blocks if block.strip(b"\0")), b"")
+    with contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        return True
+    return False
 
 
 def _webdataset(module):

@@ -44,7 +44,7 @@ def not_downloaded(path):
 def reason(error, path):
     """Why the file `path` cannot be read, by an exception of UNREADABLE: on one line, without advice to unpickle it."""
     message = " ".join(str(error).split())
-    return not_downloaded(path) or ("it does not begin as one" if "`allow_pickle=`" in message else message)
+    return not_downloaded(path) or ("it is no file of NumPy" if "pickled" in message else message)
 
 
 @contextlib.contextmanager
