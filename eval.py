@@ -296,6 +296,7 @@ def evaluate(args, config, data, ranks):
             " with --train-dataset."
         )
     adaptor, config, identity = run.load(device)
+    weights = run.weights_hash()  # of what was loaded: another process may train again meanwhile
     set_deterministic(config.train.deterministic)
     pairs.must_fit(identity, run.folder)
     task = args.task or ("retrieval" if pairs.classes is None else "classification")
@@ -337,7 +338,7 @@ def evaluate(args, config, data, ranks):
         "start_kept": run.start_kept, "from_disk": run.from_disk,
         "repeated_captions": repeated(pairs),
         "val": args.val, "val_fingerprint": val and val.meta["fingerprint"],
-        "fingerprint": pairs.meta["fingerprint"], "checkpoint": run.weights_hash(), "variant": config.variant,
+        "fingerprint": pairs.meta["fingerprint"], "checkpoint": weights, "variant": config.variant,
     }  # fmt: skip
     if correction:
         metadata["hubs"] = {name: one._asdict() for name, one in correction.items()}
@@ -348,10 +349,10 @@ def evaluate(args, config, data, ranks):
         result_file.write(path, metadata | made | figures, arrays)
         if task == "matching":
             write_text(path.with_suffix(".csv"), chosen_task.thresholds_csv(figures))
-        if task == "conformal" and pairs.classes is None and kind == "none":
-            from tasks.answers import keep  # only here the split becomes a gallery
+    if task == "conformal" and pairs.classes is None and kind == "none" and args.dataset == config.dataset:
+        from tasks.answers import keep  # only here the split becomes a gallery
 
-            keep(adaptor, pairs, first, device, config, evaluated_on, metadata["checkpoint"], quiet)
+        keep(adaptor, pairs, first, device, config, evaluated_on, weights, quiet)
     if not args.quiet:
         values = metadata | made | figures
         print(evaluations.as_text(path, values) if task in DECISIONS else result_text(values))

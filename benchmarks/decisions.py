@@ -251,9 +251,12 @@ def main(argv=None):
     if args.speed:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
-            for (method, which), (wall, used) in speed().items():
-                print(f"{which} search in {GALLERY:,} x {DIM}, {method}: {wall:.2f} s, {used:.2f} s of processor time")
-            os.chdir(home)
+            try:
+                every_search = speed()
+            finally:
+                os.chdir(home)
+        for (method, which), (wall, used) in every_search.items():
+            print(f"{which} search in {GALLERY:,} x {DIM}, {method}: {wall:.2f} s, {used:.2f} s of processor time")
 
 
 if __name__ == "__main__":

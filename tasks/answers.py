@@ -40,22 +40,17 @@ class Gallery:
         """Frozen embeddings (n, D) of a slice of rows."""
         return torch.as_tensor(np.array(self.embeddings[rows])).to(self.device).float()
 
-    def unit(self, rows):
-        """The same, of length 1."""
-        return F.normalize(self.frozen(rows), dim=-1)
-
     @torch.inference_mode()
-    def adapted(self, rows):
-        """The same, adapted."""
+    def adapted(self, frozen):
         adapt = self.adaptor.adapt_image if self.side == "image" else self.adaptor.adapt_text
-        return adapt(self.frozen(rows))
+        return adapt(frozen)
 
     def _in_order(self, queries, items):
         return (items, queries) if self.side == "image" else (queries, items)
 
-    def form(self, queries, rows):
-        """The scores of some rows as a PairScore; None where they are no such function of a cosine."""
-        image, text = self._in_order(queries, self.adapted(rows))
+    def form(self, queries, frozen):
+        """The scores of some frozen items as a PairScore; None where they are no such function of a cosine."""
+        image, text = self._in_order(queries, self.adapted(frozen))
         if self.score == "log_likelihood" and (form := self.adaptor.pair_score(image, text)) is not None:
             return form
         changed = ["similarity", *(["log_likelihood"] if self.score == "log_likelihood" else [])]
@@ -63,13 +58,13 @@ class Gallery:
             return None
         return PairScore(*(F.normalize(each.mean, dim=-1) for each in (image, text)))
 
-    def terms_of(self, queries, rows):
-        """The terms (n,) of some rows, {name: (n,)}, empty where all items have the same; None where none suffice.
+    def terms_of(self, queries, frozen):
+        """The terms (n,) of some frozen items, {name: (n,)}, empty where all have the same; None where none suffice.
 
         That is where the score is no function of a cosine, and where the method moves or computes embeddings.
         """
-        form = None if self.adaptor.pooled else self.form(queries, rows)
-        if form is None or not torch.allclose(getattr(form, self.side), self.unit(rows), atol=1e-6):
+        form = None if self.adaptor.pooled else self.form(queries, frozen)
+        if form is None or not torch.allclose(getattr(form, self.side), F.normalize(frozen, dim=-1), atol=1e-6):
             return None
         names = ("row", "row_parameter") if self.side == "image" else ("slope", "column", "column_parameter")
         values = {name: getattr(form, name) for name in names}
@@ -81,14 +76,14 @@ class Gallery:
 
         kept: a file that keeps them, and what it must be of, so that no later search adapts more than PROBE items.
         """
-        first = self.terms_of(queries, PROBE)
-        if not first:
-            return first
+        first = self.terms_of(queries, self.frozen(PROBE))
+        if first is None:
+            return None
         if kept and (terms := _read_terms(*kept, len(self.embeddings), first)) is not None:
             return terms
         parts = []
         for rows in tqdm(self.blocks, unit="block", desc="gallery", disable=quiet):
-            parts.append(self.terms_of(queries, rows))
+            parts.append(self.terms_of(queries, self.frozen(rows)))
             if parts[-1] is None:
                 return None
         terms = {name: np.concatenate([part[name] for part in parts]) for name in first}
@@ -102,14 +97,15 @@ class Gallery:
         """Scores (Q, G) of adapted queries; kept: see `terms`. Raises FloatingPointError for one that is not finite."""
         compute = {"log_likelihood": self.adaptor.log_likelihood, "similarity": self.adaptor.similarity}[self.score]
         terms, parts = self.terms(queries, kept), []
-        form = None if terms is None else self.form(queries, PROBE)
+        form = None if terms is None else self.form(queries, self.frozen(PROBE))
         silent = None if terms is None else True  # a product alone takes no second
         for rows in tqdm(self.blocks, unit="block", desc="gallery", disable=silent):
             if terms is None:
-                scores = compute(*self._in_order(queries, self.adapted(rows)))
+                scores = compute(*self._in_order(queries, self.adapted(self.frozen(rows))))
             else:
                 of_block = {name: values[rows].to(self.device) for name, values in terms.items()}
-                scores = replace(form, **{self.side: self.unit(rows)}, **of_block).dense()
+                unit = F.normalize(self.frozen(rows), dim=-1)
+                scores = replace(form, **{self.side: unit}, **of_block).dense()
             parts.append(scores.T if self.side == "image" else scores)
         scores = torch.cat(parts, dim=1).cpu()
         if not torch.isfinite(scores).all():
@@ -128,7 +124,7 @@ def keep(adaptor, pairs, score, device, config, evaluated_on, weights, quiet):
     image, text = (Gallery(adaptor, pairs, side, score, device) for side in ("image", "text"))
     for gallery, other in ((image, text), (text, image)):
         place = kept(config, evaluated_on, gallery.side, score, weights, pairs)
-        gallery.terms(other.adapted(PROBE), place, quiet or None)
+        gallery.terms(other.adapted(other.frozen(PROBE)), place, quiet or None)
 
 
 def _read_terms(path, of, count, first):

@@ -90,10 +90,10 @@ def sides(compute, image, text, image_of_text, scale):
 def _by_blocks(compute, gallery, device):
     """Scores (q, G) of queries, a block of the gallery at a time: `compute` returns those of a slice of it, (q, g)."""
     most, whole = GALLERY if device.type == "cpu" else DEVICE_GALLERY, None
-    # Blocks are even: a product of few columns may round otherwise, and equal items have equal scores in every block.
-    step = math.ceil(gallery / math.ceil(gallery / most))
-    for start in range(0, gallery, step):
-        block = slice(start, start + step)
+    # Blocks are even: a product of few columns may round otherwise, and equal items would no longer tie.
+    blocks = math.ceil(gallery / most)
+    for number in range(blocks):
+        block = slice(number * gallery // blocks, (number + 1) * gallery // blocks)
         scores = compute(block)
         if whole is None:
             whole = scores.new_empty((len(scores), gallery))

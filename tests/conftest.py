@@ -14,10 +14,11 @@ from pathlib import Path
 # One thread for each of the workers that share the cores, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Files of tests in memory, where there is room for them and for programs: the system takes half the time for them.
+# Files of tests in memory, if that is large and may hold programs: the system takes half the time for them.
 with contextlib.suppress(OSError, AttributeError):  # Windows has neither
     memory = os.statvfs("/dev/shm")
-    if memory.f_bavail * memory.f_frsize > 4e9 and not memory.f_flag & os.ST_NOEXEC:
+    fit = memory.f_bavail * memory.f_frsize > 4e9 and not memory.f_flag & os.ST_NOEXEC
+    if fit and os.access("/dev/shm", os.W_OK):
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 import filelock

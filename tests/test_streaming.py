@@ -178,4 +178,4 @@ def test_blocks_of_a_gallery_are_even(monkeypatch):
 
     retrieval.sides(compute, few, many, np.arange(len(many.mean)), 1.0)["image_to_text"].score(slice(0, 3))
     retrieval.sides(compute, many, few, np.arange(3), 1.0)["text_to_image"].score(slice(0, 3))
-    assert shapes == [(3, 1025), (3, 1024), (1025, 3), (1024, 3)]
+    assert shapes == [(3, 1024), (3, 1025), (1024, 3), (1025, 3)]
