@@ -150,13 +150,18 @@ def test_waiting_for_processes_that_never_come_ends(monkeypatch, capsys):
         ("WORLD_SIZE", "", "from 1 to 2,147,483,647"),
         ("RANK", "1", "0"),
         ("LOCAL_WORLD_SIZE", "0", "1"),
-        ("LOCAL_RANK", "-1", "0"),
+        ("LOCAL_RANK", "-1", "from 0 to 65,535"),
     ],
 )
 def test_numbers_of_processes_that_cannot_be_are_named(monkeypatch, name, value, limits):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^{name} must be {limits}, not '{value}': start with torchrun, or unset it"):
         Ranks()
+
+
+def test_a_launcher_need_not_count_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Ranks().local == 3
 
 
 def test_waiting_for_the_work_of_another_process_ends(monkeypatch):
