@@ -168,9 +168,9 @@ class Arrays(Source):
                 raise self._error(f"'{key}' is missing: give both 'label' and 'class_of_text', or neither.")
         self.label = self._read_column(arrays, "label", "iu", "integers", images).astype(np.int64)
         self.class_of_text = self._read_column(arrays, "class_of_text", "iu", "integers", texts).astype(np.int64)
-        classes = int(self.class_of_text.max()) + 1
-        without_text = set(range(classes)) - set(self.class_of_text.tolist())
-        if without_text or self.class_of_text.min() < 0:
+        numbers = np.unique(self.class_of_text)
+        classes = len(numbers)
+        if (numbers != np.arange(classes)).any():
             raise self._error("'class_of_text' must hold every class number from 0: number the classes without a gap.")
         wrong = (self.label < 0) | (self.label >= classes)
         if wrong.any():

@@ -374,6 +374,7 @@ def test_images_with_classes_are_classified(here, capsys, refusal):
         ({"label": None}, "'label' is missing"),
         ({"class_of_text": None}, "'class_of_text' is missing"),
         ({"class_of_text": np.repeat([0, 1, 2, 3, 4, 6], 3)}, "number the classes without a gap"),
+        ({"class_of_text": np.repeat([0, 1, 2, 3, 4, 2**62], 3)}, "number the classes without a gap"),  # as hashes are
         ({"label": np.full(60, 6)}, "row 0 of 'label' is 6, a class without a text"),
         ({"label": np.full(60, -1)}, "row 0 of 'label' is -1"),
         ({"label": np.zeros(59, int)}, r"'label' must hold integers of shape \(60,\)"),

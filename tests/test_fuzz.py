@@ -527,7 +527,7 @@ def tensors(draw):
         header = draw(spoiled(header))
     text = draw(json_files(header))
     return (
-        draw(st.sampled_from([len(text), len(text), len(text), 2**63, 0, len(text) - 1])).to_bytes(8, "little")
+        draw(st.sampled_from([len(text), len(text), len(text), 2**63, 0, max(0, len(text) - 1)])).to_bytes(8, "little")
         + text
         + content
     )
