@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torchvision
+from torchvision.datasets.folder import is_image_file
 
 from datasets import Classes, Image, Source, visible
 from utils.errors import UserError
@@ -151,10 +152,9 @@ class Classification(Source):
         if self.dataset != "ImageFolder" or not folder.is_dir():
             return
         inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and visible(path.name)]
-        of_folders = [path for path in inside if any(_kinds(path)) and all(_kinds(path))]
-        called = [path for path in of_folders if SPLIT.search(path.name)]
         places = {self._place(name)[0]: name for name in self.splits if name != split}
-        nested = [name for path, name in places.items() if path in of_folders]
+        called = [path for path in inside if (path in places or SPLIT.search(path.name)) and _holds_classes(path)]
+        nested = [name for path, name in places.items() if path in called]
         if nested and folder == self.root and len(nested) == len(called):
             raise UserError(
                 f"{self.root} is laid out in the splits {', '.join(nested)}: choose with --splits {' '.join(nested)},"
@@ -216,10 +216,11 @@ class Classification(Source):
         return shares
 
 
-def _kinds(folder):
-    """Tell of each entry of a folder whether it is a folder."""
+def _holds_classes(folder):
+    """Whether a folder holds folders, and no picture beside them; other files, such as lists, may be there."""
     with os.scandir(folder) as entries:
-        yield from (entry.is_dir() for entry in entries if visible(entry.name))
+        shown = {entry.name: entry.is_dir() for entry in entries if visible(entry.name)}
+    return any(shown.values()) and not any(is_image_file(name) for name, is_folder in shown.items() if not is_folder)
 
 
 def _zero_shot():

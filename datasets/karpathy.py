@@ -60,7 +60,7 @@ class Karpathy(Described):
         if not listed:
             raise UserError(f"{self.file} lists no images: download it again.")
         refuse_repeats(self.file, (image for _, image, _ in listed))
-        check_splits(dict.fromkeys(split for split, _, _ in listed), self.file)
+        check_splits((split for split, _, _ in listed), self.file)
         return listed
 
     def _pair(self, entry):

@@ -447,6 +447,14 @@ def test_folders_that_hold_the_classes_are_none(tmp_path, paths, names):
         source_of("folder", tmp_path).images("all")
 
 
+def test_lists_beside_the_classes_hide_no_layout(tmp_path):
+    """As in Tiny ImageNet, whose val/ has a file of labels beside its folder."""
+    folders("train/cat", "val/cat")(tmp_path)
+    (tmp_path / "val/val_annotations.txt").write_text("0.png\tcat\n")
+    with pytest.raises(UserError, match="is laid out in the splits train, val: choose with --splits train val"):
+        source_of("folder", tmp_path).images("all")
+
+
 @pytest.mark.parametrize(
     "paths",
     [
