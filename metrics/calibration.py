@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 import torch
 
-from metrics.score_tiles import LEAST, Positives, read, tiles
+from metrics.score_tiles import BITS, LEAST, Positives, read, tiles
 from metrics.uncertainty import bin_of, tie_means
 
 
@@ -35,15 +35,15 @@ def probabilities(tile, scale, members=None):
     [1.0, 0.0]
     """
     (row, column), posterior = tile.targets, tile.posterior(scale)
-    below, likelihood, highest, total, entropy = posterior
+    highest, top, likelihood, total, entropy = posterior
     factor = scale[tile.rows][row].to(highest) if torch.is_tensor(scale) else scale
-    positive = factor * tile.scores[row, column] - highest[row]
-    is_first = (positive == 0).to(total.dtype)
-    hit = torch.zeros_like(total).scatter_add(0, row, is_first) / tile.count(torch.eq, below, torch.zeros_like(total))
-    positive = positive - total.log()[row]  # log probability
-    confidence = (1 if members is None else _group_sum(likelihood, members, below.argmax(dim=1))) / total
+    below = tile.scores[row, column] - highest[row]
+    hit = torch.zeros_like(total).scatter_add(0, row, (below == 0).to(total.dtype))
+    hit = hit / tile.count(torch.eq, tile.scores, highest)
+    positive = factor * below - total.log()[row]  # log probability
+    confidence = (1 if members is None else _group_sum(likelihood, members, top)) / total
     nll = _nll(positive, row, len(total))
-    squares = tile.sum_of_products(likelihood, likelihood) / total.square()
+    squares = torch.linalg.vecdot(likelihood, likelihood) / total.square()
     of_positives = torch.zeros_like(total).scatter_add(0, row, positive.exp())
     positive_squares = torch.zeros_like(total).scatter_add(0, row, positive.exp().square())
     brier = (1 - of_positives).square() + (squares - positive_squares).clamp_min(0)
@@ -78,17 +78,17 @@ def _nll(positive, row, queries):
     return -(largest + share.log()).clamp_max(0)
 
 
-def nll_of(logit, row, column):
-    """Negative log (q,) of the total probability of each query's positives, from logits (q, G), which are overwritten.
+def nll_of(score, row, column, scale):
+    """Negative log (q,) of the total probability of each query's positives, under the softmax of scale * score (q, G).
 
     row, column: (P,) of the positives.
 
-    >>> nll_of(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2])).exp()
+    >>> nll_of(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2]), scale=1.0).exp()
     tensor([4.])
     """
-    top, positive = logit.amax(dim=1), logit[row, column]
-    total = logit.sub_(top[:, None]).clamp_min_(LEAST).exp_().sum(dim=1)
-    return _nll(positive - top[row] - total.log()[row], row, len(logit))
+    top = score.amax(dim=1)
+    total = (score - top[:, None]).mul_(BITS * scale).clamp_min_(LEAST).exp2_().sum(dim=1)
+    return _nll(scale * (score[row, column] - top[row]) - total.log()[row], row, len(score))
 
 
 @torch.inference_mode()
@@ -96,7 +96,7 @@ def _mean_nll(score, gallery, positives, scale):
     """The mean NLL of a `forecast`, without the rest of it."""
     parts = []
     for rows, scores in tiles(score, positives.queries, gallery):
-        parts.append(nll_of(scale * scores, *positives.among(rows, scores.device)).cpu().double())
+        parts.append(nll_of(scores, *positives.among(rows, scores.device), scale).cpu().double())
     nll = torch.cat(parts).numpy()
     if not np.isfinite(nll).all():
         raise FloatingPointError("a score is not finite")

@@ -127,7 +127,7 @@ def _fit(parts, subtracted, scale):
     def nll(log_factor):
         factor = scale * math.exp(log_factor)
         pairs = zip(corrected, rights, strict=True)
-        return sum(nll_of(factor * score, *right).sum().item() for score, right in pairs) / queries
+        return sum(nll_of(score, *right, factor).sum().item() for score, right in pairs) / queries
 
     best = scipy.optimize.minimize_scalar(nll, bounds=(-2.5, 2.5), method="bounded", options={"xatol": 1e-2})
     return scale * math.exp(best.x), float(best.fun)

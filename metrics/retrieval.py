@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from metrics.score_tiles import Columns, read, tiles, two_highest
+from metrics.score_tiles import Columns, read, tiles
 
 
 class Ranking(NamedTuple):
@@ -37,7 +37,7 @@ def ranks(tile, scale):
     [0, 1]
     """
     scores, (row, column) = tile.scores, tile.targets
-    (top_score, second), top = (x.T for x in two_highest(scores))
+    (top_score, second), top = (x.T for x in tile.two_highest)
     # Scores of positives are read off the tile: computed again, they could differ by a rounding error.
     positive = scores[row, column]
     best = torch.full_like(top_score, -torch.inf).scatter_reduce(0, row, positive, "amax")

@@ -20,21 +20,29 @@ def single(label):
     return np.arange(len(label)), label
 
 
+@pytest.mark.parametrize("scale", [0.7, -0.7])
 @pytest.mark.parametrize("tile", [2**24, 30])
-def test_scores_of_several_positives_by_loop(monkeypatch, tile):
+def test_scores_of_several_positives_by_loop(monkeypatch, tile, scale):
+    """A temperature that is free may be negative."""
     monkeypatch.setattr(score_tiles, "TILE", tile)
     rng = np.random.default_rng(2)
     logit, true = rng.integers(-2, 3, (40, 6)).astype(float), rng.random((40, 6)) < 0.3
     true[np.arange(40), rng.integers(0, 6, 40)] = True
-    result = forecast(logit, np.nonzero(true), scale=0.7)
+    result = forecast(logit, np.nonzero(true), scale)
     for query, (row, positive) in enumerate(zip(logit, true, strict=True)):
-        p = np.exp(0.7 * row) / np.exp(0.7 * row).sum()
+        p = special.softmax(scale * row)
         assert result.confidence[query] == pytest.approx(max(p))
-        best = [item for item in range(6) if row[item] == max(row)]
+        best = [item for item in range(6) if p[item] == max(p)]
         assert result.hit[query] == pytest.approx(np.mean(positive[best]))
         assert result.nll[query] == pytest.approx(-np.log(sum(p[positive])), abs=1e-12)
         brier = (1 - sum(p[positive])) ** 2 + sum(p[~positive] ** 2)
         assert result.brier[query] == pytest.approx(brier, abs=1e-12)
+        assert result.entropy[query] == pytest.approx(special.entr(p).sum())
+
+
+def test_a_gallery_of_one_item_leaves_no_choice():
+    result = forecast(np.array([[3.0], [-1.0]]), single([0, 0]))
+    assert [field.tolist() for field in result] == [[1, 1], [1, 1], [0, 0], [0, 0], [0, 0]]
 
 
 def test_scores_of_labels_against_torch():
@@ -235,10 +243,11 @@ def test_one_pass_gives_what_ranking_and_forecasting_give_apart(monkeypatch, til
     same(judged.uncorrected[0], retrieval.rank(scores.__getitem__, *targets, 3.0))
     for forecast, (matrix, scale) in (
         (judged.forecasts["model"][0], (corrected, 2.0)),
-        (judged.forecasts["temperature"][0], (scaled, 1.0)),
         (judged.uncorrected[1], (scores, 3.0)),
     ):
         same(forecast, calibration.forecast(matrix.__getitem__, *targets, scale, group_of_item))
+    by_half = calibration.forecast(scaled.__getitem__, *targets, 1.0, group_of_item)
+    np.testing.assert_allclose(judged.forecasts["temperature"][0], by_half, rtol=1e-12)
     assert fitted[0] != fitted[1]
     plain = summary.judge(scores.__getitem__, *targets, 3.0, owner, members)
     same(plain.ranking, judged.uncorrected[0])
