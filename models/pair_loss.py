@@ -78,10 +78,10 @@ class PairScore:
 
     def dense(self) -> Tensor:
         """Return the matrix of scores (N, M)."""
-        row_parameter = None if self.row_parameter is None else self.row_parameter[:, None]
-        value = self.kernel.value(self.image @ self.text.T, row_parameter, self.column_parameter)
-        row = self.row[:, None] if isinstance(self.row, Tensor) and self.row.ndim else self.row
-        return self.slope * value + self.column + row
+        image, text, slope, column, row, row_parameter, column_parameter = self._tensors()
+        row_parameter = None if row_parameter is None else row_parameter[:, None]
+        score = torch.addcmul(column, slope, self.kernel.value(image @ text.T, row_parameter, column_parameter))
+        return score + row[:, None] if isinstance(self.row, Tensor) or self.row else score
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """Cross-entropy (B,) of each image over the captions, and (B,) of each caption over the images."""

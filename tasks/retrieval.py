@@ -70,21 +70,33 @@ def sides(compute, image, text, image_of_text, scale):
     """
     images, texts = len(image.mean), len(text.mean)
     caption = np.arange(texts)
-
-    def to_text(rows):
-        part = image.rows(rows)
-        return _by_blocks(lambda block: compute(part, text.rows(block)), texts, text.mean.device)
-
-    def to_image(rows):
-        part = text.rows(rows)
-        return _by_blocks(lambda block: compute(image.rows(block), part).T, images, image.mean.device)
-
+    to_text, to_image = by_image(compute, image, text), by_caption(compute, image, text)
     if images * texts <= STORED_SCORES:
         scores = all_scores(to_text, images, texts)
         to_text, to_image = scores.__getitem__, scores.T.contiguous().__getitem__
     text_side = Side(to_image, images, caption, image_of_text, scale)
     image_side = Side(to_text, texts, image_of_text, caption, scale)
     return {"text_to_image": text_side, "image_to_text": image_side}
+
+
+def by_image(compute, image, text):
+    """The function from rows of N adapted images to their scores (n, M) with M captions, a block of them at a time."""
+
+    def score(rows):
+        part = image.rows(rows)
+        return _by_blocks(lambda block: compute(part, text.rows(block)), len(text.mean), text.mean.device)
+
+    return score
+
+
+def by_caption(compute, image, text):
+    """The function from rows of M adapted captions to their scores (m, N) with N images, a block of them at a time."""
+
+    def score(rows):
+        part = text.rows(rows)
+        return _by_blocks(lambda block: compute(image.rows(block), part).T, len(image.mean), image.mean.device)
+
+    return score
 
 
 def _by_blocks(compute, gallery, device):
@@ -234,8 +246,8 @@ def corrected(both, compute, image, text, bank, hubs):
     bank: the adapted queries of each direction. hubs: the Correction of each.
     """
     scores = {
-        "text_to_image": lambda rows: compute(image.rows(rows), bank["text_to_image"]),
-        "image_to_text": lambda rows: compute(bank["image_to_text"], text.rows(rows)).T,
+        "text_to_image": by_image(compute, image, bank["text_to_image"]),
+        "image_to_text": by_caption(compute, bank["image_to_text"], text),
     }
     result = {}
     for name, side in both.items():
