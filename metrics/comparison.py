@@ -60,7 +60,8 @@ class PairedBootstrap:
 
     group: (Q,). Queries of one group, such as the captions of one image, are drawn together; np.arange(Q) draws every
     query on its own. Statistics are arrays (1 + B,): of the queries themselves, then of each draw. With a leading axis
-    of seeds, (S, Q), a statistic is averaged over the seeds draw by draw.
+    of seeds, (S, Q), a statistic is averaged over the seeds draw by draw. Attributes: `group` (Q,), the numbers of the
+    groups, 0 .. G - 1, and `times` (1 + B, G), how often each is in the data and in each draw.
 
     >>> bootstrap = PairedBootstrap(group=[0, 0, 1, 1], draws=10)
     >>> bootstrap.mean([1, 1, 1, 0]).shape
@@ -68,19 +69,19 @@ class PairedBootstrap:
     """
 
     def __init__(self, group, draws=1000, seed=0):
-        _, self._group = np.unique(group, return_inverse=True)
-        self._groups = self._group.max() + 1
+        _, self.group = np.unique(group, return_inverse=True)
+        self._groups = self.group.max() + 1
         parts = times_drawn(self._groups, draws, seed, max(1, DRAWN // self._groups))
         # A byte each: no group of hundreds of thousands is drawn 256 times.
-        self._times = np.concatenate([np.ones((1, self._groups), np.uint8), *(part.astype(np.uint8) for part in parts)])
-        self._queries = self._sum(np.bincount(self._group))
+        self.times = np.concatenate([np.ones((1, self._groups), np.uint8), *(part.astype(np.uint8) for part in parts)])
+        self._queries = self._sum(np.bincount(self.group))
         self._aurocs = {}  # of seeds seen: methods that change no answer, and seeds of untrained ones, repeat them
 
     def _sum(self, by_group):
         """Sums (1 + B, ...) over the draws of values by group (G, ...), some rows at a time."""
         step = max(1, DRAWN // self._groups)
-        rows = range(0, len(self._times), step)
-        return np.concatenate([self._times[start : start + step].astype(np.float64) @ by_group for start in rows])
+        rows = range(0, len(self.times), step)
+        return np.concatenate([self.times[start : start + step].astype(np.float64) @ by_group for start in rows])
 
     def mean(self, value):
         """Mean (1 + B,) of a value per query, (Q,) or (S, Q), such as the hit of R@1.
@@ -88,7 +89,7 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=np.arange(4), draws=1).mean([1, 1, 1, 0]).tolist()
         [0.75, 0.75]
         """
-        by_group = np.bincount(self._group, weights=np.atleast_2d(value).mean(axis=0))
+        by_group = np.bincount(self.group, weights=np.atleast_2d(value).mean(axis=0))
         return self._sum(by_group) / self._queries
 
     def sums(self, value, query, column, columns):
@@ -97,7 +98,7 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=[0, 1], draws=1).sums([1.0, 2.0, 4.0], [0, 0, 1], [0, 1, 1], columns=2)[0].tolist()
         [1.0, 6.0]
         """
-        place = self._group[query] * columns + column
+        place = self.group[query] * columns + column
         by_group = np.bincount(place, weights=value, minlength=self._groups * columns)
         return self._sum(by_group.reshape(self._groups, columns))
 
@@ -109,7 +110,7 @@ class PairedBootstrap:
         >>> PairedBootstrap(group=[0, 1], draws=1).calibration_error([0.75, 0.75], [1, 1]).tolist()
         [0.25, 0.25]
         """
-        sums = self.sums(np.subtract(hit, confidence), np.arange(len(self._group)), bin_of(confidence, bins), bins)
+        sums = self.sums(np.subtract(hit, confidence), np.arange(len(self.group)), bin_of(confidence, bins), bins)
         return np.abs(sums).sum(axis=1) / self._queries
 
     def auroc(self, uncertainty, hit):
@@ -124,7 +125,7 @@ class PairedBootstrap:
         for seed in zip(np.atleast_2d(uncertainty), np.atleast_2d(hit), strict=True):
             key = tuple(hashlib.sha256(np.ascontiguousarray(values)).digest() for values in seed)
             if key not in self._aurocs:
-                self._aurocs[key] = auroc_of_draws(*seed, self._times, self._group)
+                self._aurocs[key] = auroc_of_draws(*seed, self.times, self.group)
             aurocs.append(self._aurocs[key])
         return np.mean(aurocs, axis=0)
 

@@ -21,7 +21,7 @@ def auroc(uncertainty, hit):
     0.75
     """
     _, hit, starts = _in_order(uncertainty, hit)
-    [area] = _auroc(*_totals(np.ones((1, len(hit)), int), np.arange(len(hit)), hit, starts))
+    [area] = _auroc(*_totals(np.ones((1, len(hit)), int), np.arange(len(hit)), _whole(hit), starts))
     return None if np.isnan(area) else float(area)
 
 
@@ -31,8 +31,8 @@ def _totals(times, columns, hit, starts):
     times: (B, G), how often each group of queries is drawn. columns (Q,): the groups of the queries. hit (Q,), starts
     (T,): sorted by uncertainty, as `_in_order` returns them. Returns (B, T) each.
     """
-    times = np.take(times, columns, axis=1)
-    queries, hits = np.cumsum(times, axis=1), np.cumsum(times * _whole(hit), axis=1)
+    times = np.take(times, columns, axis=1).astype(np.int64)
+    queries, hits = np.cumsum(times, axis=1), np.cumsum(times * hit, axis=1)
     if len(starts) == len(hit):  # without ties
         return queries, hits
     stops = np.append(starts[1:], len(hit)) - 1
@@ -323,11 +323,14 @@ def times_drawn(count, draws, seed, step):
         yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
 
-def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidence=0.95, drop_remainder=False):
+def bootstrap(
+    uncertainty, hit, count, group=None, times=None, draws=1000, seed=0, confidence=0.95, drop_remainder=False
+):
     """Percentile bootstrap intervals of trend, AUROC and recall by level: a dict of [low, high] (Efron, 1979).
 
     uncertainty, hit: (Q,). group (Q,): queries that depend on each other, such as the captions of one image, are drawn
-    together. Every draw is split into `count` levels anew. The keys are the fields of `Trend`, `auroc` (None if it is
+    together. times: (B, G), how often each draw has each group, if that is known already; else there are `draws`, by
+    `seed`. Every draw is split into `count` levels anew. The keys are the fields of `Trend`, `auroc` (None if it is
     undefined) and `level_recall`, a list of `count` intervals. Raises ValueError as `levels` does.
 
     >>> bootstrap([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 0, 0], count=2)["auroc"]
@@ -336,8 +339,12 @@ def bootstrap(uncertainty, hit, count, group=None, draws=1000, seed=0, confidenc
     _edges(len(hit), count, drop_remainder)  # checks `count`
     order, hit, starts = _in_order(uncertainty, hit)
     columns = np.arange(len(hit)) if group is None else np.unique(group, return_inverse=True)[1][order]
-    aurocs, recalls = [], []
-    for drawn in times_drawn(columns.max() + 1, draws, seed, max(1, DRAWN // len(hit))):
+    hit, aurocs, recalls, step = _whole(hit), [], [], max(1, DRAWN // len(hit))
+    if times is None:
+        parts = times_drawn(columns.max() + 1, draws, seed, step)
+    else:
+        parts = (times[start : start + step] for start in range(0, len(times), step))
+    for drawn in parts:
         queries, hits = _totals(drawn, columns, hit, starts)
         aurocs.append(_auroc(queries, hits))
         edges = _edges(queries[:, -1].astype(int), count, drop_remainder)

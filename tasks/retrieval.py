@@ -157,8 +157,7 @@ def evaluate(adaptor, pairs, choices, device):
     }
     arrays |= {f"{side}_{name}": values for side, part in free.items() for name, values in part.items()}
     scene = scenes(pairs)
-    groups = {"text": scene[pairs.image_of_text], "image": scene}
-    drawn = {side: PairedBootstrap(group) for side, group in groups.items()}
+    drawn = {"text": PairedBootstrap(scene[pairs.image_of_text]), "image": PairedBootstrap(scene)}
     arrays["group_of_image"] = scene
     ambiguity = truth["text_to_image"].ambiguity
     candidates = {}
@@ -176,7 +175,7 @@ def evaluate(adaptor, pairs, choices, device):
         both = sides(compute, image, text, pairs.image_of_text, scales[name])
         if choices.hubs:
             both = corrected(both, computes[name], image, text, bank, choices.hubs)
-        figures, side_arrays = evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free, candidates)
+        figures, side_arrays = evaluate_sides(both, uncertainties, truth, choices, drawn, free, candidates)
         figures = {"score": name, "posterior_scale": scales[name]} | figures
         if result:
             result["other_score"] = figures
@@ -200,23 +199,22 @@ def evaluate(adaptor, pairs, choices, device):
     return result, arrays
 
 
-def evaluate_sides(both, uncertainties, truth, choices, groups, drawn, free, candidates):
+def evaluate_sides(both, uncertainties, truth, choices, drawn, free, candidates):
     """Figures of both directions, {name: Side}, under one kind of score, and per-query arrays.
 
-    uncertainties, groups, drawn, free, candidates: of images and of captions, see `evaluate_side`.
+    uncertainties, drawn, free, candidates: of images and of captions, see `evaluate_side`.
     """
     figures, arrays, rankings, before = {}, {}, [], {}
     for (name, side), query, answer in zip(both.items(), ("text", "image"), ("image", "text"), strict=True):
         of_query, of_answer = uncertainties[query], uncertainties[answer]
         levels_by = choose_levels_by(choices.levels_by if query == "image" else None, of_query, of_answer)
-        group, limit, ambiguity = groups[query], truth[name].limit, truth[name].ambiguity
         # The captions of one image answer the same query.
         members = members_of(side.query) if query == "image" else None
         score, *targets, scale, correction = side
-        judged = summary.judge(score, *targets, scale, group, members, correction)
+        judged = summary.judge(score, *targets, scale, drawn[query].group, members, correction)
         part, uncertainty = evaluate_side(
-            judged.ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group,
-            candidates.get(query),
+            judged.ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], truth[name].limit,
+            truth[name].ambiguity, candidates.get(query),
         )  # fmt: skip
         if truth[name].matches is not None:
             precision = retrieval.at_r(side.score, truth[name].matches)

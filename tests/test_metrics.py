@@ -12,6 +12,7 @@ from torchmetrics.functional import classification
 from torchmetrics.functional.retrieval import retrieval_r_precision
 
 from metrics import retrieval, score_tiles
+from metrics.comparison import PairedBootstrap
 from metrics.uncertainty import (
     aupr,
     auroc,
@@ -382,6 +383,9 @@ def test_bootstrap_by_loop(monkeypatch, drop, at_once, grouped):
     assert intervals.pop("level_recall") == [pytest.approx(interval) for interval in expected[5:]]
     assert list(intervals) == ["s", "r2", "minus_s_r2", "spread", "auroc"]
     assert list(intervals.values()) == [pytest.approx(interval) for interval in expected[:5]]
+    # Draws that are known already.
+    shared = PairedBootstrap(group, draws=200, seed=3).times[1:]
+    assert bootstrap(uncertainty, hit, 5, group, shared) == bootstrap(uncertainty, hit, 5, group, draws=200, seed=3)
 
 
 def test_captions_of_one_image_are_drawn_together():
