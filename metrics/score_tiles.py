@@ -86,7 +86,12 @@ def all_scores(score, queries, gallery):
     >>> all_scores(lambda rows: torch.eye(2)[rows], 2, 2).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    return torch.cat([scores for _, scores in tiles(score, queries, gallery)])
+    whole = None
+    for rows, scores in tiles(score, queries, gallery):
+        if whole is None:
+            whole = scores.new_empty((queries, gallery))
+        whole[rows] = scores
+    return whole
 
 
 def two_highest(scores):

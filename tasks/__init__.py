@@ -17,7 +17,7 @@ from metrics.score_tiles import Columns, tiles
 from metrics.uncertainty import auroc, selective
 from utils.errors import UserError
 
-STORED_SCORES = 2**25  # scores, 128 MB, that are computed once and stored; more are computed anew for every pass
+STORED_SCORES = 2**27  # scores, 512 MB, that are computed once and stored; more are computed anew for every pass
 PAIRS = 2**13  # of a query and an answer, that `of_candidates` compares at once
 EXAMPLES, BEST_ANSWERS = 10, 5  # most and least certain queries in the report, and best answers to each
 

@@ -1,5 +1,6 @@
 """Cross-modal retrieval: an image for every caption and a caption for every image."""
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -73,44 +74,55 @@ def sides(compute, image, text, image_of_text, scale):
     to_text, to_image = by_image(compute, image, text), by_caption(compute, image, text)
     if images * texts <= STORED_SCORES:
         scores = all_scores(to_text, images, texts)
-        to_text, to_image = scores.__getitem__, scores.T.contiguous().__getitem__
+        blocks = Blocks(images, scores.device)
+        to_text, to_image = scores.__getitem__, lambda rows: blocks.scores(lambda block: scores[block, rows].T)
     text_side = Side(to_image, images, caption, image_of_text, scale)
     image_side = Side(to_text, texts, image_of_text, caption, scale)
     return {"text_to_image": text_side, "image_to_text": image_side}
 
 
 def by_image(compute, image, text):
-    """The function from rows of N adapted images to their scores (n, M) with M captions, a block of them at a time."""
+    """The function from rows of N adapted images to their scores (n, M) with M captions, as Blocks have them."""
+    captions = Blocks(len(text.mean), text.mean.device)
 
     def score(rows):
         part = image.rows(rows)
-        return _by_blocks(lambda block: compute(part, text.rows(block)), len(text.mean), text.mean.device)
+        return captions.scores(lambda block: compute(part, text.rows(block)))
 
     return score
 
 
 def by_caption(compute, image, text):
-    """The function from rows of M adapted captions to their scores (m, N) with N images, a block of them at a time."""
+    """The function from rows of M adapted captions to their scores (m, N) with N images, as Blocks have them."""
+    images = Blocks(len(image.mean), image.mean.device)
 
     def score(rows):
         part = text.rows(rows)
-        return _by_blocks(lambda block: compute(image.rows(block), part).T, len(image.mean), image.mean.device)
+        return images.scores(lambda block: compute(image.rows(block), part).T)
 
     return score
 
 
-def _by_blocks(compute, gallery, device):
-    """Scores (q, G) of queries, a block of the gallery at a time: `compute` returns those of a slice of it, (q, g)."""
-    most, whole = GALLERY if device.type == "cpu" else DEVICE_GALLERY, None
-    # Blocks are even: a product of few columns may round otherwise, and equal items would no longer tie.
-    blocks = math.ceil(gallery / most)
-    for number in range(blocks):
-        block = slice(number * gallery // blocks, (number + 1) * gallery // blocks)
-        scores = compute(block)
-        if whole is None:
-            whole = scores.new_empty((len(scores), gallery))
-        whole[:, block] = scores
-    return whole
+class Blocks:
+    """Scores of queries, a block of a gallery of G items at a time, on a device.
+
+    They are valid until the next call, which reuses their memory: pages of new memory would cost as much as two readers.
+    """
+
+    def __init__(self, gallery, device):
+        # Blocks are even: a product of few columns may round otherwise, and equal items would no longer tie.
+        blocks = math.ceil(gallery / (GALLERY if device.type == "cpu" else DEVICE_GALLERY))
+        ends = [number * gallery // blocks for number in range(blocks + 1)]
+        self.gallery, self.slices, self.kept = gallery, [slice(*pair) for pair in itertools.pairwise(ends)], None
+
+    def scores(self, compute):
+        """Scores (q, G); compute: the function from a slice of the gallery to those of its items, (q, g)."""
+        for block in self.slices:
+            scores = compute(block)
+            if self.kept is None or len(self.kept) < len(scores):
+                self.kept = scores.new_empty((len(scores), self.gallery))
+            self.kept[: len(scores), block] = scores
+        return self.kept[: len(scores)]
 
 
 def truths(pairs):
