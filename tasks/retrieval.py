@@ -14,7 +14,7 @@ from metrics import eccv, retrieval, summary
 from metrics.calibration import members_of
 from metrics.comparison import PairedBootstrap, interval
 from metrics.hubs import constants
-from metrics.score_tiles import all_scores
+from metrics.score_tiles import ALIGNED, all_scores
 from metrics.uncertainty import levels, trend
 from models.base import adapt_all
 from tasks import (
@@ -110,9 +110,9 @@ class Blocks:
     """
 
     def __init__(self, gallery, device):
-        # Blocks are even: a product of few columns may round otherwise, and equal items would no longer tie.
+        # Blocks are about even: a product of few columns may round otherwise, and equal items would no longer tie.
         blocks = math.ceil(gallery / (GALLERY if device.type == "cpu" else DEVICE_GALLERY))
-        ends = [number * gallery // blocks for number in range(blocks + 1)]
+        ends = [*(number * gallery // blocks // ALIGNED * ALIGNED for number in range(blocks)), gallery]
         self.gallery, self.slices, self.kept = gallery, [slice(*pair) for pair in itertools.pairwise(ends)], None
 
     def scores(self, compute):
