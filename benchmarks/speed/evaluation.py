@@ -20,13 +20,13 @@ def evaluation(device):
     text = F.normalize(image[row_of] + 8 * torch.randn(TEXTS, DIM, generator=generator) / DIM**0.5, dim=-1)
     uncertainties = [torch.rand(count, generator=generator).to(device) for count in (TEXTS, IMAGES)]
     image, text, owner = image.to(device), text.to(device), row_of.numpy()
-    both = sides(cosine, *(Embedding(x, direction=x) for x in (image, text)), owner, 1.0)
+    adapted = [Embedding(x, direction=x) for x in (image, text)]
 
     def by_level(values, hit):
         return [float(hit[rows].mean()) for rows in uncertainty.levels(values.cpu().numpy(), 10)]
 
     def ours():
-        t2i, i2t = (retrieval.rank(*side[:-1]) for side in both.values())
+        t2i, i2t = (retrieval.rank(*side[:-1]) for side in sides(cosine, *adapted, owner, 1.0).values())
         recalls = [float(retrieval.recall_at(ranking, k).mean()) for ranking in (t2i, i2t) for k in (1, 5, 10)]
         hits = [retrieval.recall_at(ranking, 1) for ranking in (t2i, i2t)]
         return recalls + [level for pair in zip(uncertainties, hits) for level in by_level(*pair)]
