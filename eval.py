@@ -131,11 +131,11 @@ def open_val(args, pairs, run, task, identity):
     return val
 
 
-def choose_hubs(args, run, pairs, val, task, identity):
+def choose_hubs(args, run, pairs, val, task, identity, refit):
     """Choose the hub correction: the kind, the Correction of each direction, and the bank; None for both without one.
 
-    val: the opened split of --val, or None. identity: what the run was trained on. Raises UserError where there is no
-    bank, or it has an image that is evaluated or teaches.
+    val: the opened split of --val, or None. identity: what the run was trained on. refit: of its adaptor. Raises
+    UserError where there is no bank, or it has an image that is evaluated or teaches.
     """
     if args.bank and task != "classification":
         raise UserError(f"--bank corrects classification: leave it out of --task {task}.")
@@ -164,7 +164,8 @@ def choose_hubs(args, run, pairs, val, task, identity):
             )
     dim = pairs.dim  # pooled features may follow
     frozen = bank.image[:, :dim], bank.text[:, :dim], bank.image_of_text
-    return kind, hubs.decide(hubs.choose(*frozen, pairs.meta["logit_scale"], run.config.seed), kind), bank
+    chosen = hubs.choose(*frozen, pairs.meta["logit_scale"], run.config.seed, refit)
+    return kind, hubs.decide(chosen, kind), bank
 
 
 def open_bank(args, run, pairs, identity):
@@ -310,7 +311,7 @@ def evaluate(args, config, data, ranks):
     if ranks.first:
         must_write(path.parent)  # known before it computes
     val = open_val(args, pairs, run, task, identity) if args.val else None
-    kind, correction, bank = choose_hubs(args, run, pairs, val, task, identity)
+    kind, correction, bank = choose_hubs(args, run, pairs, val, task, identity, adaptor.refit)
     by, absent = column_of(args.by) if args.by else None, None
     if args.absent:
         if pairs.classes is not None or correction:

@@ -70,9 +70,10 @@ class Fold(NamedTuple):
     of_bank: torch.Tensor  # (G, B)
 
 
-def _folds(image, text, image_of_text, seed):
+def _folds(frozen, image_of_text, seed, refit):
     """Cut unit embeddings (N, D), (M, D) into parts by image, each with the others as bank: {direction: [Fold]}."""
-    rng, owner = np.random.default_rng(seed), np.asarray(image_of_text)
+    (image, text), rng, owner = frozen, np.random.default_rng(seed), np.asarray(image_of_text)
+    _, first = np.unique(owner, return_index=True)  # a caption of each image
     chosen = rng.permutation(len(image))[: max(2 * FOLDS, CAPTIONS * len(image) // len(text))]
     part_of = np.full(len(image), -1)
     part_of[chosen] = np.arange(len(chosen)) % FOLDS
@@ -80,6 +81,8 @@ def _folds(image, text, image_of_text, seed):
     for part in range(FOLDS):
         inside, outside = part_of == part, (part_of >= 0) & (part_of != part)
         images, captions = np.flatnonzero(inside), np.flatnonzero(inside[owner])
+        if refit:
+            image, text = refit(frozen[0][outside], frozen[1][first[outside]])(*frozen)
         positive = torch.from_numpy(owner[captions][:, None] == images)
         score = text[captions] @ image[images].T
         to_image, to_text = image[images] @ text[outside[owner]].T, text[captions] @ image[outside].T
@@ -88,12 +91,13 @@ def _folds(image, text, image_of_text, seed):
     return result
 
 
-@torch.inference_mode()
-def choose(image, text, image_of_text, scale, seed=0):
+@torch.no_grad()
+def choose(image, text, image_of_text, scale, seed=0, refit=None):
     """Choose the correction of each kind by cross-validation: {direction: {kind: Correction}}, `none` among the kinds.
 
-    image (N, D), text (M, D), image_of_text (M,): pairs of frozen embeddings that nothing is evaluated on. scale: of
-    their cosines, of the frozen model. The least mean negative log probability of the right items decides, each
+    image (N, D), text (M, D), image_of_text (M,): pairs of frozen embeddings that nothing is evaluated on; each image
+    has a caption. scale: of their cosines, of the frozen model. refit: `Linear.refit` or the like, which moves each
+    fold as it learns from the others, or None. The least mean negative log probability of the right items decides, each
     candidate at the scale that suits it best. With fewer than two images a fold, `none` is all there is.
 
     >>> near = torch.eye(12) + torch.tensor([[1.0], *[[0.0]] * 11]).T  # the first image is near every caption
@@ -103,9 +107,9 @@ def choose(image, text, image_of_text, scale, seed=0):
     """
     if len(image) < 2 * FOLDS:
         return {direction: {"none": NONE} for direction in DIRECTIONS}
-    image, text = (F.normalize(torch.as_tensor(x).float(), dim=-1) for x in (image, text))
+    frozen = [F.normalize(torch.as_tensor(x).float(), dim=-1) for x in (image, text)]
     chosen = {}
-    for direction, parts in _folds(image, text, image_of_text, seed).items():
+    for direction, parts in _folds(frozen, image_of_text, seed, refit).items():
         plain_scale, nll = _fit(parts, [torch.zeros(len(part.of_bank)) for part in parts], scale)
         chosen[direction] = {"none": NONE._replace(nll=nll)}
         for kind, k in [("nnn", k) for k in NEAREST] + [("inverted-softmax", None)]:

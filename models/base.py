@@ -51,6 +51,7 @@ class Adaptor(nn.Module):
     )
     compared_answers = 0  # best answers that `of_candidates` compares; 0 for a method without it
     needs_pairs = True  # False for a method that learns nothing from the training split, which may be of classes, then
+    refit = None  # a method that learns in seconds where points lie has one, see `Linear.refit`
 
     def __init__(self, temperature: str = "fixed"):
         super().__init__()

@@ -65,15 +65,37 @@ class Linear(Adaptor):
         """Scores of each fold of the pairs (n, D), (n, D) after training on the others; without a penalty, none."""
         scores, part = [], torch.arange(len(image), device=image.device) % FOLDS
         for fold in range(FOLDS):
-            model = Linear(image.shape[1], penalty).to(image.device)
-            model.logit_scale.copy_(self.logit_scale)
-            if penalty is not None:
-                model._learn(image[part != fold], text[part != fold])
+            model = self._learned(image[part != fold], text[part != fold], penalty)
             with torch.no_grad():
                 rows = part == fold
                 scores.append(model.log_likelihood(model.adapt_image(image[rows]), model.adapt_text(text[rows])))
         return scores
 
+    def refit(self, image: Tensor, text: Tensor):
+        """Learn maps from the pairs (n, D), (n, D) alone: a function that moves images (N, D) and captions (M, D).
+
+        It moves nothing where the run has learned no map, and takes no number from torch's global generator.
+        """
+        if not self.image_map.any():
+            return lambda image, text: (image, text)
+        device = self.image_map.device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self._learned(image.to(device), text.to(device), self.penalty.item()).requires_grad_(False)
+        return lambda image, text: (
+            model.adapt_image(image.to(device)).mean.cpu(),
+            model.adapt_text(text.to(device)).mean.cpu(),
+        )
+
+    def _learned(self, image, text, penalty):
+        """A model after STEPS steps on the pairs (n, D), (n, D); without a penalty, after none."""
+        model = Linear(image.shape[1], penalty).to(image.device)
+        model.logit_scale.copy_(self.logit_scale)
+        if penalty is not None:
+            model._learn(image, text)
+        return model
+
+    @torch.enable_grad()
     def _learn(self, image, text):
         """Take STEPS steps on the pairs (n, D), (n, D)."""
         optimizer = torch.optim.Adam(self.parameters(), lr=RATE)

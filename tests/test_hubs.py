@@ -12,10 +12,12 @@ import cache_embeddings
 import eval as evaluation
 import report
 import train
-from datasets.bank import draw
+from datasets.bank import Bank, draw
 from datasets.embeddings import Pairs, hold_out
 from metrics import hubs, score_tiles
 from metrics.hubs import Correction
+from utils.checkpoint import Run
+from utils.config import load_config
 
 RUN = ["--dataset", "embeddings", "--quiet", "--method"]
 CACHE = ["--dataset", "embeddings", "--root", "pairs.npz", "--quiet"]
@@ -83,9 +85,20 @@ def test_constants_are_those_of_loops(correction, dim, tile, monkeypatch):
     np.testing.assert_allclose(subtracted, slow_constants(scores, correction, 100.0), rtol=1e-10)
 
 
-def slow_nll(image, text, owner, direction, correction, scale, seed):
+def centered(image, text):
+    """A refit that subtracts a part of the means of the pairs that it is given."""
+    means = [np.asarray(side).mean(axis=0) / 4 for side in (image, text)]
+
+    def move(*sides):
+        moved = [np.asarray(side) - mean for side, mean in zip(sides, means, strict=True)]
+        return [torch.from_numpy(side / np.linalg.norm(side, axis=1, keepdims=True)) for side in moved]
+
+    return move
+
+
+def slow_nll(frozen, owner, direction, correction, scale, seed, refit):
     """Mean NLL of the right items over the folds, in float64 by loops over the queries."""
-    rng = np.random.default_rng(seed)
+    (image, text), rng = frozen, np.random.default_rng(seed)
     chosen = rng.permutation(len(image))[: max(10, 1500 * len(image) // len(text))]
     fold = {int(row): number % 5 for number, row in enumerate(chosen)}
     total = []
@@ -94,6 +107,10 @@ def slow_nll(image, text, owner, direction, correction, scale, seed):
         captions = [row for row in range(len(text)) if fold.get(int(owner[row])) == part]
         bank_images = [row for row in fold if fold[row] != part]
         bank_captions = [row for row in range(len(text)) if fold.get(int(owner[row]), part) != part]
+        if refit:
+            caption_of = [next(row for row in bank_captions if owner[row] == image) for image in sorted(bank_images)]
+            move = refit(frozen[0][sorted(bank_images)], frozen[1][caption_of])
+            image, text = (side.numpy() for side in move(*frozen))
         if direction == "text_to_image":
             query, item, bank = text[captions], image[images], text[bank_captions]
             right = [[images[column] == owner[row] for column in range(len(images))] for row in captions]
@@ -110,14 +127,15 @@ def slow_nll(image, text, owner, direction, correction, scale, seed):
 
 
 @pytest.mark.parametrize("direction", hubs.DIRECTIONS)
-def test_the_choice_is_the_least_cross_validated_nll(direction):
+@pytest.mark.parametrize("refit", [None, centered])
+def test_the_choice_is_the_least_cross_validated_nll(direction, refit):
     arrays = pairs_with_hubs(images=60)
-    image, text, owner = unit(arrays["image"]), unit(arrays["text"]), arrays["image_of_text"]
-    chosen = hubs.choose(arrays["image"], arrays["text"], owner, 20.0, seed=3)[direction]
+    frozen, owner = (unit(arrays["image"]), unit(arrays["text"])), arrays["image_of_text"]
+    chosen = hubs.choose(arrays["image"], arrays["text"], owner, 20.0, seed=3, refit=refit)[direction]
     scales = 20 * np.exp(np.linspace(-1.5, 1.5, 31))
 
     def least(correction):
-        return min(slow_nll(image, text, owner, direction, correction, scale, seed=3) for scale in scales)
+        return min(slow_nll(frozen, owner, direction, correction, scale, 3, refit) for scale in scales)
 
     assert chosen["none"].nll == pytest.approx(least(hubs.NONE), abs=2e-3)
     for kind, ks in (("nnn", hubs.NEAREST), ("inverted-softmax", [None])):
@@ -179,6 +197,20 @@ def test_both_scores_are_corrected_each_by_its_scale(here):
     evaluation.main([*RUN, "asymvlm-psd", "--score", "both", "--hubs", "auto"])
     values, _ = result("asymvlm-psd")
     assert values["uncorrected"].keys() == values["other_score"]["uncorrected"].keys() == set(hubs.DIRECTIONS)
+
+
+def test_a_learned_map_is_corrected_by_its_own_held_out_scores(here):
+    train.main([*RUN, "linear", "--set", "model.penalty=0.3"])
+    evaluation.main([*RUN, "linear"])
+    adaptor, _, _ = Run(load_config("embeddings", "linear")).load("cpu")
+    bank = Bank(**torch.load("checkpoints/embeddings/given/linear/seed0/adaptor.pt")["bank"])
+    held_out, of_frozen = (
+        hubs.decide(hubs.choose(*bank[:3], 20.0, 0, refit), "auto") for refit in (adaptor.refit, None)
+    )
+    record = result("linear")[0]["hubs"]
+    for direction in hubs.DIRECTIONS:
+        assert adaptor.image_map.any() and held_out[direction]._asdict() == record[direction]
+        assert held_out[direction].nll != pytest.approx(of_frozen[direction].nll, rel=0.05)
 
 
 def test_nothing_is_learned_from_the_evaluated_split(here):

@@ -87,3 +87,22 @@ def test_few_pairs_choose_nothing():
     assert model.penalty == PENALTIES[0] and model.image_map.requires_grad and model.given_scale.isnan()
     with pytest.raises(ValueError, match="penalty must be 0 or more"):
         Linear(4, penalty=-1)
+
+
+def test_refit_learns_from_the_given_pairs_alone():
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randn(200, 16, generator=rng)
+    text = image @ torch.linalg.matrix_exp(0.2 * torch.randn(16, 16, generator=rng)).T
+    model, state = prepared(image, text), torch.get_rng_state()
+    frozen = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    untouched = model.refit(*frozen)(*frozen)  # prepared, but not trained yet
+    assert all(map(torch.equal, untouched, frozen))
+    model.image_map.data.fill_(1e-9)  # that of the run does not matter: the pairs teach another
+    with torch.no_grad():
+        moved = model.refit(frozen[0][:150], frozen[1][:150])(*frozen)
+    again = model.refit(frozen[0][:150], frozen[1][:150])(*frozen)
+    other = model.refit(frozen[0][50:], frozen[1][50:])(*frozen)
+    assert all(map(torch.equal, moved, again)) and not torch.equal(moved[0], other[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    cosines = [(x[150:] * y[150:]).sum(dim=1).mean() for x, y in (frozen, moved)]
+    assert cosines[1] > cosines[0] + 0.03 and not moved[0].requires_grad
