@@ -4,10 +4,12 @@
 
 calls the scripts to cache, train and evaluate in the current folder, under few_pairs/<file>, skips results that exist
 there, and prints Markdown. The five test parts are disjoint, so that every image is a query once, in a gallery of a
-fifth. Intervals draw images, and differences from plain CLIP are paired; a second table pairs the query-only
-uncertainties with the densities'. Where the file has an array `ambiguity` (M,) of its captions, `order` is Spearman's
-correlation of the query-only uncertainty with it. `--figure FILE.png` draws R@1, AURC and the AUROC before the search
-against the number of training images.
+fifth; `--divisions 4` divides the images four times by chance, into twenty parts. Figures are means over the parts, as
+each has a gallery and a training of its own; an AUROC leaves out parts without a wrong answer, and an ECE is of all
+queries together, as the bins of a part would be nearly empty. Intervals draw images, and differences from plain CLIP are
+paired; a second table pairs the query-only uncertainties with the densities'. Where the file has an array `ambiguity`
+(M,) of its captions, `order` is Spearman's correlation of the query-only uncertainty with it. `--figure FILE.png` draws
+R@1, AURC and the AUROC before the search against the number of training images.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,53 +88,69 @@ def evaluate(row, split, size, settings):
     return kept
 
 
+class Part(NamedTuple):
+    """What a test part gives all methods alike."""
+
+    image: np.ndarray  # (N,) ids of its images
+    image_of_text: np.ndarray  # (M,)
+    ambiguity: np.ndarray | None  # (M,) of its captions
+
+
 class Queries:
     """What one row of the table gives each query of one direction, of all test parts together.
 
-    paths: of the results, a part each. ambiguity: of the captions of each part, or None.
+    paths: of the results, one for each Part.
     """
 
-    def __init__(self, paths, direction, ambiguity):
+    def __init__(self, paths, direction, parts):
         side = "text" if direction == "text_to_image" else "image"
         columns, group = {}, []
         # The captions of an image share its probability, of which the arrays hold that of the best caption alone.
         self.share_answers = False
-        for number, path in enumerate(paths):
+        for path, part in zip(paths, parts, strict=True):
             values, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
-            part = {"hit": arrays[f"{direction}_hit"], "entropy": arrays[f"{direction}_entropy"]}
-            part["probability"] = arrays[f"{direction}_probability"]
+            column = {"hit": arrays[f"{direction}_hit"], "entropy": arrays[f"{direction}_entropy"]}
+            column["probability"] = arrays[f"{direction}_probability"]
             if f"{side}_uncertainty" in arrays and not values.get("untrained"):
-                part["query"] = arrays[f"{side}_uncertainty"]
-            if ambiguity is not None and side == "text":
-                part["ambiguity"] = ambiguity[number]
+                column["query"] = arrays[f"{side}_uncertainty"]
+            if part.ambiguity is not None and side == "text":
+                column["ambiguity"] = part.ambiguity
             if f"{side}_words" in arrays and np.ptp(arrays[f"{side}_words"]):
-                part["words"] = arrays[f"{side}_words"]
-            for name, column in part.items():
-                columns.setdefault(name, []).append(column)
-            self.share_answers |= side == "image" and len(arrays["image_of_text"]) > len(part["hit"])
-            rows = arrays["image_of_text"] if side == "text" else np.arange(len(part["hit"]))
-            group.append(rows + 1_000_000 * number)
+                column["words"] = arrays[f"{side}_words"]
+            for name, entries in column.items():
+                columns.setdefault(name, []).append(entries)
+            self.share_answers |= side == "image" and len(part.image_of_text) > len(part.image)
+            group.append(part.image[part.image_of_text] if side == "text" else part.image)
         # An uncertainty that one part lacks is left out.
-        self.columns = {name: np.concatenate(parts) for name, parts in columns.items() if len(parts) == len(paths)}
-        self.group = np.concatenate(group)
+        self.columns = {name: np.concatenate(of) for name, of in columns.items() if len(of) == len(paths)}
+        self.group, self.part = np.concatenate(group), np.repeat(np.arange(len(paths)), [len(rows) for rows in group])
 
-    def figure(self, name, rows=slice(None)):
-        """A figure of COLUMNS of some of the queries; NaN where the row of the table has none."""
+    def figure(self, name, rows=None):
+        """A figure of COLUMNS, of all queries or some rows of them; NaN where the row of the table has none."""
+        rows = np.arange(len(self.part)) if rows is None else rows
+        if name == "ece":
+            confidence = self.columns["probability"][rows].clip(0, 1)
+            bins = reliability(confidence, self.columns["hit"][rows])
+            return np.nan if self.share_answers else calibration_error(bins)
+        rows = rows[self.part[rows].argsort(kind="stable")]
+        starts = np.flatnonzero(np.diff(self.part[rows])) + 1
+        values = [self._of_part(name, part) for part in np.split(rows, starts)]
+        defined = [value for value in values if value is not None]
+        return np.mean(defined) if defined else np.nan
+
+    def _of_part(self, name, rows):
         columns = {key: column[rows] for key, column in self.columns.items()}
         hit = columns["hit"]
         if name == "recall":
             return hit.mean()
         if name == "aurc":
             return selective(-columns["probability"], hit).aurc
-        if name == "ece":
-            confidence = columns["probability"].clip(0, 1)
-            return np.nan if self.share_answers else calibration_error(reliability(confidence, hit))
         if name == "order":
-            has_both = {"query", "ambiguity"} <= columns.keys()
-            return spearman(columns["query"], columns["ambiguity"]) if has_both else np.nan
+            return (
+                spearman(columns["query"], columns["ambiguity"]) if {"query", "ambiguity"} <= columns.keys() else None
+            )
         values = -columns["probability"] if name == "probability" else columns.get(name)
-        area = None if values is None else auroc(values, hit)
-        return np.nan if area is None else area
+        return None if values is None else auroc(values, hit)
 
 
 def draws_of(group):
@@ -204,14 +223,15 @@ def title_of(row):
     return ", ".join(filter(None, (method, mean, "" if hubs == "none" else "hubs")))
 
 
-def ambiguity_of(file):
-    """The array `ambiguity` of a file, for the captions of each test part: list of arrays; None without it."""
+def parts_of(file):
+    """The Part of each test part of a file, in the folder of its caches."""
     with np.load(file) as arrays:
-        if "ambiguity" not in arrays:
-            return None
-        values = arrays["ambiguity"]
+        values = arrays.get("ambiguity")
     caches = [Pairs("embeddings", "given", f"test{number}") for number in range(SPLITS)]
-    return [values[pairs.text_id] for pairs in caches]  # ids of captions are their rows in the file
+    # Ids of captions are their rows in the file, and those of images name them in every division.
+    return [
+        Part(pairs.image_id, pairs.image_of_text, None if values is None else values[pairs.text_id]) for pairs in caches
+    ]
 
 
 def exported(cache, folder):
@@ -230,26 +250,35 @@ def exported(cache, folder):
     return path
 
 
-def measure(file, methods, means, sizes, settings):
+def measure(file, methods, means, sizes, settings, divisions):
     """Every row of the table of a file at every size: {size: {direction: {title: Queries}}}; 0 is all pairs."""
     splits = [f"{part}{number}" for number in range(SPLITS) for part in ("train", "test")]
     splits += [f"train{number}-{size}" for size in sizes if size for number in range(SPLITS)]
     with np.load(file) as arrays:
-        scale = ["--set", f"data.options.logit_scale={float(arrays['logit_scale'])}"] if "logit_scale" in arrays else []
-    run(cache_embeddings, "--dataset", "embeddings", "--root", file, "--quiet", "--splits", *splits, *scale)
+        scale = [f"data.options.logit_scale={float(arrays['logit_scale'])}"] if "logit_scale" in arrays else []
     rows = []
     for method in dict.fromkeys([BASELINE, *methods]):
         of_method = [mean for mean in means if "mean" in load_config("embeddings", method).model] or [""]
         rows += [(method, mean, hubs) for mean in of_method for hubs in ("none", "auto")]
-    of_captions = ambiguity_of(file)
-    result = {}
-    for size in sizes:
-        paths = {title_of(row): [evaluate(row, split, size, settings) for split in range(SPLITS)] for row in rows}
-        result[size] = {
-            direction: {title: Queries(of_row, direction, of_captions) for title, of_row in paths.items()}
+    parts, paths, home = [], {size: {title_of(row): [] for row in rows} for size in sizes}, Path.cwd()
+    for division in range(divisions):
+        folder = home / f"division{division}" if division else home
+        folder.mkdir(exist_ok=True)
+        os.chdir(folder)
+        options = ["--set", f"data.options.seed={division}", *scale]
+        run(cache_embeddings, "--dataset", "embeddings", "--root", file, "--quiet", "--splits", *splits, *options)
+        parts += parts_of(file)
+        for size, of_rows in paths.items():
+            for row in rows:
+                of_rows[title_of(row)] += [evaluate(row, split, size, settings).absolute() for split in range(SPLITS)]
+    os.chdir(home)
+    return {
+        size: {
+            direction: {title: Queries(of_row, direction, parts) for title, of_row in of_rows.items()}
             for direction in RETRIEVAL
         }
-    return result
+        for size, of_rows in paths.items()
+    }
 
 
 def draw(results, path):
@@ -287,6 +316,7 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="+", help="by default all that need no pooled features")
     parser.add_argument("--means", nargs="+", default=["frozen"], help="any of frozen, residual, learned")
     parser.add_argument("--sizes", nargs="+", type=int, default=[0], help="training images; 0: all but the test part")
+    parser.add_argument("--divisions", type=int, default=1, help="how often the images are divided into five parts")
     parser.add_argument("--figure", type=Path, help="where to draw the figures against the sizes")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for train.py")
     args = parser.parse_args(argv)
@@ -302,7 +332,7 @@ def main(argv=None):
         folder = home / "few_pairs" / file.stem
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        results[file.stem] = measure(file, methods, args.means, args.sizes, args.set)
+        results[file.stem] = measure(file, methods, args.means, args.sizes, args.set, args.divisions)
         os.chdir(home)
         for size, directions in results[file.stem].items():
             for direction, rows in directions.items():
