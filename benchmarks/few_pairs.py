@@ -6,10 +6,10 @@ calls the scripts to cache, train and evaluate in the current folder, under few_
 there, and prints Markdown. The five test parts are disjoint, so that every image is a query once, in a gallery of a
 fifth; `--divisions 4` divides the images four times by chance, into twenty parts. Figures are means over the parts, as
 each has a gallery and a training of its own; an AUROC leaves out parts without a wrong answer, and an ECE is of all
-queries together, as the bins of a part would be nearly empty. Intervals draw images, and differences from plain CLIP are
-paired; a second table pairs the query-only uncertainties with the densities'. Where the file has an array `ambiguity`
-(M,) of its captions, `order` is Spearman's correlation of the query-only uncertainty with it. `--figure FILE.png` draws
-R@1, AURC and the AUROC before the search against the number of training images.
+queries together, as the bins of a part would be nearly empty. Intervals draw images, and differences from plain CLIP
+are paired; a second table pairs the query-only uncertainties with the densities'. Where the file has an array
+`ambiguity` (M,) of its captions, `order` is Spearman's correlation of the query-only uncertainty with it. `--figure
+FILE.png` draws R@1, AURC and the AUROC before the search against the number of training images.
 """
 
 import argparse
