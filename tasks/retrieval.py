@@ -106,7 +106,7 @@ def by_caption(compute, image, text):
 class Blocks:
     """Scores of queries, a block of a gallery of G items at a time, on a device.
 
-    They are valid until the next call, which reuses their memory: pages of new memory would cost as much as two readers.
+    They are valid until the next call, which reuses their memory: new memory would cost as much as two readers.
     """
 
     def __init__(self, gallery, device):
