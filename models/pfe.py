@@ -96,7 +96,7 @@ class IsotropicLikelihood:
         variance = row + column
         return (cos - 1) / variance - self.dim / 2 * variance.log()  # the squared distance is 2 - 2 cos
 
-    def derivatives(self, cos: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def derivatives(self, cos: Tensor, value: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse = (row + column).reciprocal_()
         by_variance = inverse * ((1 - cos) * inverse - self.dim / 2)
         return inverse, by_variance, by_variance

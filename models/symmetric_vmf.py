@@ -53,7 +53,7 @@ class ExpectedLikelihood:
     def value(self, cos: Tensor, kappa: Tensor, other: Tensor) -> Tensor:
         return -log_normalizer(self.length(cos, kappa, other), self.dim)
 
-    def derivatives(self, cos: Tensor, kappa: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def derivatives(self, cos: Tensor, value: Tensor, kappa: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = self.length(cos, kappa, other)
         slope = mean_resultant_length(length, self.dim).div_(length)
         above = (1 + cos).clamp_min_(0)

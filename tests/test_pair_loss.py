@@ -45,7 +45,8 @@ def drawn(form, count, dim, dtype=torch.float64, seed=0, spread=1.0):
     values["slope"] = wide if form["slope"] else torch.tensor(spread * 3.0, dtype=torch.float64)
     for name in ("row", "column"):
         kind = form.get(name)
-        values[name] = random(count) if kind == "vector" else kind.log_normalizer(wide, dim) if kind else 0.0
+        if kind:
+            values[name] = random(count) if kind == "vector" else kind.log_normalizer(wide, dim)
     kernel = form["kernel"]
     if "parameters" in form:
         least, most = form["parameters"]
@@ -84,13 +85,13 @@ def relative(results, expected):
     )
 
 
-@pytest.fixture(params=["kept", "recomputed"])
+@pytest.fixture(params=["all kept", "some kept", "none kept"])
 def small_tiles(request, monkeypatch):
-    """Tiles of 7 rows, so that 97 pairs end in a smaller one; dot products kept for the backward pass, or not."""
+    """Tiles of 7 rows, so that 97 pairs end in a smaller one; how many are kept for the backward pass."""
     monkeypatch.setattr(pair_loss, "CPU_TILE", 7 * 97)
     monkeypatch.setattr(pair_loss.Tiles, "least_rows", staticmethod(lambda dim: 1))
-    if request.param == "recomputed":
-        monkeypatch.setattr(pair_loss, "KEPT", 10)
+    if request.param != "all kept":
+        monkeypatch.setattr(pair_loss, "KEPT", 97 * 30 if request.param == "some kept" else 10)
 
 
 @every_loss
@@ -107,9 +108,9 @@ def test_tiles_equal_the_matrix(form, loss, small_tiles):
                       if isinstance(getattr(score, n), torch.Tensor)}
         )  # fmt: skip
         expected = gradients(exact, dense)
-        # Beyond 1e-5 only where scores of thousands are rounded, as they are in the matrix.
+        # Beyond 1e-5 only where scores of thousands are rounded, as they are in the matrix, but to other bits.
         rounding = relative(gradients(score, dense), expected)
-        assert relative(gradients(score, tiled), expected) < max(1e-5, 1.1 * rounding)
+        assert relative(gradients(score, tiled), expected) < max(1e-5, 1.5 * rounding)
 
 
 @every_form
@@ -140,11 +141,12 @@ def test_gradients_by_differences(form, loss, monkeypatch):
     assert torch.autograd.gradcheck(value, tuple(getattr(score, name).detach().requires_grad_() for name in names))
 
 
+@every_loss
 @pytest.mark.parametrize("form", ["clip", "von Mises-Fisher", "power spherical"])
-def test_scores_of_a_wide_range(form, small_tiles):
+def test_scores_of_a_wide_range(form, loss, small_tiles):
     """Scores that differ by thousands, as overfitted densities do: no overflow, no underflow to a wrong gradient."""
     score = drawn(form, 97, 512, spread=300)
-    tiled, dense = LOSSES["info_nce"]
+    tiled, dense = LOSSES[loss]
     results = gradients(score, tiled)
     assert all(x.isfinite().all() for x in results)
     assert relative(results, gradients(score, dense)) < 1e-12

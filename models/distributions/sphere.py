@@ -59,7 +59,8 @@ def log1p(x: Tensor) -> Tensor:
     tensor([1.0000e-30, 6.9315e-01])
     """
     u = 1 + x
-    return u.log().sub_(u.sub(1).sub_(x).div_(u))
+    correction = u.sub(1).sub_(x).div_(u)
+    return u.log_().sub_(correction)
 
 
 BLOCK = 2**15  # elements whose intermediate results fit a processor's cache
