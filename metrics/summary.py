@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from metrics import calibration, retrieval, score_tiles
-from metrics.comparison import PairedBootstrap, interval
+from metrics.comparison import interval
 from metrics.uncertainty import (
     aupr,
     auroc,
@@ -50,14 +50,14 @@ def of_ranking(ranking, limit=None, drawn=None):
     return figures
 
 
-def of_uncertainty(uncertainty, ranking, count, drop_remainder=False, limit=None, truth=None, drawn=None):
+def of_uncertainty(uncertainty, ranking, count, drop_remainder=False, limit=None, truth=None, group=None, times=None):
     """AUROC, AUPR, FPR95, selective prediction, levels and trend of an uncertainty (Q,) of ranked queries.
 
     `log_score` and `brier_score` are of the probability that the answer is right, see `calibration.chance_of_hit`.
 
     Trend, AUROC and recall by level have 95 % bootstrap intervals. count: number of levels; there are none if all
     queries are equally uncertain. limit: (Q,), Bayes-optimal R@1. truth: (Q,), in the ideal order, such as true
-    ambiguity. drawn: a PairedBootstrap of the queries; by default each is drawn on its own.
+    ambiguity. group: (Q,), and times, as in `bootstrap`.
 
     >>> ranking = retrieval.rank(lambda rows: torch.eye(4)[rows], 4, range(4), [0, 1, 2, 0])
     >>> of_uncertainty(np.array([1.0, 2.0, 3.0, 4.0]), ranking, count=2)["levels"]["recall"]["1"]
@@ -71,8 +71,7 @@ def of_uncertainty(uncertainty, ranking, count, drop_remainder=False, limit=None
     if np.ptp(uncertainty) == 0:
         return figures | {"constant": True}
     figures["fpr95_right"], figures["fpr95_wrong"] = false_positive_rates(uncertainty, hits[1])
-    drawn = drawn or PairedBootstrap(np.arange(len(hits[1])))
-    chance = calibration.chance_of_hit(uncertainty, hits[1], drawn.group)
+    chance = calibration.chance_of_hit(uncertainty, hits[1], np.arange(len(hits[1])) if group is None else group)
     if chance is not None:
         figures |= calibration.scores_of_chance(chance, hits[1])
     groups, options = levels(uncertainty, count, drop_remainder), (count, drop_remainder)
@@ -86,8 +85,7 @@ def of_uncertainty(uncertainty, ranking, count, drop_remainder=False, limit=None
     figures |= {"levels": by_level} | trend(by_level["recall"]["1"])._asdict()
     if truth is not None and np.ptp(truth) > 0:
         figures |= {"spearman": spearman(uncertainty, truth), "kendall": kendall(uncertainty, truth)}
-    interval_of = bootstrap(uncertainty, hits[1], count, drawn.group, drawn.times[1:], drop_remainder=drop_remainder)
-    return figures | {"interval": interval_of}
+    return figures | {"interval": bootstrap(uncertainty, hits[1], count, group, times, drop_remainder=drop_remainder)}
 
 
 def gallery_aware(ranking):

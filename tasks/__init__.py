@@ -146,14 +146,14 @@ def choose_levels_by(requested, query, answer):
 
 
 def evaluate_side(
-    ranking, query, answer, choices, levels_by, drawn, free=None, limit=None, truth=None, candidates=None
+    ranking, query, answer, choices, levels_by, drawn, free=None, limit=None, truth=None, group=None, candidates=None
 ):
     """Figures of ranked queries and of all their uncertainties; returns them and the uncertainty (Q,) of `levels_by`.
 
     query (Q,), answer (G,): the adaptor's uncertainties, or None. levels_by: one of FOLLOWED, as `choose_levels_by`
     returns it; None means the entropy over the gallery. drawn: a PairedBootstrap of the queries. free: uncertainties
-    that need no model, {name: (Q,)}. limit, truth: as in `summary.of_uncertainty`. candidates: uncertainties by the
-    best answers, {name: (Q,)}.
+    that need no model, {name: (Q,)}. limit, truth, group: as in `summary.of_uncertainty`. candidates: uncertainties
+    by the best answers, {name: (Q,)}.
     """
     uncertainties = {}
     if query is not None:
@@ -165,7 +165,7 @@ def evaluate_side(
     query_only = {"query", *(free or ())}
     uncertainties |= (candidates or {}) | (free or {}) | summary.gallery_aware(ranking)
     figures = summary.of_ranking(ranking, limit, drawn) | {"levels_by": levels_by, "uncertainty": {}}
-    options = choices.levels, choices.drop_remainder, limit, truth, drawn
+    options = choices.levels, choices.drop_remainder, limit, truth, group, drawn.times[1:]
     for name, uncertainty in uncertainties.items():
         family = {"family": "query-only" if name in query_only else "gallery-aware"}
         figures["uncertainty"][name] = family | summary.of_uncertainty(uncertainty, ranking, *options)

@@ -223,10 +223,11 @@ def evaluate_sides(both, uncertainties, truth, choices, drawn, free, candidates)
         # The captions of one image answer the same query.
         members = members_of(side.query) if query == "image" else None
         score, *targets, scale, correction = side
-        judged = summary.judge(score, *targets, scale, drawn[query].group, members, correction)
+        group, limit, ambiguity = drawn[query].group, truth[name].limit, truth[name].ambiguity
+        judged = summary.judge(score, *targets, scale, group, members, correction)
         part, uncertainty = evaluate_side(
-            judged.ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], truth[name].limit,
-            truth[name].ambiguity, candidates.get(query),
+            judged.ranking, of_query, of_answer, choices, levels_by, drawn[query], free[query], limit, ambiguity, group,
+            candidates.get(query),
         )  # fmt: skip
         if truth[name].matches is not None:
             precision = retrieval.at_r(side.score, truth[name].matches)
