@@ -20,7 +20,7 @@ class Forecast(NamedTuple):
     """Predicted probabilities of each query and their errors, (Q,) each."""
 
     confidence: np.ndarray  # probability of the most probable item's group
-    hit: np.ndarray  # whether the most probable item is a positive; the probability of that if several items tie
+    hit: np.ndarray  # whether the most probable item is a positive; the probability of that if several scores tie
     nll: np.ndarray  # negative log of the positives' total probability, in nats; 0 is ideal
     brier: np.ndarray  # sum of squared errors, all positives taken as one class; from 0, which is ideal, to 2
     entropy: np.ndarray  # of the probabilities, in nats
@@ -35,15 +35,15 @@ def probabilities(tile, scale, members=None):
     [1.0, 0.0]
     """
     (row, column), posterior = tile.targets, tile.posterior(scale)
-    highest, top, likelihood, total, entropy = posterior
-    factor = scale[tile.rows][row].to(highest) if torch.is_tensor(scale) else scale
+    highest, likelihood, total, entropy = posterior
+    factor = scale[tile.rows].to(highest)[row] if torch.is_tensor(scale) else scale
     below = tile.scores[row, column] - highest[row]
     hit = torch.zeros_like(total).scatter_add(0, row, (below == 0).to(total.dtype))
     hit = hit / tile.count(torch.eq, tile.scores, highest)
     positive = factor * below - total.log()[row]  # log probability
-    confidence = (1 if members is None else _group_sum(likelihood, members, top)) / total
+    confidence = (1 if members is None else _group_sum(likelihood, members, tile.most_probable(scale))) / total
     nll = _nll(positive, row, len(total))
-    squares = torch.linalg.vecdot(likelihood, likelihood) / total.square()
+    squares = tile.sum_of_products(likelihood, likelihood) / total.square()
     of_positives = torch.zeros_like(total).scatter_add(0, row, positive.exp())
     positive_squares = torch.zeros_like(total).scatter_add(0, row, positive.exp().square())
     brier = (1 - of_positives).square() + (squares - positive_squares).clamp_min(0)
@@ -81,7 +81,7 @@ def _nll(positive, row, queries):
 def nll_of(score, row, column, scale):
     """Negative log (q,) of the total probability of each query's positives, under the softmax of scale * score (q, G).
 
-    row, column: (P,) of the positives.
+    row, column: (P,) of the positives. scale: above 0.
 
     >>> nll_of(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2]), scale=1.0).exp()
     tensor([4.])

@@ -5,6 +5,7 @@ slice of queries to their scores (q, G), so that only tiles of the score matrix 
 """
 
 import contextlib
+import itertools
 import math
 from functools import cached_property
 from typing import NamedTuple
@@ -61,23 +62,36 @@ class Positives:
         return (self.query[first:last] - rows.start).to(device), self.item[first:last].to(device)
 
 
+def even_slices(count, most):
+    """Slices of about the same size, at most about `most`, that make up `count` rows; they start at cache lines.
+
+    A product of few rows or columns may round otherwise, and equal items would no longer tie.
+
+    >>> even_slices(100, most=60)
+    [slice(0, 48, None), slice(48, 100, None)]
+    """
+    parts = math.ceil(count / most)
+    unit = ALIGNED if count >= parts * ALIGNED else 1
+    ends = [*(number * count // parts // unit * unit for number in range(parts)), count]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
 def tiles(score, queries, gallery, mine=False):
     """Yield slices of the Q queries with their scores (q, G), at most a tile of scores each, but one query at least.
 
-    mine: only the slices of this process, see `divided`.
+    Scores are valid until the next slice, as `score` may reuse their memory. mine: only the slices of this process, see
+    `divided`.
 
     >>> [(rows, len(scores)) for rows, scores in tiles(lambda rows: torch.zeros(3, 2)[rows], 3, 2)]
     [(slice(0, 3, None), 3)]
     """
-    step = max(COMPUTED // gallery // ALIGNED * ALIGNED, min(ROWS, queries))
     rank, world, _ = _processes if mine else (0, 1, None)
-    for start in range(0, queries, step)[rank::world]:
-        stop = min(start + step, queries)
-        scores = score(slice(start, stop))
+    for rows in even_slices(queries, max(COMPUTED // gallery, min(ROWS, queries)))[rank::world]:
+        scores = score(rows)
         part = max(1, (TILE if scores.device.type == "cpu" else DEVICE_TILE) // gallery)
-        for first in range(start, stop, part):
-            last = min(first + part, stop)
-            yield slice(first, last), scores[first - start : last - start]
+        for first in range(rows.start, rows.stop, part):
+            last = min(first + part, rows.stop)
+            yield slice(first, last), scores[first - rows.start : last - rows.start]
 
 
 @torch.inference_mode()
@@ -96,17 +110,17 @@ def all_scores(score, queries, gallery):
 
 
 def two_highest(scores):
-    """The two highest scores of each query and their items, (q, 2) each, of scores (q, G); one each where G is 1.
+    """The two highest scores of each query and their items, (q, 2) each, of scores (q, G); G >= 2.
 
-    `topk` of all takes several times as long as the highest of each BLOCK of items: the two highest lie in the two
-    blocks with the highest ones, or in the rest that fills no block.
+    `topk` of all takes ten times as long as the highest of each BLOCK of items: the two highest lie in the two blocks
+    with the highest ones, or in the rest that fills no block.
 
     >>> two_highest(torch.tensor([[1.0, 3.0, 2.0]]))[1].tolist()
     [[1, 2]]
     """
     whole = scores.shape[1] // BLOCK * BLOCK
     if whole <= 2 * BLOCK:
-        return scores.topk(min(2, scores.shape[1]), dim=1)
+        return scores.topk(2, dim=1)
     block = scores[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2).topk(2, dim=1).indices
     of_block, rest = (torch.arange(*ends, device=scores.device) for ends in ((0, BLOCK), (whole, scores.shape[1])))
     item = torch.cat([(BLOCK * block[:, :, None] + of_block).flatten(1), rest.expand(len(scores), -1)], dim=1)
@@ -152,10 +166,18 @@ class Posterior(NamedTuple):
     """Softmax of logits over the gallery."""
 
     score: torch.Tensor  # (q,) of the most probable item
-    item: torch.Tensor  # (q,) the most probable item
     likelihood: torch.Tensor  # (q, G) exponentials of the logits less the highest of their query
     total: torch.Tensor  # (q,) their sums
     entropy: torch.Tensor  # (q,) in nats
+
+
+def is_negative(scale):
+    """Whether a posterior's scale is negative, as a free temperature may be: then the lowest score is the likeliest.
+
+    >>> is_negative(-2.0), is_negative(torch.tensor([2.0]))
+    (True, False)
+    """
+    return not torch.is_tensor(scale) and scale < 0
 
 
 class Tile:
@@ -205,23 +227,29 @@ class Tile:
 
         def softmax():
             factor = scale[self.rows, None].to(self.scores) if torch.is_tensor(scale) else scale
-            # A free temperature may be negative: then the lowest score is the most probable.
-            reversed_order = factor is scale and scale < 0
-            score, item = self.scores.min(dim=1) if reversed_order else (x[:, 0] for x in self.two_highest)
+            score = self.scores.amin(dim=1) if is_negative(scale) else self.scores.amax(dim=1)
             below = torch.sub(self.scores, score[:, None], out=self.buffer("below"))
             below.mul_(BITS * factor).clamp_min_(LEAST)
             likelihood = torch.exp2(below, out=self.buffer("likelihood"))
             total = likelihood.sum(dim=1)
-            entropy = total.log() - torch.linalg.vecdot(likelihood, below) / (BITS * total)
-            return Posterior(score, item, likelihood, total, entropy)
+            entropy = total.log() - self.sum_of_products(likelihood, below) / (BITS * total)
+            return Posterior(score, likelihood, total, entropy)
 
         return self.latest("posterior", scale, softmax)
+
+    def most_probable(self, scale):
+        """The most probable item (q,) of each query under the posterior."""
+        return self.scores.argmin(dim=1) if is_negative(scale) else self.two_highest[1][:, 0]
 
     def count(self, compare, matrix, values):
         """Number (q,) of entries of a matrix (q, G) for which `compare`, such as torch.gt, holds with values (q,)."""
         # Sums of ones are exact in float32 up to 2^24, and much faster than sums of Booleans.
         exact = torch.promote_types(matrix.dtype, torch.float32 if matrix.shape[1] <= 2**24 else torch.float64)
         return compare(matrix, values[:, None], out=self.buffer("work", exact)).sum(dim=1).long()
+
+    def sum_of_products(self, left, right):
+        """Sums (q,) of the products of two matrices (q, G)."""
+        return torch.mul(left, right, out=self.buffer("work")).sum(dim=1)
 
 
 @torch.inference_mode()

@@ -329,9 +329,10 @@ def bootstrap(
     """Percentile bootstrap intervals of trend, AUROC and recall by level: a dict of [low, high] (Efron, 1979).
 
     uncertainty, hit: (Q,). group (Q,): queries that depend on each other, such as the captions of one image, are drawn
-    together. times: (B, G), how often each draw has each group, if that is known already; else there are `draws`, by
-    `seed`. Every draw is split into `count` levels anew. The keys are the fields of `Trend`, `auroc` (None if it is
-    undefined) and `level_recall`, a list of `count` intervals. Raises ValueError as `levels` does.
+    together. times: (B, G), how often each draw has each group, or without groups the query of each rank, if that is
+    known already; else there are `draws`, by `seed`. Every draw is split into `count` levels anew. The keys are the
+    fields of `Trend`, `auroc` (None if it is undefined) and `level_recall`, a list of `count` intervals. Raises
+    ValueError as `levels` does.
 
     >>> bootstrap([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 0, 0], count=2)["auroc"]
     [1.0, 1.0]

@@ -74,36 +74,35 @@ class Linear(Adaptor):
     def refit(self, image: Tensor, text: Tensor):
         """Learn maps from the pairs (n, D), (n, D) alone: a function that moves images (N, D) and captions (M, D).
 
-        It moves nothing where the run has learned no map, and takes no number from torch's global generator.
+        It moves nothing where the run has learned no map, and takes no number from torch's global generators.
         """
         if not self.image_map.any():
             return lambda image, text: (image, text)
         device = self.image_map.device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = self._learned(image.to(device), text.to(device), self.penalty.item()).requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        model = self._learned(image.to(device), text.to(device), self.penalty.item(), generator).requires_grad_(False)
         return lambda image, text: (
             model.adapt_image(image.to(device)).mean.cpu(),
             model.adapt_text(text.to(device)).mean.cpu(),
         )
 
-    def _learned(self, image, text, penalty):
+    def _learned(self, image, text, penalty, generator=None):
         """A model after STEPS steps on the pairs (n, D), (n, D); without a penalty, after none."""
         model = Linear(image.shape[1], penalty).to(image.device)
         model.logit_scale.copy_(self.logit_scale)
         if penalty is not None:
-            model._learn(image, text)
+            model._learn(image, text, generator)
         return model
 
     @torch.enable_grad()
-    def _learn(self, image, text):
+    def _learn(self, image, text, generator=None):
         """Take STEPS steps on the pairs (n, D), (n, D)."""
         optimizer = torch.optim.Adam(self.parameters(), lr=RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         order = torch.empty(0, dtype=torch.long)
         for _ in range(STEPS):
             if len(order) < min(BATCH, len(image)):
-                order = torch.randperm(len(image))
+                order = torch.randperm(len(image), generator=generator)
             rows, order = order[:BATCH].to(image.device), order[BATCH:]
             optimizer.zero_grad()
             self.loss(image[rows], text[rows]).backward()

@@ -1,7 +1,5 @@
 """Cross-modal retrieval: an image for every caption and a caption for every image."""
 
-import itertools
-import math
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,7 +12,7 @@ from metrics import eccv, retrieval, summary
 from metrics.calibration import members_of
 from metrics.comparison import PairedBootstrap, interval
 from metrics.hubs import constants
-from metrics.score_tiles import ALIGNED, all_scores
+from metrics.score_tiles import all_scores, even_slices
 from metrics.uncertainty import levels, trend
 from models.base import adapt_all
 from tasks import (
@@ -52,7 +50,7 @@ class Side(NamedTuple):
     correction: tuple | None = None  # constants (G,), and the scale of the posterior without them
 
     def score(self, rows):
-        """Scores (q, G) of rows of queries, corrected."""
+        """Scores (q, G) of rows of queries, corrected; valid until the next call, see Blocks."""
         return self.plain_score(rows) - self.correction[0] if self.correction else self.plain_score(rows)
 
 
@@ -110,10 +108,8 @@ class Blocks:
     """
 
     def __init__(self, gallery, device):
-        # Blocks are about even: a product of few columns may round otherwise, and equal items would no longer tie.
-        blocks = math.ceil(gallery / (GALLERY if device.type == "cpu" else DEVICE_GALLERY))
-        ends = [*(number * gallery // blocks // ALIGNED * ALIGNED for number in range(blocks)), gallery]
-        self.gallery, self.slices, self.kept = gallery, [slice(*pair) for pair in itertools.pairwise(ends)], None
+        self.slices = even_slices(gallery, GALLERY if device.type == "cpu" else DEVICE_GALLERY)
+        self.gallery, self.kept = gallery, None
 
     def scores(self, compute):
         """Scores (q, G); compute: the function from a slice of the gallery to those of its items, (q, g)."""
@@ -184,6 +180,7 @@ def evaluate(adaptor, pairs, choices, device):
     computes = {"log_likelihood": adaptor.log_likelihood, "similarity": adaptor.similarity}
     for name in choices.scores:
         compute = with_progress(computes[name], bar)
+        both = part = None  # so that the matrix of another kind of score is not kept beside the next
         both = sides(compute, image, text, pairs.image_of_text, scales[name])
         if choices.hubs:
             both = corrected(both, computes[name], image, text, bank, choices.hubs)
