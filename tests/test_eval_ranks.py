@@ -12,7 +12,7 @@ from conftest import forked_ranks
 import eval as evaluation
 import tasks.retrieval
 import train
-from metrics import retrieval, score_tiles, summary
+from metrics import retrieval, score_tiles
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 
@@ -26,16 +26,18 @@ def small_tiles(monkeypatch):
     for name, size in (("TILE", 2**12), ("COMPUTED", 2**12), ("ROWS", 32)):
         monkeypatch.setattr(score_tiles, name, size)
     monkeypatch.setattr(tasks.retrieval, "STORED_SCORES", 0)
-    for module, name in ((tasks.retrieval, "PairedBootstrap"), (summary, "bootstrap")):  # quick
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), draws=20))
+    quick = functools.partial(tasks.retrieval.PairedBootstrap, draws=20)
+    monkeypatch.setattr(tasks.retrieval, "PairedBootstrap", quick)
 
 
 def result(world):
     return [(world / f"{RESULT}.{end}").read_bytes() for end in ("json", "npz")]
 
 
-def test_result_files_have_the_bytes_of_one_process(world, small_tiles, monkeypatch):
+@pytest.mark.parametrize("stored", [0, tasks.STORED_SCORES])
+def test_result_files_have_the_bytes_of_one_process(world, small_tiles, monkeypatch, stored):
     """Corrected for hubs, with the true matches; and a killed process leaves the whole result."""
+    monkeypatch.setattr(tasks.retrieval, "STORED_SCORES", stored)
     train.main([*RUN, "--set", "train.epochs=1", "model.width=16"])
     command, computed, ranks = [*RUN, "--hubs", "nnn"], [], retrieval.ranks
 

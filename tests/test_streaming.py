@@ -11,6 +11,7 @@ import train
 from datasets import streaming
 from datasets.embeddings import Pairs
 from datasets.streaming import InMemory, OnDisk
+from metrics import score_tiles
 from models import memory
 from models.base import Embedding, cosine
 from models.pcmepp import PCMEPP
@@ -179,3 +180,13 @@ def test_blocks_of_a_gallery_are_even(monkeypatch):
     retrieval.sides(compute, few, many, np.arange(len(many.mean)), 1.0)["image_to_text"].score(slice(0, 3))
     retrieval.sides(compute, many, few, np.arange(3), 1.0)["text_to_image"].score(slice(0, 3))
     assert shapes == [(3, 1024), (3, 1025), (1024, 3), (1025, 3)]
+
+
+def test_equal_images_tie_in_stored_scores():
+    """257 images, as 256 are a tile: a product with one would round otherwise."""
+    images, texts = score_tiles.ROWS + 1, score_tiles.COMPUTED // score_tiles.ROWS + 16
+    image, text = torch.randn(images, 64), torch.randn(texts, 64)
+    image[-1] = image[3]
+    both = retrieval.sides(cosine, Embedding(image), Embedding(text), np.arange(texts) % images, 1.0)
+    scores = both["text_to_image"].score(slice(0, texts))
+    assert torch.equal(scores[:, 3], scores[:, -1])
