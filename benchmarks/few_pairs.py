@@ -125,18 +125,20 @@ class Queries:
         self.columns = {name: np.concatenate(of) for name, of in columns.items() if len(of) == len(paths)}
         self.group, self.part = np.concatenate(group), np.repeat(np.arange(len(paths)), [len(rows) for rows in group])
 
-    def figure(self, name, rows=None):
-        """A figure of COLUMNS, of all queries or some rows of them; NaN where the row of the table has none."""
+    def figures(self, name, rows=None):
+        """A figure of COLUMNS, of all queries or some rows of them: of each part, or of all together, an array.
+
+        NaN where a part, or the row of the table, has none.
+        """
         rows = np.arange(len(self.part)) if rows is None else rows
         if name == "ece":
             confidence = self.columns["probability"][rows].clip(0, 1)
             bins = reliability(confidence, self.columns["hit"][rows])
-            return np.nan if self.share_answers else calibration_error(bins)
+            return np.array([np.nan if self.share_answers else calibration_error(bins)])
         rows = rows[self.part[rows].argsort(kind="stable")]
-        starts = np.flatnonzero(np.diff(self.part[rows])) + 1
-        values = [self._of_part(name, part) for part in np.split(rows, starts)]
-        defined = [value for value in values if value is not None]
-        return np.mean(defined) if defined else np.nan
+        starts = np.searchsorted(self.part[rows], np.arange(1, self.part[-1] + 1))
+        values = [self._of_part(name, part) if len(part) else None for part in np.split(rows, starts)]
+        return np.array(values, dtype=float)  # None becomes NaN
 
     def _of_part(self, name, rows):
         columns = {key: column[rows] for key, column in self.columns.items()}
@@ -168,15 +170,22 @@ def compare(rows, name, against=BASELINE):
     """
     baseline = rows[against]
     theirs = "entropy" if against == BASELINE and name in ("probability", "query") else name
-    draws = list(draws_of(baseline.group))
-    base = baseline.figure(theirs), np.array([baseline.figure(theirs, chosen) for chosen in draws])
+    draws = [None, *draws_of(baseline.group)]
+    base = [baseline.figures(theirs, chosen) for chosen in draws]
     result = {}
     for row, queries in rows.items():
-        value = queries.figure(name)
-        drawn = np.array([queries.figure(name, chosen) for chosen in draws]) - base[1]
-        gap = value - base[0]
-        result[row] = value, gap, np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(gap) else (np.nan, np.nan)
+        drawn = [queries.figures(name, chosen) for chosen in draws]
+        # Paired: over the parts in which both have the figure.
+        gap, *gaps = [mean_of(ours - other) for ours, other in zip(drawn, base, strict=True)]
+        interval = np.nanquantile(gaps, [0.025, 0.975]) if np.isfinite(gap) else (np.nan, np.nan)
+        result[row] = mean_of(drawn[0]), gap, interval
     return result
+
+
+def mean_of(figures):
+    """Mean of the parts that have a figure; NaN if none has."""
+    defined = figures[np.isfinite(figures)]
+    return defined.mean() if len(defined) else np.nan
 
 
 def difference(gap, interval):
@@ -298,7 +307,7 @@ def draw(results, path):
             methods = list(dict.fromkeys(title.removesuffix(", hubs") for title in rows))
             for title in rows:
                 number = methods.index(title.removesuffix(", hubs"))
-                values = [100 * sizes[size][direction][title].figure(name) for size in sizes]
+                values = [100 * mean_of(sizes[size][direction][title].figures(name)) for size in sizes]
                 look = {"color": f"C{number - 1}" if number else "black", "marker": "osv^D*P"[number % 7], "ms": 4}
                 look["linestyle"] = "--" if title.endswith("hubs") else "-"
                 panel.plot([str(size or "all") for size in sizes], values, label=title, lw=1, **look)
