@@ -3,11 +3,11 @@
 A score is slope_j h(x_i . y_j) + column_j + row_i, with unit means x and y and a kernel h, an elementwise function that
 may have a parameter per image and per caption. Forward and backward compute it for a tile of rows at a time, whose
 intermediate results fit a processor's cache. Of the B x B matrices, the backward pass keeps the dot products and h of
-the first tiles, up to KEPT pairs, and computes the others again. Gradients are exact. Processes that share a step share
-the rows. `PairScore.dense` is the same score as a matrix.
+the first tiles, up to KEPT numbers, and computes the others again. Gradients are exact. Processes that share a step
+share the rows. `PairScore.dense` is the same score as a matrix.
 
 In tiles, scores are in bits, log2(e) times those in nats: torch.exp2 is as exact as torch.exp and takes a third of its
-time on a CPU.
+time on some processors (AMD, where torch.exp is MKL's).
 """
 
 import math
@@ -22,12 +22,15 @@ from models.distributions.power_spherical import LEAST_COSINE
 from models.distributions.sphere import log1p
 from models.shares import Share, current_share
 
-BITS = 1 / math.log(2)  # of a nat
-KEPT = 2**24  # pairs whose dot products and h the forward pass keeps for the backward pass: all of a batch of 4,096
+BITS = math.log2(math.e)  # a nat in bits
+# Numbers that the forward pass keeps for the backward pass, per process: the dot products of all pairs of a batch of
+# 4,096 where h is written over them, of half as many pairs where h lies apart.
+KEPT = 2**24
 # Scores in a tile, which stays in a CPU's cache, or needs few kernel launches on a device.
 CPU_TILE, DEVICE_TILE = 2**16, 2**24
-# Bits below which a power of 2 adds nothing to a sum. Those above are not denormal in float32, nor over the size of a
-# batch: some processors compute with denormal numbers 100 times more slowly.
+# In a cross-entropy, bits below which a power of 2 adds nothing to a sum, and is 0. In a sigmoid, the least bits of a
+# pair: its odds are not lower. Powers of those above are not denormal in float32, nor over the size of a batch: some
+# processors compute with denormal numbers 100 times more slowly.
 LEAST = -100.0
 MOST = 60.0  # bits from which log2(1 + 2^x) is x, to the rounding of float64
 ALONE = Share()
@@ -36,11 +39,13 @@ ALONE = Share()
 class Linear:
     """h(dot) = dot, as in CLIP, von Mises-Fisher, PCME++ and ProLIP; what every kernel has."""
 
+    matrices = 1  # to keep: 1 where h is the dot products or is written over them, 2 where it is not
+
     @staticmethod
     def value(dot, row=None, column=None):
         """h (n, M) of dot products (n, M), parameters of rows (n, 1) and of columns (M,); differentiable.
 
-        May overwrite the dot products, if `derivatives` does not read them.
+        May overwrite the dot products, if `derivatives` does not read them and `matrices` is 1.
         """
         return dot
 
@@ -55,6 +60,8 @@ class Linear:
 
 class Logarithm:
     """h(dot) = log(1 + dot): power spherical."""
+
+    matrices = 1
 
     @staticmethod
     def value(dot, row=None, column=None):
@@ -98,8 +105,7 @@ class PairScore:
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """Cross-entropy (B,) of each image over the captions, and (B,) of each caption over the images."""
-        of_images, of_captions = CrossEntropies.apply(self.kernel, *self._tensors())
-        return of_images / BITS, of_captions / BITS
+        return CrossEntropies.apply(self.kernel, *self._tensors())
 
     def info_nce(self) -> Tensor:
         """Symmetric InfoNCE () of B pairs, see `info_nce`."""
@@ -110,35 +116,35 @@ class PairScore:
 
         group: (B,) numbers; an image and a caption of the same number match.
         """
-        return PairwiseSigmoid.apply(self.kernel, group, *self._tensors()) / BITS
+        return PairwiseSigmoid.apply(self.kernel, group, *self._tensors())
 
     def _tensors(self):
-        """The tensors of `Tiles`, of which slope, column and row are in bits."""
+        """The tensors of `Tiles`."""
 
-        def vector(x, like):
-            return (torch.as_tensor(x, dtype=like.dtype, device=like.device) * BITS).expand(len(like))
+        def vector(x):
+            return torch.as_tensor(x, dtype=self.text.dtype, device=self.text.device).expand(len(self.text))
 
-        slope, column = vector(self.slope, self.text), vector(self.column, self.text)
-        row = None if self.row is None else vector(self.row, self.image)
-        return self.image, self.text, slope, column, row, self.row_parameter, self.column_parameter
+        slope, column = vector(self.slope), vector(self.column)
+        return self.image, self.text, slope, column, self.row, self.row_parameter, self.column_parameter
 
 
 class Tiles:
-    """The scores of B pairs, in bits, in tiles of this process's rows, and the sums of their gradients."""
+    """The scores of B pairs, in bits, in tiles of this process's rows, and the sums of gradients, in nats."""
 
     def __init__(self, share, kernel, image, text, slope, column, row, row_parameter, column_parameter):
         if len(image) != len(text):
             raise ValueError(f"{len(image):,} images and {len(text):,} captions are not matched pairs")
         self.kernel, self.image, self.text = kernel, image.contiguous(), text.contiguous()
-        self.slope, self.column = slope, column
+        self.slope, self.column, self.column_parameter = slope, column, column_parameter
         self.row, self.row_parameter = (None if x is None else x[:, None] for x in (row, row_parameter))
-        self.column_parameter = column_parameter
+        self.in_bits = slope * BITS, column * BITS, None if row is None else self.row * BITS
         tile = CPU_TILE if image.device.type == "cpu" else DEVICE_TILE
         count, dim = image.shape
         self.mine = share.rows(count)
         self.height = min(count, max(tile // count, self.least_rows(dim)))
         # Reused from tile to tile: a new tensor of this size is a page fault for every 4 kB.
-        self.buffers = slope.new_empty(3, self.height, count)
+        self.buffers = slope.new_empty(2, self.height, count)
+        self.third = None  # for dot products of tiles that are not kept; made for the first of them
 
     @staticmethod
     def least_rows(dim):
@@ -153,21 +159,26 @@ class Tiles:
         return None if self.row_parameter is None else self.row_parameter[rows], self.column_parameter
 
     def memory(self):
-        """Return memory for the dot products of the first tiles, up to KEPT, as a tensor per tile."""
-        _, height, count = self.buffers.shape
-        tiles = min(len(list(self)), KEPT // (height * count))
-        return list(self.buffers.new_empty(tiles, height, count).unbind())
+        """Return memory (kernel.matrices, n, B) for each of the first tiles, as many as have up to KEPT numbers."""
+        matrices, count = self.kernel.matrices, self.buffers.shape[-1]
+        last = self.mine.start + KEPT // (matrices * count)
+        sizes = [rows.stop - rows.start for rows in self if rows.stop <= last]
+        return list(self.buffers.new_empty(matrices, sum(sizes), count).split(sizes, dim=1))
 
     def value(self, rows, memory=None):
-        """Return the dot products (n, B) of a tile and their h; memory: of the former, if not a buffer."""
-        memory = self.buffers[2] if memory is None else memory
-        dot = torch.mm(self.image[rows], self.text.T, out=memory[: rows.stop - rows.start])
-        return dot, self.kernel.value(dot, *self.parameters(rows))
+        """Return the dot products (n, B) of a tile and their h, in the tile's piece of `memory` if it has one."""
+        if memory is None and self.third is None:
+            self.third = torch.empty_like(self.buffers[0])
+        first = self.third[: rows.stop - rows.start] if memory is None else memory[0]
+        dot = torch.mm(self.image[rows], self.text.T, out=first)
+        value = self.kernel.value(dot, *self.parameters(rows))
+        return dot, value if memory is None or len(memory) == 1 else memory[1].copy_(value)
 
     def score(self, rows, value):
         """Write the scores (n, B) of a tile to the first buffer, from the values (n, B) of its kernel."""
-        score = torch.addcmul(self.column, value, self.slope, out=self.buffers[0, : len(value)])
-        return score if self.row is None else score.add_(self.row[rows])
+        slope, column, row = self.in_bits
+        score = torch.addcmul(column, value, slope, out=self.buffers[0, : len(value)])
+        return score if row is None else score.add_(row[rows])
 
     def less(self, score, top):
         """Write scores (n, B) less their top score to the second buffer."""
@@ -175,6 +186,8 @@ class Tiles:
 
     def gradients(self, needed):
         """Return zero gradients of the tensors that need one, in the order of the constructor."""
+        # Where h is the dot product, the gradient of the slope follows from that of the texts.
+        self.slope_from_text = self.kernel is Linear and needed[1]
         row, row_parameter = (None if x is None else x.squeeze(1) for x in (self.row, self.row_parameter))
         tensors = (self.image, self.text, self.slope, self.column, row, row_parameter, self.column_parameter)
         return [
@@ -183,7 +196,7 @@ class Tiles:
         ]
 
     def accumulate(self, grads, rows, dot, value, grad):
-        """Add the gradients of the tile `rows`, whose scores have the gradient `grad` (n, B), to those of all.
+        """Add the gradients of the tile `rows`, whose scores in nats have the gradient `grad` (n, B).
 
         Overwrites `grad` and the second buffer. Those of texts are still without the slope, which `finish` adds.
         """
@@ -193,7 +206,7 @@ class Tiles:
             of_column += grad.sum(dim=0)
         if of_row is not None:
             of_row[rows] = grad.sum(dim=1)
-        if of_slope is not None and not self.slope_from_text(grads):
+        if of_slope is not None and not self.slope_from_text:
             of_slope += torch.mul(grad, value, out=other).sum(dim=0)
         by_dot, by_row, by_column = self.kernel.derivatives(dot, value, *self.parameters(rows))
         if by_row is not None and of_row_parameter is not None:
@@ -207,38 +220,32 @@ class Tiles:
         if of_image is not None:
             of_image[rows] = grad.mul_(self.slope) @ self.text
 
-    def slope_from_text(self, grads):
-        """Whether the gradient of the slope follows from that of the texts: h is the dot product."""
-        return self.kernel is Linear and grads[1] is not None
-
     def finish(self, grads):
         """Complete the sums of all tiles."""
         _, of_text, of_slope, *_ = grads
-        if of_slope is not None and self.slope_from_text(grads):
+        if of_slope is not None and self.slope_from_text:
             of_slope += (of_text * self.text).sum(dim=1)
         if of_text is not None:
             of_text *= self.slope[:, None]
 
 
 class CrossEntropies(torch.autograd.Function):
-    """Cross-entropies (B,), in bits, of rows and of columns of the scores, matches on the diagonal."""
+    """Cross-entropies (B,) of rows and of columns of the scores, matches on the diagonal."""
 
     @staticmethod
     def forward(ctx, kernel, *tensors):
         share = current_share() or ALONE
         tiles = Tiles(share, kernel, *tensors)
         count, like = len(tiles.image), tiles.slope
-        free, kept = tiles.memory() if any(ctx.needs_input_grad) else [], []
+        kept = tiles.memory() if any(ctx.needs_input_grad) else []
         # The score of each match; of rows and of columns, the top score and the sum of 2^(score - top) over all but the
         # match. Those of columns grow from tile to tile.
         matched = like.new_empty(count)
         row_top, row_others = like.new_empty(2, count)
         column_top, column_others = like.new_full((count,), -torch.inf), like.new_zeros(count)
+        free = list(kept)
         for rows in tiles:
-            memory = free.pop(0) if free else None
-            dot, value = tiles.value(rows, memory)
-            if memory is not None:
-                kept += [dot, value]
+            _, value = tiles.value(rows, free.pop(0) if free else None)
             score = tiles.score(rows, value)
             matched[rows] = score.diagonal(rows.start)
             row_top[rows] = score.amax(dim=1)
@@ -271,7 +278,8 @@ class CrossEntropies(torch.autograd.Function):
         by_columns = by_columns / (column_others + (matched - column_top).exp2())
         by_matched = -row_others * by_rows - column_others * by_columns
         for rows in tiles:
-            dot, value = (kept.pop(0), kept.pop(0)) if kept else tiles.value(rows)
+            memory = kept.pop(0) if kept else None
+            dot, value = tiles.value(rows) if memory is None else (memory[0], memory[-1])
             score = tiles.score(rows, value)
             of_columns = exponential(tiles.less(score, column_top))
             grad = exponential(score.sub_(row_top[rows, None])).mul_(by_rows[rows, None])
@@ -294,15 +302,16 @@ def without_match(shifted: Tensor, rows: slice) -> Tensor:
 
 
 def loss_of(matched: Tensor, top: Tensor, others: Tensor) -> Tensor:
-    """Cross-entropy (B,) of matches, in bits, from their scores, the top scores and the others' sum of 2^(score - top).
+    """Cross-entropy (B,) of matches from scores in bits: theirs, the top ones, and the others' sum of 2^(score - top).
 
     As a logarithm of 1 + x, so that a small loss keeps its digits.
     """
-    return top - matched + torch.log1p(others + torch.expm1((matched - top) / BITS)) * BITS
+    shifted = (matched - top) / BITS
+    return torch.log1p(others + torch.expm1(shifted)).sub_(shifted)
 
 
 class PairwiseSigmoid(torch.autograd.Function):
-    """Sum () of the binary cross-entropies of all pairs, in bits; the gradient comes in the same pass as the value."""
+    """Sum () of the binary cross-entropies of all pairs; the gradient comes in the same pass as the value."""
 
     @staticmethod
     def forward(ctx, kernel, group, *tensors):
@@ -313,10 +322,12 @@ class PairwiseSigmoid(torch.autograd.Function):
         for rows in tiles:
             dot, value = tiles.value(rows)
             # A match has the loss softplus(-score), any other pair softplus(score).
-            sign = (group[rows, None] == group).to(value.dtype).mul_(-2).add_(1)
+            sign = torch.where(group[rows, None] == group, -1.0, 1.0).to(value.dtype)
             wrong = tiles.score(rows, value).mul_(sign)
             odds = torch.clamp(wrong, LEAST, MOST, out=tiles.buffers[1, : len(wrong)]).exp2_()
-            total[rows] = log1p(odds).sum(dim=1) * BITS + wrong.sub_(MOST).clamp_min_(0).sum(dim=1)
+            # Of s bits, softplus is log(1 + 2^min(s, MOST)) + max(s - MOST, 0) / BITS.
+            beyond = wrong.sub_(MOST).clamp_min_(0)
+            total[rows] = log1p(odds).add_(beyond, alpha=1 / BITS).sum(dim=1)
             grad = torch.div(odds, 1 + odds, out=wrong).mul_(sign)
             tiles.accumulate(grads, rows, dot, value, grad)
         tiles.finish(grads)

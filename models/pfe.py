@@ -89,6 +89,8 @@ class PFE(Gaussian):
 class IsotropicLikelihood:
     """Mutual likelihood of unit means in `dim` dimensions from their cosine and both variances; see `PairScore`."""
 
+    matrices = 2
+
     def __init__(self, dim: int):
         self.dim = dim
 

@@ -47,6 +47,8 @@ class SymmetricVMF(Adaptor):
 class ExpectedLikelihood:
     """-log C_dim(|kappa mu + other mu'|) + log C_dim(0), of the cosine of mu and mu'; a kernel of `PairScore`."""
 
+    matrices = 2
+
     def __init__(self, dim: int):
         self.dim = dim
 

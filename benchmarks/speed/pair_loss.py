@@ -63,6 +63,29 @@ def pairwise(device):
     return Case(ours, textbook, flops=6.0 * 1024**2 * DIM, memory=True)
 
 
+def sigmoid(device):
+    """Pairwise sigmoid of 2,048 ProLIP pairs, D = 512, frozen means, with gradients: in tiles, against autograd."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = F.normalize(torch.randn(2, 2048, DIM, generator=generator), dim=-1).to(device)
+    slope, offset = (torch.tensor(x, device=device).requires_grad_() for x in (14.3, -10.0))
+    row = torch.randn(2048, generator=generator).to(device).requires_grad_()
+    group = torch.randint(2**62, (2048,), generator=generator).to(device)
+
+    def with_gradients(loss):
+        return [loss.detach().cpu(), *(x.sum().cpu() for x in torch.autograd.grad(loss / 2048, (slope, offset, row)))]
+
+    def ours():
+        score = PairScore(image, text, slope=slope, column=offset + row, row=row)
+        return with_gradients(score.pairwise_sigmoid(group))
+
+    def textbook():
+        score = slope * (image @ text.T) + offset + row + row[:, None]
+        match = (group[:, None] == group).float()
+        return with_gradients(F.binary_cross_entropy_with_logits(score, match, reduction="sum"))
+
+    return Case(ours, textbook, flops=2.0 * 2048**2 * DIM, memory=True)
+
+
 def _info_nce(family, batch):
     case = update_wrapper(partial(info_nce, family=family, batch=batch), info_nce)
     case.__doc__ = info_nce.__doc__.format(family=family.capitalize(), batch=f"{batch:,}")
@@ -72,6 +95,8 @@ def _info_nce(family, batch):
 CASES = {
     "loss_vmf": _info_nce("von Mises-Fisher", 2048),
     "loss_ps": _info_nce("power spherical", 2048),
+    "loss_vmf_8192": _info_nce("von Mises-Fisher", 8192),
     "loss_ps_8192": _info_nce("power spherical", 8192),
     "pairwise": pairwise,
+    "sigmoid": sigmoid,
 }
