@@ -11,7 +11,7 @@ time on some processors (AMD, where torch.exp is MKL's).
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,8 @@ class PairScore:
     def scaled(self, factor: Tensor | float) -> "PairScore":
         """Return the scores times a factor ()."""
         row = None if self.row is None else self.row * factor
-        return replace(self, slope=self.slope * factor, column=self.column * factor, row=row)
+        terms = self.slope * factor, self.column * factor, row  # torch 2.6 compiles no dataclasses.replace
+        return PairScore(self.image, self.text, *terms, self.kernel, self.row_parameter, self.column_parameter)
 
     def dense(self) -> Tensor:
         """Return the matrix of scores (N, M)."""
@@ -243,9 +244,8 @@ class CrossEntropies(torch.autograd.Function):
         matched = like.new_empty(count)
         row_top, row_others = like.new_empty(2, count)
         column_top, column_others = like.new_full((count,), -torch.inf), like.new_zeros(count)
-        free = list(kept)
-        for rows in tiles:
-            _, value = tiles.value(rows, free.pop(0) if free else None)
+        for number, rows in enumerate(tiles):
+            _, value = tiles.value(rows, kept[number] if number < len(kept) else None)
             score = tiles.score(rows, value)
             matched[rows] = score.diagonal(rows.start)
             row_top[rows] = score.amax(dim=1)
@@ -277,9 +277,8 @@ class CrossEntropies(torch.autograd.Function):
         by_rows = by_rows / (row_others + (matched - row_top).exp2())
         by_columns = by_columns / (column_others + (matched - column_top).exp2())
         by_matched = -row_others * by_rows - column_others * by_columns
-        for rows in tiles:
-            memory = kept.pop(0) if kept else None
-            dot, value = tiles.value(rows) if memory is None else (memory[0], memory[-1])
+        for number, rows in enumerate(tiles):
+            dot, value = (kept[number][0], kept[number][-1]) if number < len(kept) else tiles.value(rows)
             score = tiles.score(rows, value)
             of_columns = exponential(tiles.less(score, column_top))
             grad = exponential(score.sub_(row_top[rows, None])).mul_(by_rows[rows, None])
