@@ -148,9 +148,9 @@ class Queries:
         if name == "aurc":
             return selective(-columns["probability"], hit).aurc
         if name == "order":
-            return (
-                spearman(columns["query"], columns["ambiguity"]) if {"query", "ambiguity"} <= columns.keys() else None
-            )
+            if not {"query", "ambiguity"} <= columns.keys():
+                return None
+            return spearman(columns["query"], columns["ambiguity"])
         values = -columns["probability"] if name == "probability" else columns.get(name)
         return None if values is None else auroc(values, hit)
 

@@ -6,8 +6,8 @@ intermediate results fit a processor's cache. Of the B x B matrices, the backwar
 the first tiles, up to KEPT numbers, and computes the others again. Gradients are exact. Processes that share a step
 share the rows. `PairScore.dense` is the same score as a matrix.
 
-In tiles, scores are in bits, log2(e) times those in nats: torch.exp2 is as exact as torch.exp and takes a third of its
-time on some processors (AMD, where torch.exp is MKL's).
+Exponentials are powers of two: torch.exp2 is as exact as torch.exp and takes a third of its time on some processors
+(AMD, where torch.exp is MKL's).
 """
 
 import math
@@ -130,7 +130,7 @@ class PairScore:
 
 
 class Tiles:
-    """The scores of B pairs, in bits, in tiles of this process's rows, and the sums of gradients, in nats."""
+    """The scores of B pairs in tiles of this process's rows, and the sums of their gradients."""
 
     def __init__(self, share, kernel, image, text, slope, column, row, row_parameter, column_parameter):
         if len(image) != len(text):
@@ -138,7 +138,6 @@ class Tiles:
         self.kernel, self.image, self.text = kernel, image.contiguous(), text.contiguous()
         self.slope, self.column, self.column_parameter = slope, column, column_parameter
         self.row, self.row_parameter = (None if x is None else x[:, None] for x in (row, row_parameter))
-        self.in_bits = slope * BITS, column * BITS, None if row is None else self.row * BITS
         tile = CPU_TILE if image.device.type == "cpu" else DEVICE_TILE
         count, dim = image.shape
         self.mine = share.rows(count)
@@ -177,9 +176,8 @@ class Tiles:
 
     def score(self, rows, value):
         """Write the scores (n, B) of a tile to the first buffer, from the values (n, B) of its kernel."""
-        slope, column, row = self.in_bits
-        score = torch.addcmul(column, value, slope, out=self.buffers[0, : len(value)])
-        return score if row is None else score.add_(row[rows])
+        score = torch.addcmul(self.column, value, self.slope, out=self.buffers[0, : len(value)])
+        return score if self.row is None else score.add_(self.row[rows])
 
     def less(self, score, top):
         """Write scores (n, B) less their top score to the second buffer."""
@@ -197,7 +195,7 @@ class Tiles:
         ]
 
     def accumulate(self, grads, rows, dot, value, grad):
-        """Add the gradients of the tile `rows`, whose scores in nats have the gradient `grad` (n, B).
+        """Add the gradients of the tile `rows`, whose scores have the gradient `grad` (n, B).
 
         Overwrites `grad` and the second buffer. Those of texts are still without the slope, which `finish` adds.
         """
@@ -239,8 +237,8 @@ class CrossEntropies(torch.autograd.Function):
         tiles = Tiles(share, kernel, *tensors)
         count, like = len(tiles.image), tiles.slope
         kept = tiles.memory() if any(ctx.needs_input_grad) else []
-        # The score of each match; of rows and of columns, the top score and the sum of 2^(score - top) over all but the
-        # match. Those of columns grow from tile to tile.
+        # The score of each match; of rows and of columns, the top score and the sum of exp(score - top) over all but
+        # the match. Those of columns grow from tile to tile.
         matched = like.new_empty(count)
         row_top, row_others = like.new_empty(2, count)
         column_top, column_others = like.new_full((count,), -torch.inf), like.new_zeros(count)
@@ -251,7 +249,7 @@ class CrossEntropies(torch.autograd.Function):
             row_top[rows] = score.amax(dim=1)
             row_others[rows] = without_match(tiles.less(score, row_top[rows, None]), rows).sum(dim=1)
             higher = torch.maximum(column_top, score.amax(dim=0))
-            column_others *= (column_top - higher).exp2_()
+            column_others *= (column_top - higher).exp_()
             column_others += without_match(score.sub_(higher), rows).sum(dim=0)
             column_top = higher
         if share.world > 1:
@@ -259,7 +257,7 @@ class CrossEntropies(torch.autograd.Function):
             matched, row_top, row_others = share.gather(of_rows[tiles.mine], count).unbind(dim=1)
             tops, others = share.stack(torch.stack((column_top, column_others))).unbind(dim=1)
             column_top = tops.amax(dim=0)
-            column_others = (others * (tops - column_top).exp2_()).sum(dim=0)
+            column_others = (others * (tops - column_top).exp_()).sum(dim=0)
         ctx.kernel, ctx.share = kernel, share
         ctx.save_for_backward(*tensors, matched, row_top, row_others, column_top, column_others, *kept)
         return loss_of(matched, row_top, row_others), loss_of(matched, column_top, column_others)
@@ -274,8 +272,8 @@ class CrossEntropies(torch.autograd.Function):
         grads = tiles.gradients(needed)
         # The gradient is p of its row and p of its column, times those of the losses, and minus these for a match: of a
         # match as p - 1 = -(sum of the others), which keeps its digits where the loss is small.
-        by_rows = by_rows / (row_others + (matched - row_top).exp2())
-        by_columns = by_columns / (column_others + (matched - column_top).exp2())
+        by_rows = by_rows / (row_others + (matched - row_top).exp())
+        by_columns = by_columns / (column_others + (matched - column_top).exp())
         by_matched = -row_others * by_rows - column_others * by_columns
         for number, rows in enumerate(tiles):
             dot, value = (kept[number][0], kept[number][-1]) if number < len(kept) else tiles.value(rows)
@@ -290,23 +288,22 @@ class CrossEntropies(torch.autograd.Function):
 
 
 def exponential(x: Tensor) -> Tensor:
-    """2^x in place, and 0 below 2^LEAST."""
-    return F.threshold_(x, LEAST, -math.inf).exp2_()
+    """e^x in place, and 0 below 2^LEAST."""
+    return F.threshold_(x.mul_(BITS), LEAST, -math.inf).exp2_()
 
 
 def without_match(shifted: Tensor, rows: slice) -> Tensor:
-    """2^x in place, with zeros for the matches of a tile."""
+    """e^x in place, with zeros for the matches of a tile."""
     exponential(shifted).diagonal(rows.start).zero_()
     return shifted
 
 
 def loss_of(matched: Tensor, top: Tensor, others: Tensor) -> Tensor:
-    """Cross-entropy (B,) of matches from scores in bits: theirs, the top ones, and the others' sum of 2^(score - top).
+    """Cross-entropy (B,) of matches from their scores, the top scores and the others' sum of exp(score - top).
 
     As a logarithm of 1 + x, so that a small loss keeps its digits.
     """
-    shifted = (matched - top) / BITS
-    return torch.log1p(others + torch.expm1(shifted)).sub_(shifted)
+    return top - matched + torch.log1p(others + torch.expm1(matched - top))
 
 
 class PairwiseSigmoid(torch.autograd.Function):
@@ -323,10 +320,10 @@ class PairwiseSigmoid(torch.autograd.Function):
             # A match has the loss softplus(-score), any other pair softplus(score).
             sign = torch.where(group[rows, None] == group, -1.0, 1.0).to(value.dtype)
             wrong = tiles.score(rows, value).mul_(sign)
-            odds = torch.clamp(wrong, LEAST, MOST, out=tiles.buffers[1, : len(wrong)]).exp2_()
+            odds = torch.mul(wrong, BITS, out=tiles.buffers[1, : len(wrong)]).clamp_(LEAST, MOST).exp2_()
             # Of s bits, softplus is log(1 + 2^min(s, MOST)) + max(s - MOST, 0) / BITS.
-            beyond = wrong.sub_(MOST).clamp_min_(0)
-            total[rows] = log1p(odds).add_(beyond, alpha=1 / BITS).sum(dim=1)
+            beyond = wrong.sub_(MOST / BITS).clamp_min_(0)
+            total[rows] = log1p(odds).add_(beyond).sum(dim=1)
             grad = torch.div(odds, 1 + odds, out=wrong).mul_(sign)
             tiles.accumulate(grads, rows, dot, value, grad)
         tiles.finish(grads)

@@ -234,7 +234,7 @@ def test_one_pass_gives_what_ranking_and_forecasting_give_apart(monkeypatch, til
     judged = summary.judge(scores.__getitem__, *targets, 2.0, owner, members, (constants, 3.0))
     corrected = scores - constants
     fitted, first = judged.forecasts["temperature"][1], calibration.halves(owner)
-    scaled = corrected * torch.tensor(np.where(first, fitted[1], fitted[0]))[:, None]
+    scales = torch.tensor(np.where(first, fitted[1], fitted[0]))
 
     def same(one, other):
         assert all((a == b).all() for a, b in zip(one, other, strict=True))
@@ -243,10 +243,11 @@ def test_one_pass_gives_what_ranking_and_forecasting_give_apart(monkeypatch, til
     same(judged.uncorrected[0], retrieval.rank(scores.__getitem__, *targets, 3.0))
     for forecast, (matrix, scale) in (
         (judged.forecasts["model"][0], (corrected, 2.0)),
+        (judged.forecasts["temperature"][0], (corrected, scales)),
         (judged.uncorrected[1], (scores, 3.0)),
     ):
         same(forecast, calibration.forecast(matrix.__getitem__, *targets, scale, group_of_item))
-    by_half = calibration.forecast(scaled.__getitem__, *targets, 1.0, group_of_item)
+    by_half = calibration.forecast((corrected * scales[:, None]).__getitem__, *targets, 1.0, group_of_item)
     np.testing.assert_allclose(judged.forecasts["temperature"][0], by_half, rtol=1e-12)
     assert fitted[0] != fitted[1]
     plain = summary.judge(scores.__getitem__, *targets, 3.0, owner, members)

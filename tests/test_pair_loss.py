@@ -115,10 +115,9 @@ def test_tiles_equal_the_matrix(form, loss, small_tiles):
                       if isinstance(getattr(score, n), torch.Tensor)}
         )  # fmt: skip
         expected = gradients(exact, dense)
-        # Beyond 1e-5 only where scores of thousands are rounded, as they are in the matrix, but to other bits; slope
-        # and column are rounded once more, in bits.
+        # Beyond 1e-5 only where scores of thousands are rounded, as they are in the matrix.
         rounding = relative(gradients(score, dense), expected)
-        assert relative(gradients(score, tiled), expected) < max(1e-5, 2 * rounding)
+        assert relative(gradients(score, tiled), expected) < max(1e-5, 1.1 * rounding)
 
 
 @every_form
@@ -228,4 +227,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 @pytest.mark.parametrize("values", ["in place", "apart"])
 def test_no_matrix_beyond_the_pairs_that_are_kept(values):
-    assert float(printed(MEMORY, "8192", values)) < 110  # MB; one matrix has 256
+    assert float(printed(MEMORY, "8192", values)) < 100  # MB; one matrix has 256
